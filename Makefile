@@ -1,0 +1,44 @@
+# make demo   train a small model from scratch on Python's own sources and let it write
+# make test   the whole test suite, with style and type checks
+#
+# Both make .venv first. To use an environment you have: make test PYTHON=python3 VENV=
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
+STAMP := $(if $(VENV),$(VENV)/.installed,build/.installed-$(notdir $(PYTHON)))
+
+.PHONY: demo test test-long check install clean
+
+demo: install
+	@echo "== Training a small model from scratch on the Python standard library (a few minutes)"
+	@$(BIN) -m megatrain demo
+
+test: check
+	@echo "== Tests"
+	@$(BIN) -m pytest
+
+test-long: install
+	@echo "== Long repetitions, with their seeds"
+	@$(BIN) -m pytest -m long -s
+
+check: install
+	@echo "== Style and types"
+	@$(BIN) -m ruff check .
+	@$(BIN) -m ruff format --check .
+	@$(BIN) -m mypy
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+ifneq ($(VENV),)
+	@echo "== Making $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
+endif
+	@echo "== Installing (torch first: it is the large one)"
+	@$(BIN) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@$(BIN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@mkdir -p $(dir $(STAMP)) && touch $(STAMP)
+
+clean:
+	@rm -rf .venv build runs .pytest_cache .mypy_cache .ruff_cache

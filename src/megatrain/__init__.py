@@ -1,0 +1,25 @@
+"""MegaTrain: exact full-precision training of models far larger than the device that computes them."""
+
+from typing import TYPE_CHECKING, Any
+
+from megatrain.errors import CapacityError, ConfigError, IntegrityError
+from megatrain.version import __version__
+
+if TYPE_CHECKING:
+    from megatrain.engine.engine import Engine
+    from megatrain.optim.adamw import AdamW
+
+__all__ = ["AdamW", "CapacityError", "ConfigError", "Engine", "IntegrityError", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    # torch and numba take seconds to import; `megatrain --version` should not wait for them
+    if name == "Engine":
+        from megatrain.engine.engine import Engine
+
+        return Engine
+    if name == "AdamW":
+        from megatrain.optim.adamw import AdamW
+
+        return AdamW
+    raise AttributeError(f"module 'megatrain' has no attribute {name!r}")

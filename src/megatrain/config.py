@@ -1,0 +1,312 @@
+"""The settings of a run: what every key is, means and accepts, and the YAML files they are read from.
+
+Each key is described once, beside its field; `megatrain config` prints these descriptions. Reading a file checks
+every key and value before anything else happens.
+"""
+
+import dataclasses
+import difflib
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatrain.errors import ConfigError
+
+
+def _about(kind: Kind, meaning: str) -> dict[str, Any]:
+    return {"kind": kind, "meaning": meaning}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What is trained: a pretrained model (`path`) or a new one (`config`)."""
+
+    path: str | None = field(default=None, metadata=_about(or_null(PATH), "pretrained model: a transformers folder or hub id"))
+    config: str | dict[str, Any] | None = field(default=None, metadata=_about(or_null(either(PATH, MAPPING)), "new model with random weights: a transformers configuration, as a mapping with model_type or as a "
+        ".json or .yaml file of one; its vocab_size comes from the tokenizer where it is not given"))
+    tokenizer: str | dict[str, Any] | None = field(default=None, metadata=_about(or_null(either(PATH, BPE)), "a folder or hub id, or {train: bpe, vocab_size: N} to train one on data.train; null: the one in model.path"))
+    attn_implementation: str | None = field(default=None, metadata=_about(or_null(TEXT), "attention code of transformers, such as sdpa or eager; null: its own choice"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Text to train on and, optionally, held-out text to measure on."""
+
+    train: tuple[str, ...] | None = field(default=None, metadata=_about(or_null(SOURCES), "text: a file, a folder (searched for text files), a .jsonl file, stdlib (the sources of Python's own "
+        "standard library), or a list of these"))
+    eval: tuple[str, ...] | None = field(default=None, metadata=_about(or_null(SOURCES), "held-out text, measured after training; stdlib: the files that data.train: stdlib leaves out"))
+    text_field: str = field(default="text", metadata=_about(TEXT, "field of a .jsonl line that holds its text"))
+    seq_len: int = field(default=1024, metadata=_about(whole(2), "tokens per sequence"))
+    packing: str = field(default="joined", metadata=_about(choice("joined"), "joined: documents follow each other, an end-of-text token between them"))
+    shuffle: bool = field(default=True, metadata=_about(BOOL, "shuffle the sequences anew in each epoch, from train.seed"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW; weight decay applies to parameters with two or more dimensions."""
+
+    lr: float = field(default=1e-5, metadata=_about(AT_LEAST_0, "peak learning rate"))
+    betas: tuple[float, float] = field(default=(0.9, 0.95), metadata=_about(BETAS, "decay rates of the two moments"))
+    eps: float = field(default=1e-8, metadata=_about(ABOVE_0, "added to the root of the second moment"))
+    weight_decay: float = field(default=0.1, metadata=_about(AT_LEAST_0, "decoupled weight decay"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """How the learning rate moves between warm-up and the last step."""
+
+    name: str = field(default="cosine", metadata=_about(choice("constant", "linear", "cosine", "wsd"), "constant, linear, cosine, or wsd (constant, then linear over the last fifth of the steps)"))
+    warmup_steps: int = field(default=0, metadata=_about(whole(0), "steps over which the learning rate rises linearly to its peak"))
+    min_lr_ratio: float = field(default=0.1, metadata=_about(RATIO, "learning rate at the end, as a fraction of the peak (not for constant)"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long to train, on how much per step. Give one of steps, epochs and tokens."""
+
+    steps: int | None = field(default=None, metadata=_about(or_null(whole(1)), "optimizer steps"))
+    epochs: float | None = field(default=None, metadata=_about(or_null(ABOVE_0), "or passes over data.train"))
+    tokens: int | None = field(default=None, metadata=_about(or_null(whole(1)), "or tokens, rounded up to whole steps"))
+    tokens_per_step: int | None = field(default=None, metadata=_about(or_null(whole(1)), "tokens per optimizer step, a multiple of engine.micro_batch * data.seq_len; null: one micro-batch"))
+    clip_norm: float | None = field(default=1.0, metadata=_about(or_null(ABOVE_0), "largest gradient norm; null: no clipping"))
+    clip_scope: str = field(default="global", metadata=_about(choice("global", "unit"), "norm over the whole model, or of each unit (layer) by itself"))
+    seed: int = field(default=0, metadata=_about(whole(0), "seed of new weights, data order and dropout"))
+    log_every: int = field(default=1, metadata=_about(whole(1), "steps between two lines of metrics.jsonl"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Where and how the computation runs."""
+
+    device: str = field(default="auto", metadata=_about(TEXT, "auto, cpu, cuda or cuda:N"))
+    precision: str = field(default="auto", metadata=_about(choice("auto", "bf16", "fp32"), "bf16: compute in bf16 with exact fp32 masters; fp32: all in fp32; auto: bf16 where the device has it"))
+    micro_batch: int = field(default=1, metadata=_about(whole(1), "sequences that pass through the model together"))
+    device_memory: int | None = field(default=None, metadata=_about(or_null(BYTES), "device memory to use at most; null: what is free"))
+    threads: int | None = field(default=None, metadata=_about(or_null(whole(1)), "host threads of the optimizer; null: one per core"))
+    keep_graphs: int | str = field(default="auto", metadata=_about(either(choice("auto", "off"), whole(0)), "units (layers) whose forward is kept for backward instead of recomputed; auto: as memory allows"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is saved, and when."""
+
+    at_end: bool = field(default=True, metadata=_about(BOOL, "save the model to <output>/model when training ends or is interrupted"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All settings of a run, checked and complete."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    output: str | None = field(default=None, metadata=_about(or_null(PATH), "folder of the run; null: runs/<name of the config file>"))
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens per optimizer step, also where `train.tokens_per_step` is null."""
+        return self.train.tokens_per_step or self.engine.micro_batch * self.data.seq_len
+
+
+_SECTIONS: dict[str, type[Any]] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "optimizer": OptimizerConfig,
+    "schedule": ScheduleConfig,
+    "train": TrainConfig,
+    "engine": EngineConfig,
+    "checkpoint": CheckpointConfig,
+}
+
+
+def load_config(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
+    """The checked settings of YAML file `path`, with `overrides` (`("train.steps", "100")`) put over them.
+
+    Override values are read as YAML. Raises ConfigError, one line that names the key, its value and what would
+    be right, for whatever is wrong.
+    """
+    settings = read_yaml(path)
+    for name, text in overrides:
+        _override(settings, name, text)
+    settings.setdefault("output", None)
+    if settings["output"] is None:
+        settings["output"] = f"runs/{Path(path).stem}"
+    return parse_config(settings)
+
+
+def parse_config(settings: Mapping[str, Any]) -> Config:
+    """A Config from nested mappings, every key, value and combination checked. Raises ConfigError."""
+    values: dict[str, Any] = {}
+    output = next(spec for spec in dataclasses.fields(Config) if spec.name == "output")
+    for name, value in settings.items():
+        if name == "output":
+            values[name] = _parse_value("output", output, value)
+        elif name in _SECTIONS:
+            values[name] = _parse_section(name, value)
+        else:
+            raise _unknown_key(str(name))
+    config = Config(**values)
+    _check_together(config)
+    return config
+
+
+def _parse_section(section: str, settings: Any) -> Any:
+    if settings is None:  # a section whose keys are all commented out
+        settings = {}
+    if not isinstance(settings, Mapping):
+        raise ConfigError(
+            f"{section}: {settings!r} is wrong; expected a section with keys, see `megatrain config`"
+        )
+    fields = {spec.name: spec for spec in dataclasses.fields(_SECTIONS[section])}
+    for name in settings:
+        if name not in fields:
+            raise _unknown_key(f"{section}.{name}")
+    values = {
+        name: _parse_value(f"{section}.{name}", fields[name], value) for name, value in settings.items()
+    }
+    return _SECTIONS[section](**values)
+
+
+def _parse_value(key: str, spec: dataclasses.Field[Any], value: Any) -> Any:
+    kind: Kind = spec.metadata["kind"]
+    try:
+        return kind.parse(value)
+    except (ValueError, TypeError, OverflowError):
+        shown = "null" if value is None else repr(value)
+        raise ConfigError(f"{key}: {shown} is wrong; expected {kind.expected}") from None
+
+
+def _unknown_key(name: str) -> ConfigError:
+    known = ["output"]
+    for section, kind in _SECTIONS.items():
+        known += [f"{section}.{spec.name}" for spec in dataclasses.fields(kind)]
+    last = name.rpartition(".")[2]
+    # the right name in the wrong section comes first, then the nearest spelling
+    near = [key for key in known if key.rpartition(".")[2] == last] or difflib.get_close_matches(
+        name, known, 1, 0.5
+    )
+    near = near or [section for section in difflib.get_close_matches(name, _SECTIONS, 1, 0.5)]
+    hint = f"did you mean {near[0]}?" if near else "`megatrain config` lists all keys"
+    return ConfigError(f"{name}: unknown key; {hint}")
+
+
+def _check_together(config: Config) -> None:
+    """What single keys cannot tell: required keys, keys that exclude each other, products that must fit."""
+    model, data, train = config.model, config.data, config.train
+    if model.path is None and model.config is None:
+        raise ConfigError(
+            "model.path: missing; give model.path (a pretrained model) or model.config (a new one)"
+        )
+    if model.path is not None and model.config is not None:
+        raise ConfigError(f"model.config: not together with model.path ({model.path!r}); give one of the two")
+    if model.path is not None and isinstance(model.tokenizer, dict):
+        raise ConfigError(
+            "model.tokenizer: a pretrained model needs its own tokenizer; train one only for model.config"
+        )
+    if model.config is not None and model.tokenizer is None:
+        raise ConfigError(
+            "model.tokenizer: missing; a new model needs a path or {train: bpe, vocab_size: 4096}"
+        )
+    if data.train is None:
+        raise ConfigError("data.train: missing; give a text file, a folder, a .jsonl file or stdlib")
+    lengths = [name for name in ("steps", "epochs", "tokens") if getattr(train, name) is not None]
+    if len(lengths) != 1:
+        given = " and ".join(f"train.{name}" for name in lengths) or "none"
+        raise ConfigError(
+            f"train.steps: give exactly one of train.steps, train.epochs, train.tokens; given: {given}"
+        )
+    micro_batch_tokens = config.engine.micro_batch * data.seq_len
+    if config.tokens_per_step % micro_batch_tokens:
+        raise ConfigError(
+            f"train.tokens_per_step: {train.tokens_per_step} is wrong; expected a multiple of "
+            f"engine.micro_batch * data.seq_len = {micro_batch_tokens}"
+        )
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|lagged", config.engine.device):
+        raise ConfigError(
+            f"engine.device: {config.engine.device!r} is wrong; expected auto, cpu, cuda or cuda:N"
+        )
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML where a key given twice is an error, not silently the last one."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for name_node, _ in node.value:
+            name = self.construct_object(name_node, deep=True)
+            if isinstance(name, str) and name in seen and name != "<<":
+                raise yaml.YAMLError(f"key {name!r} is given twice, line {name_node.start_mark.line + 1}")
+            seen.add(str(name))
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in YAML (or JSON) file `path`. Raises ConfigError where there is no such file or mapping."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"cannot read {str(path)!r}: {reason}") from None
+    try:
+        content = yaml.load(text, _UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, found a {type(content).__name__}")
+    return content
+
+
+def _override(settings: dict[str, Any], name: str, text: str) -> None:
+    """Put the value written as `text` at dotted `name`; names below a mapping reach into it (model.config.hidden_size)."""
+    try:
+        value = yaml.load(text, _UniqueKeyLoader)
+    except yaml.YAMLError:
+        value = text  # such as `a: b: c`: a plain text
+    *parents, last = name.split(".")
+    place = settings
+    for depth, parent in enumerate(parents):
+        if place.get(parent) is None:
+            place[parent] = {}
+        if not isinstance(place[parent], dict):
+            raise ConfigError(f"{name}: cannot be set, {'.'.join(parents[: depth + 1])} is {place[parent]!r}")
+        place = place[parent]
+    place[last] = value
+
+
+def to_yaml(config: Config) -> str:
+    """The complete settings as YAML that `load_config` reads back to an equal Config."""
+    return str(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True))
+
+
+def describe() -> str:
+    """Every key with its default and meaning, as YAML with comments."""
+    lines = ["# Every key, its default and its meaning. Paths are relative to the folder you run in."]
+    for section, kind in _SECTIONS.items():
+        lines += ["", f"# {(kind.__doc__ or '').splitlines()[0]}", f"{section}:"]
+        for spec in dataclasses.fields(kind):
+            lines += _describe_key(spec, indent="  ")
+    output = [spec for spec in dataclasses.fields(Config) if spec.name == "output"]
+    return "\n".join([*lines, "", *_describe_key(output[0], indent="")])
+
+
+def _describe_key(spec: dataclasses.Field[Any], indent: str) -> Iterable[str]:
+    comment = f"{spec.metadata['meaning']} ({spec.metadata['kind'].expected})"
+    yield from textwrap.wrap(comment, 100, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+    value = yaml.safe_dump(_plain(spec.default), default_flow_style=True).removesuffix("...\n").strip()
+    yield f"{indent}{spec.name}: {value}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,343 @@
+"""The public Engine: takes a model over and trains it."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from megatrain.engine import setup
+from megatrain.engine.executor import Executor
+from megatrain.engine.gradients import GradientBook
+from megatrain.engine.step import Batch, StepClock, StepStats, train_step
+from megatrain.engine.updates import PendingUpdates, gradient_arrays, unit_updates
+from megatrain.errors import ConfigError, NonFiniteGradientError
+from megatrain.memory.arena import keep_large_allocations_out_of_heap, trim_freed_memory
+from megatrain.memory.limits import host_memory_limits
+from megatrain.memory.plan import MemoryPlan, require_fit
+from megatrain.memory.store import HostStore, SlotState, gradient_buffers
+from megatrain.model.block import install_units
+from megatrain.model.head import ChunkedHead
+from megatrain.model.partition import partition
+from megatrain.model.root import RootForward, guard, unguard
+from megatrain.optim.adamw import AdamW, EngineOptimizer
+from megatrain.optim.kernels import compile_kernels
+from megatrain.optim.workers import Workers
+
+
+class Engine:
+    """Trains `model` in place, with exact fp32 masters on the host.
+
+    optimizer:     `megatrain.AdamW`.
+    device:        'auto' or 'cpu'.
+    precision:     'bf16' (bf16 compute, fp32 master), 'fp32', or 'auto' (bf16 where the device computes it natively).
+    clip_norm:     largest gradient norm, or None. With clip_scope 'global' it is the norm over all parameters, and
+                   gradients are kept until it is known (2 bytes per parameter in bf16); with 'unit' each unit is
+                   clipped by its own norm and updated at once.
+    device_memory: bytes that the compute device may use; None: all. The host as device has no limit of its own.
+    seed:          of the random streams of micro-batches (dropout).
+    threads:       of the optimizer's kernels; None: as many as torch computes with.
+
+    Raises ConfigError for a wrong setting and CapacityError when the plan does not fit into host memory.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: AdamW | None = None,
+        device: str = "auto",
+        precision: str = "auto",
+        clip_norm: float | None = 1.0,
+        clip_scope: str = "global",
+        device_memory: int | None = None,
+        seed: int = 0,
+        threads: int | None = None,
+    ) -> None:
+        if "_megatrain_engine" in model.__dict__:
+            raise ConfigError("model: another Engine owns it; close that one first")
+        setup.check_clipping(clip_norm, clip_scope)
+        self.model = model
+        self.device = setup.make_device(device)
+        self.precision = setup.resolve_precision(precision, self.device)
+        self.clip_norm, self.clip_scope, self.seed = clip_norm, clip_scope, seed
+        self.keeps_gradients = setup.keeps_gradients(clip_norm, clip_scope)
+        self.step_count = 0
+        self._clip_override: float | None = None
+
+        self.partition = partition(model)
+        groups, group_of = (optimizer or AdamW()).group_slots(self.partition.slots)
+        dtypes = setup.weight_dtypes(model, self.partition, self.precision)
+        layouts = setup.lay_out_units(self.partition, dtypes, group_of)
+        self.plan: MemoryPlan = setup.plan_for(layouts, clip_norm, clip_scope)
+        _refuse_meta(model)
+        held = sum(slot.parameter.nbytes for slot in self.partition.slots)
+        require_fit(self.plan, host_memory_limits().free_bytes, held)
+
+        keep_large_allocations_out_of_heap()
+        compile_kernels()
+        self.store = HostStore(Workers(threads or torch.get_num_threads()))
+        for unit, slabs in layouts.items():
+            self.store.take_over(unit, slabs, {slot.index: slot for slot in self.partition.slots})
+        setup.cast_buffers(model, dtypes)
+        trim_freed_memory()
+        self.updates = PendingUpdates(self.store, self.partition)
+        self.gradients = GradientBook(
+            self.store, self.partition, settle=self.updates.settle, complete=self._update_complete_unit
+        )
+        if self.keeps_gradients:
+            for state in self.store.units.values():
+                for slab, buffer in zip(state.slabs, gradient_buffers(state.slabs), strict=True):
+                    slab.gradient = buffer
+        self.optimizer = EngineOptimizer(groups, self)
+        self.executor = Executor(self.partition, self.store, self.device, self.updates, self.gradients)
+        self._attach()
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], optimizer: AdamW | None = None, **settings: Any) -> Self:
+        """Load a transformers folder or hub id and take it over; settings as for `Engine`, and attn_implementation.
+
+        The plan is checked before a weight is read. Weights come in the checkpoint's own precision and are released
+        one by one as the store takes them, so host memory never holds more than the final state.
+        """
+        from megatrain.model.loading import build_on_meta, load_config, load_pretrained
+
+        attention = settings.pop("attn_implementation", None)
+        _check_plan(build_on_meta(load_config(str(path))), optimizer, settings)
+        return cls(load_pretrained(str(path), attn_implementation=attention), optimizer, **settings)
+
+    # -- training ---------------------------------------------------------------------------------------------
+
+    def train_step(self, batches: Sequence[Batch], lr: float | None = None) -> StepStats:
+        """One optimizer step over `batches`, its micro-batches: mappings of the model's arguments with `labels`.
+
+        Labels are not shifted and -100 is ignored, as in transformers. The loss is the mean over the target tokens of
+        all micro-batches, whatever their shapes. Weights are updated as if synchronously; a non-finite gradient norm
+        skips the step and changes nothing (NonFiniteGradientError where units are updated before the norm is known).
+        """
+        if not batches:
+            raise ConfigError("batches is empty; a step needs at least one micro-batch")
+        for number, batch in enumerate(batches):
+            if "labels" not in batch:
+                raise ConfigError(f"batches[{number}] has no labels; it has {', '.join(batch) or 'nothing'}")
+        return train_step(self, batches, lr)
+
+    def step(self, lr: float | None = None) -> StepStats:
+        """Apply the gradients of the backward calls since the last step (`engine.model(**batch).loss.backward()`)."""
+        clock = StepClock(self)
+        self.begin_step(lr, drop_gradients=False)
+        self.gradients.finish()
+        norm = self.gradients.norm()
+        skipped = not self.decide_update(norm)
+        return clock.stats(None, norm, 0, skipped)
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """The norm of the gradients gathered so far, fp64; the next `step` clips to `max_norm` instead of clip_norm."""
+        self.gradients.finish()
+        self._clip_override = float(max_norm)
+        return torch.tensor(self.gradients.norm(), dtype=torch.float64)
+
+    def flush(self) -> None:
+        """Return when all decided updates are in the weights."""
+        self.updates.flush()
+
+    def discard_gradients(self) -> None:
+        """Forget the gradients gathered since the last step."""
+        self.gradients.clear()
+        self._clip_override = None
+
+    # -- parts of a step --------------------------------------------------------------------------------------
+
+    def begin_step(self, lr: float | None, *, drop_gradients: bool = True) -> None:
+        self.store.check_addresses()
+        self.store.notice_writes()
+        self.updates.settle(-1)  # stray parameters are read without being fetched
+        if drop_gradients:
+            self.discard_gradients()
+        if lr is not None:
+            self.optimizer.set_lr(lr)
+
+    def seed_micro_batch(self, number: int) -> None:
+        """Give the calling thread the random stream of micro-batch `number` of this step."""
+        torch.manual_seed(stream_seed(self.seed, self.step_count, number))
+
+    def decide_update(self, norm: float) -> bool:
+        """Schedule the update of everything that has a gradient; False, with nothing changed, if norm is not finite."""
+        finite = norm < float("inf")
+        if finite and self.gradients.keep:
+            scale = self._clip_scale(norm) if self._scope == "global" else None
+            for home, entries in sorted(self.gradients.touched().items()):
+                unit_scale = self._clip_scale(self.gradients.unit_norm(entries)) if scale is None else scale
+                self._schedule(home, entries, unit_scale)
+        self.discard_gradients()
+        self.gradients.keep = True  # a caller's own backward calls are kept until step()
+        self.executor.weights_changed()
+        self.step_count += 1
+        return finite
+
+    def _update_complete_unit(self, home: int, entries: list[SlotState]) -> None:
+        """Without a global norm to wait for, a unit is updated as soon as its gradient is complete."""
+        norm = self.gradients.unit_norm(entries)
+        if not norm < float("inf"):
+            name = self.partition.units[home].name if home >= 0 else "stray parameters"
+            raise NonFiniteGradientError(
+                f"step {self.step_count}: the gradient of {name} has norm {norm}; other units are already updated, so"
+                " the step cannot be skipped. Go on from the last save, or use clip_norm with clip_scope='global'"
+            )
+        self._schedule(home, entries, self._clip_scale(norm) if self.clip_norm is not None else 1.0)
+        self.updates.settle(home)
+
+    def _schedule(self, home: int, entries: list[SlotState], scale: float) -> None:
+        groups = self.optimizer.param_groups
+        self.updates.schedule(home, unit_updates(entries, groups, scale, gradient_arrays(entries)))
+
+    @property
+    def _scope(self) -> str:
+        return "global" if self._clip_override is not None else self.clip_scope
+
+    def _clip_scale(self, norm: float) -> float:
+        """min(1, clip / (norm + 1e-6)), as torch.nn.utils.clip_grad_norm_ has it."""
+        limit = self.clip_norm if self._clip_override is None else self._clip_override
+        return 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
+
+    # -- reading and writing state ----------------------------------------------------------------------------
+
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], dtype: str | None = None, tokenizer: Any = None, **options: Any
+    ) -> None:
+        """Write a plain transformers folder. dtype 'bf16', 'fp32' (the exact masters), or None for the precision."""
+        from megatrain.model.saving import save_model
+
+        dtype = dtype or self.precision
+        if dtype not in ("bf16", "fp32"):
+            raise ConfigError(f"dtype is {dtype!r}; it must be bf16 or fp32")
+        self.flush()
+        by_id = {id(slot.parameter): slot.index for slot in self.partition.slots}
+
+        def read(_name: str, parameter: nn.Parameter) -> Tensor:
+            index = by_id.get(id(parameter))
+            exact = dtype == "fp32" and index is not None and index in self.store.slots
+            return self.store.read_master(index) if exact and index is not None else parameter.detach()
+
+        save_model(self.model, Path(folder), read, dtype=dtype, tokenizer=tokenizer, **options)
+
+    def optimizer_state(self) -> dict[int, dict[str, Any]]:
+        """By parameter number in the param groups: step, exp_avg and exp_avg_sq (views, in the parameter's shape)."""
+        self.flush()
+        return {number: self._state_of(entry) for number, entry in self._numbered() if entry.steps}
+
+    def load_optimizer_state(self, state: Mapping[int, Mapping[str, Any]]) -> None:
+        self.flush()
+        for number, entry in self._numbered():
+            if number not in state:
+                self.store.reset_moments(entry.slot.index)
+                continue
+            entry.steps = int(state[number]["step"])
+            views = self._state_of(entry)
+            for name in ("exp_avg", "exp_avg_sq"):
+                views[name].copy_(state[number][name])
+
+    def _numbered(self) -> list[tuple[int, SlotState]]:
+        slot_of = {id(slot.parameter): slot.index for slot in self.partition.slots}
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return [(number, self.store.slots[slot_of[id(p)]]) for number, p in enumerate(parameters)]
+
+    def _state_of(self, entry: SlotState) -> dict[str, Any]:
+        slab = entry.slab
+        return {
+            "step": torch.tensor(float(entry.steps)),
+            "exp_avg": entry.view(torch.from_numpy(slab.exp_avg)),
+            "exp_avg_sq": entry.view(torch.from_numpy(slab.exp_avg_sq)),
+        }
+
+    def memory_report(self) -> dict[str, int]:
+        """Bytes that the store holds now, by category."""
+        return self.store.bytes_by_category()
+
+    # -- attaching to the model -------------------------------------------------------------------------------
+
+    def _attach(self) -> None:
+        model = self.model
+        self._blocks = install_units(self.partition.units, self.executor)
+        self._root = RootForward(model)
+        model.forward = self._root  # type: ignore[assignment]
+        self._hooks: list[Any] = []
+        for index, entry in self.store.slots.items():
+            if entry.slot.parameter.requires_grad:
+                self._hooks.append(
+                    entry.slot.parameter.register_post_accumulate_grad_hook(self._leaf_hook(index))  # type: ignore[func-returns-value]
+                )
+        for module in model.modules():
+            self._hooks.append(module.register_state_dict_pre_hook(lambda *_: self.flush()))
+            self._hooks.append(module.register_load_state_dict_pre_hook(lambda *_: self.flush()))
+            self._hooks.append(module.register_load_state_dict_post_hook(lambda *_: self.store.notice_writes()))
+        guard(model, self.device.torch_device)
+        self.head = ChunkedHead(model, self._root, self.device.torch_device, self.executor.direct)
+        self.shifts_labels = _shifts_labels(model)
+        model.__dict__["_megatrain_engine"] = True
+
+    def _leaf_hook(self, index: int) -> Any:
+        def take(parameter: Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is not None:
+                self.gradients.add_from_leaf(index, gradient)
+
+        return take
+
+    def close(self) -> None:
+        """Finish the updates and give the model its own forward back; its parameters keep their values."""
+        if "_megatrain_engine" not in self.model.__dict__:
+            return
+        self.flush()
+        self.head.remove()
+        for block in self._blocks:
+            block.remove()
+        self.model.__dict__.pop("forward", None)
+        for hook in self._hooks:
+            hook.remove()
+        unguard(self.model)
+        self.store.workers.close()
+        del self.model.__dict__["_megatrain_engine"]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def stream_seed(seed: int, step: int, micro_batch: int) -> int:
+    """Seed of one micro-batch's random stream: distinct inputs give unrelated streams (SplitMix64's finalizer)."""
+    mask = (1 << 64) - 1
+    value = seed & mask
+    for part in (step, micro_batch):
+        value = (value + 0x9E3779B97F4A7C15 * (part + 1)) & mask
+        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
+        value ^= value >> 31
+    return value >> 1  # torch takes signed 64 bits
+
+
+def _shifts_labels(model: nn.Module) -> bool:
+    """Whether 2-D labels are targets of the position before: decoders with an output embedding do that."""
+    config = getattr(model, "config", None)
+    return not getattr(config, "is_encoder_decoder", False)
+
+
+def _refuse_meta(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ConfigError(f"model: {name} is on the meta device and has no value; load or initialise the model first")
+        if parameter.device.type != "cpu":
+            raise ConfigError(f"model: {name} is on {parameter.device}; build the model on the cpu")
+
+
+def _check_plan(model: nn.Module, optimizer: AdamW | None, settings: Mapping[str, Any]) -> None:
+    """Raise CapacityError for a model that exists only as shapes."""
+    part = partition(model)
+    _, group_of = (optimizer or AdamW()).group_slots(part.slots)
+    precision = setup.resolve_precision(settings.get("precision", "auto"), setup.make_device(settings.get("device", "auto")))
+    layouts = setup.lay_out_units(part, setup.weight_dtypes(model, part, precision), group_of)
+    plan = setup.plan_for(layouts, settings.get("clip_norm", 1.0), settings.get("clip_scope", "global"))
+    require_fit(plan, host_memory_limits().free_bytes, 0)

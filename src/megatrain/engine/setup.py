@@ -1,0 +1,116 @@
+"""From what the user asked for to what the engine works with: device, precision, layouts, plan."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatrain.device.base import ComputeDevice
+from megatrain.device.cpu import CpuDevice
+from megatrain.errors import ConfigError
+from megatrain.memory.layout import Request, SlabLayout, lay_out
+from megatrain.memory.plan import MemoryPlan, plan_memory
+from megatrain.memory.store import home_layouts
+from megatrain.model.partition import ParameterSlot, Partition
+
+PRECISIONS = ("auto", "bf16", "fp32")
+CLIP_SCOPES = ("global", "unit")
+
+
+def make_device(name: str) -> ComputeDevice:
+    """The compute device called `name`: 'auto' or 'cpu'. Raises ConfigError for anything else."""
+    if name in ("auto", "cpu"):
+        return CpuDevice()
+    raise ConfigError(f"engine.device is {name!r}; it must be auto or cpu (streaming devices are not built yet)")
+
+
+def resolve_precision(name: str, device: ComputeDevice) -> str:
+    """'bf16' or 'fp32'; `auto` is bf16 where the device computes it natively."""
+    if name not in PRECISIONS:
+        raise ConfigError(f"engine.precision is {name!r}; it must be one of {', '.join(PRECISIONS)}")
+    if name == "auto":
+        return "bf16" if device.native_bf16() else "fp32"
+    return name
+
+
+def check_clipping(norm: float | None, scope: str) -> None:
+    if norm is not None and not norm > 0:
+        raise ConfigError(f"train.clip_norm is {norm!r}; it must be a number > 0, or None for no clipping")
+    if scope not in CLIP_SCOPES:
+        raise ConfigError(f"train.clip_scope is {scope!r}; it must be one of {', '.join(CLIP_SCOPES)}")
+
+
+def weight_dtypes(model: nn.Module, part: Partition, precision: str) -> dict[int, str]:
+    """'bf16' or 'fp32' by slot index. In bf16, what the model keeps in fp32 stays so: fp32 parameters beside others
+    of lower precision, and those that transformers never casts."""
+    floating = [s for s in part.slots if s.parameter.is_floating_point()]
+    if precision == "fp32":
+        return {s.index: "fp32" for s in floating}
+    mixed = any(s.parameter.dtype != torch.float32 for s in floating)
+    kept = _kept_in_fp32(model)
+
+    def dtype(slot: ParameterSlot) -> str:
+        stays = slot.parameter.dtype == torch.float32 and (mixed or slot.name in kept)
+        return "fp32" if stays else "bf16"
+
+    return {s.index: dtype(s) for s in floating}
+
+
+def _kept_in_fp32(model: nn.Module) -> set[str]:
+    if not hasattr(model, "_keep_in_fp32_modules"):
+        return set()
+    from megatrain.model.loading import kept_in_fp32
+
+    return kept_in_fp32(model)
+
+
+def lay_out_units(part: Partition, dtypes: dict[int, str], group_of: dict[int, int]) -> dict[int, list[SlabLayout]]:
+    """Slab layouts by home unit (-1: stray parameters). Parameters that are not floating point stay where they are."""
+    layouts = {}
+    for unit, slots in home_layouts(part):
+        requests = [
+            Request(s.index, tuple(s.parameter.shape), dtypes[s.index], group_of.get(s.index, 0), s.parameter.requires_grad)
+            for s in slots
+            if s.index in dtypes
+        ]
+        if requests:
+            layouts[unit] = lay_out(requests)
+    return layouts
+
+
+def plan_for(layouts: dict[int, list[SlabLayout]], clip_norm: float | None, clip_scope: str) -> MemoryPlan:
+    return plan_memory(layouts, keep_gradients=keeps_gradients(clip_norm, clip_scope))
+
+
+def keeps_gradients(clip_norm: float | None, clip_scope: str) -> bool:
+    """All gradients have to wait for the global norm; otherwise a unit is updated as its gradient arrives."""
+    return clip_norm is not None and clip_scope == "global"
+
+
+def cast_buffers(model: nn.Module, dtypes: dict[int, str]) -> None:
+    """With bf16 weights, persistent floating buffers follow, as `model.to(bfloat16)` would have them; tables that are
+    not saved (rotary frequencies) keep the precision they were computed in."""
+    if "bf16" not in dtypes.values():
+        return
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            saved = name not in module._non_persistent_buffers_set
+            if buffer is not None and saved and buffer.dtype == torch.float32 and _all_bf16(module):
+                module._buffers[name] = buffer.to(torch.bfloat16)
+
+
+def _all_bf16(module: nn.Module) -> bool:
+    dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
+    return dtypes == {torch.bfloat16}
+
+
+def describe(part: Partition) -> list[dict[str, Any]]:
+    """Name, class and parameter count of each unit, for reports."""
+    return [
+        {
+            "name": unit.name,
+            "class": type(unit.module).__name__,
+            "parameters": sum(slot.parameter.numel() for slot in part.homes(unit)),
+        }
+        for unit in part.units
+    ]

@@ -1,0 +1,163 @@
+"""One optimizer step, top to bottom."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from megatrain.engine.executor import BACKWARD, HEAD, backward
+from megatrain.errors import ConfigError
+from megatrain.memory.limits import peak_resident_bytes
+from megatrain.model.head import IGNORED, shift_labels
+from megatrain.model.side_effects import RandomState
+
+if TYPE_CHECKING:
+    from megatrain.engine.engine import Engine
+
+Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """What a step did. `loss` is the mean over the target tokens of all micro-batches (None where the caller ran the
+    forward), `grad_norm` the L2 norm before clipping, `weight_passes` how often all weights were fetched."""
+
+    loss: float | None
+    grad_norm: float
+    target_tokens: int
+    seconds: float
+    skipped: bool
+    weight_passes: float
+    h2d_bytes: int
+    d2h_bytes: int
+    device_peak_bytes: int
+    optimizer_exposed_seconds: float
+    host_peak_bytes: int
+
+
+def train_step(engine: "Engine", batches: Sequence[Batch], lr: float | None) -> StepStats:
+    """Run all micro-batches forward and backward, then decide the update; see `Engine.train_step`."""
+    clock = StepClock(engine)
+    targets = [count_targets(batch["labels"], engine.shifts_labels) for batch in batches]
+    if sum(targets) == 0:
+        raise ConfigError(f"labels: none of the {len(batches)} micro-batches has a target token (all are {IGNORED})")
+    work = [(n, batch, count) for n, (batch, count) in enumerate(zip(batches, targets, strict=True)) if count]
+
+    engine.begin_step(lr)
+    engine.gradients.begin(keep=engine.keeps_gradients)
+    engine.gradients.hold(len(work) if engine.head.reason is None else 0)
+    run = _run_chunked if engine.head.reason is None else _run_whole
+    bodies = [partial(run, engine, number, batch, count, sum(targets)) for number, batch, count in work]
+    random = RandomState(engine.device.torch_device)
+    try:
+        losses = engine.executor.hand_over.run(bodies)
+        engine.gradients.finish()
+    except BaseException:
+        engine.discard_gradients()
+        raise
+    finally:
+        random.restore()
+    norm = engine.gradients.norm()
+    skipped = not engine.decide_update(norm)
+    return clock.stats(sum(losses), norm, sum(targets), skipped)
+
+
+def _run_chunked(engine: "Engine", number: int, batch: Batch, count: int, total: int) -> float:
+    """One micro-batch: base forward, head and loss with immediate backward chunk by chunk, base backward."""
+    engine.seed_micro_batch(number)
+    hidden, template, auxiliary_loss = engine.head.run_base(batch)
+
+    engine.executor.enter_phase(HEAD)
+    loss, hidden_gradient = 0.0, torch.zeros_like(hidden)
+    for part, labels, where in engine.head.chunks(hidden.detach(), batch["labels"]):
+        leaf = part.detach().requires_grad_()
+        with engine.executor.direct() as weights:
+            chunk_loss = engine.head.chunk_loss(leaf, labels, template, batch, total)
+        backward([chunk_loss], [None])
+        loss += chunk_loss.item()
+        if leaf.grad is not None:
+            hidden_gradient.view(-1, hidden.shape[-1])[where] = leaf.grad.view(-1, hidden.shape[-1])
+        for slot, weight in weights.leaves.items():
+            if weight.grad is not None:
+                engine.gradients.add(slot, weight.grad)
+        del chunk_loss, leaf, weights
+    engine.gradients.release_hold()
+
+    engine.executor.enter_phase(BACKWARD)
+    ends: list[Tensor] = [hidden] if hidden.requires_grad else []
+    gradients: list[Tensor | None] = [hidden_gradient] if hidden.requires_grad else []
+    if auxiliary_loss is not None:  # a mean over the micro-batch: it counts by the micro-batch's share of targets
+        share = count / total
+        loss += auxiliary_loss.item() * share
+        ends.append(auxiliary_loss)
+        gradients.append(torch.full_like(auxiliary_loss, share))
+    del hidden, template, auxiliary_loss, hidden_gradient
+    if ends:
+        backward(ends, gradients)
+    return loss
+
+
+def _run_whole(engine: "Engine", number: int, batch: Batch, count: int, total: int) -> float:
+    """One micro-batch through the model's own loss, a mean that counts by the micro-batch's share of targets."""
+    engine.seed_micro_batch(number)
+    loss = loss_of(engine.model(**batch))
+    share = count / total
+    value = loss.item() * share
+    engine.executor.enter_phase(BACKWARD)
+    backward([loss], [torch.full_like(loss, share)])
+    return value
+
+
+def loss_of(result: Any) -> Tensor:
+    """The loss in what a model returned: an attribute or key `loss`, the first of a tuple, or the result itself."""
+    if isinstance(result, Tensor):
+        return result
+    if isinstance(result, tuple):
+        return loss_of(result[0])
+    loss = result.get("loss") if isinstance(result, Mapping) else getattr(result, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise ConfigError(f"the model returned {type(result).__name__} without a loss; pass labels in every batch")
+    return loss
+
+
+def count_targets(labels: Tensor, shifted: bool) -> int:
+    """Labels that count in the loss; where the model shifts them, the first of each sequence is nobody's target."""
+    return int(((shift_labels(labels) if shifted and labels.ndim > 1 else labels) != IGNORED).sum())
+
+
+class StepClock:
+    """Time and counters from the start of a step to its end."""
+
+    def __init__(self, engine: "Engine") -> None:
+        self._engine = engine
+        self._started = time.perf_counter()
+        self._before = self._counters()
+
+    def _counters(self) -> tuple[int, int, int, float]:
+        engine = self._engine
+        return (
+            engine.executor.fetched_bytes,
+            engine.device.h2d_bytes,
+            engine.device.d2h_bytes,
+            engine.updates.exposed_seconds,
+        )
+
+    def stats(self, loss: float | None, norm: float, targets: int, skipped: bool) -> StepStats:
+        fetched, up, down, exposed = (n - b for n, b in zip(self._counters(), self._before, strict=True))
+        return StepStats(
+            loss=loss,
+            grad_norm=norm,
+            target_tokens=targets,
+            seconds=time.perf_counter() - self._started,
+            skipped=skipped,
+            weight_passes=fetched / max(1, self._engine.executor.total_bytes),
+            h2d_bytes=int(up),
+            d2h_bytes=int(down),
+            device_peak_bytes=self._engine.device.peak_bytes(),
+            optimizer_exposed_seconds=exposed,
+            host_peak_bytes=peak_resident_bytes(),
+        )

@@ -1,0 +1,111 @@
+"""Optimizer updates of a step that are decided but not yet carried out.
+
+With exact global clipping no unit can be updated before the norm is known, which is when backward ends. The updates
+then wait here and are carried out in forward order, each when its unit is next needed. On the host as device that is
+also when the new weights are wanted in the cache; a streaming device lets host threads run ahead.
+"""
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from megatrain.memory.layout import Place
+from megatrain.memory.store import HostStore, Slab, SlotState, bits
+from megatrain.model.partition import Partition, Unit
+from megatrain.optim.adamw import group_hyper_parameters
+from megatrain.optim.kernels import Segment, adamw
+from megatrain.optim.workers import Workers
+
+
+@dataclass(frozen=True, slots=True)
+class SlabUpdate:
+    """One pass of AdamW over a slab: which elements, from which gradient, scaled by what."""
+
+    slab: Slab
+    gradient: np.ndarray
+    segments: list[Segment]
+    gradient_scale: float
+
+    def run(self, workers: Workers) -> None:
+        s = self.slab
+        adamw(
+            workers, s.weight_bits, s.remainder, s.exp_avg, s.exp_avg_sq, self.gradient, self.segments,
+            self.gradient_scale,
+        )  # fmt: skip
+
+
+class PendingUpdates:
+    """Updates by the unit that holds the state, and the wait for those that a unit depends on."""
+
+    def __init__(self, store: HostStore, part: Partition) -> None:
+        self._store = store
+        self._pending: dict[int, list[SlabUpdate]] = {}
+        self.exposed_seconds = 0.0  # spent on updates while compute waited
+        # a unit that reads a parameter homed elsewhere needs that unit's update too
+        self._needed = {u.index: sorted({slot.units[0] for slot in u.slots}) for u in part.units}
+
+    def schedule(self, unit: int, updates: list[SlabUpdate]) -> None:
+        self._pending[unit] = updates
+
+    def wait_for(self, unit: Unit) -> None:
+        """Return when all parameters that `unit` reads are up to date."""
+        if self._pending:
+            for home in self._needed[unit.index]:
+                self.settle(home)
+
+    def flush(self) -> None:
+        """Return when no update is pending."""
+        for unit in sorted(self._pending):
+            self.settle(unit)
+
+    def settle(self, unit: int) -> None:
+        """Carry out the update of the parameters whose state lives with `unit`, if one is pending."""
+        if unit not in self._pending:
+            return
+        started = time.perf_counter()
+        for update in self._pending.pop(unit):
+            update.run(self._store.workers)
+        self.exposed_seconds += time.perf_counter() - started
+
+
+def unit_updates(
+    entries: list[SlotState], groups: list[dict[str, Any]], gradient_scale: float, gradients: dict[int, np.ndarray]
+) -> list[SlabUpdate]:
+    """The updates of one unit for the parameters in `entries` (those that got a gradient), counting a step for each.
+
+    `gradients`: by id of slab, the flat array to read. Neighbours with equal hyper-parameters and step count become
+    one segment; what got no gradient is left out, so it sees no decay, no moment and no step.
+    """
+    by_slab: dict[int, list[SlotState]] = {}
+    for entry in entries:
+        by_slab.setdefault(id(entry.slab), []).append(entry)
+    updates = []
+    for key, members in by_slab.items():
+        segments: list[Segment] = []
+        for entry in sorted(members, key=lambda e: e.place.start):
+            entry.steps += 1
+            segment = _segment(entry.place, entry.steps, groups[entry.place.group])
+            if segments and replace(segment, start=segments[-1].start) == replace(segments[-1], stop=segment.stop):
+                if segments[-1].stop == segment.start:
+                    segments[-1] = replace(segments[-1], stop=segment.stop)
+                    continue
+            segments.append(segment)
+        updates.append(SlabUpdate(members[0].slab, gradients[key], segments, gradient_scale))
+    return updates
+
+
+def _segment(place: Place, step: int, group: dict[str, Any]) -> Segment:
+    return Segment(start=place.start, stop=place.start + place.count, step=step, **group_hyper_parameters(group))
+
+
+def gradient_arrays(entries: list[SlotState]) -> dict[int, np.ndarray]:
+    """The kept gradient of each slab: the fp32 sum over several backward calls where there is one."""
+    arrays = {}
+    for entry in entries:
+        slab = entry.slab
+        held = slab.accumulated if slab.accumulated is not None else slab.gradient
+        assert held is not None
+        arrays[id(slab)] = bits(held)
+    return arrays

@@ -1,0 +1,56 @@
+"""Bytes by category before anything is allocated, and the refusal when they do not fit."""
+
+from dataclasses import dataclass
+
+from megatrain.errors import CapacityError
+from megatrain.memory.layout import SlabLayout
+from megatrain.sizes import format_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Host bytes that the engine will hold for good (`state`), and for the length of a step (`transient`)."""
+
+    parameters: int
+    state: dict[str, int]
+    transient: dict[str, int]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.state.values()) + sum(self.transient.values())
+
+    def lines(self) -> list[str]:
+        """One line per category: bytes, and bytes per parameter."""
+        rows = [*self.state.items(), *self.transient.items(), ("total", self.total_bytes)]
+        return [f"{name:<12} {format_bytes(n):>10}  {n / self.parameters:6.2f} B/parameter" for name, n in rows]
+
+
+def plan_memory(units: dict[int, list[SlabLayout]], *, keep_gradients: bool) -> MemoryPlan:
+    """Plan for slab layouts by unit. `keep_gradients`: all gradients stay on the host until the global norm is known;
+    otherwise one unit's at a time."""
+    slabs = [slab for unit in units.values() for slab in unit]
+    gradient_bytes = [sum(slab.gradient_bytes for slab in unit) for unit in units.values()]
+    state = {
+        "weights": sum(s.weight_bytes for s in slabs),
+        "remainders": sum(s.remainder_bytes for s in slabs),
+        "exp_avg": sum(s.moment_bytes for s in slabs),
+        "exp_avg_sq": sum(s.moment_bytes for s in slabs),
+        "gradients": sum(gradient_bytes) if keep_gradients else max(gradient_bytes, default=0),
+    }
+    # while a unit is differentiated: its fp32 sum over micro-batches, and one gradient in its own dtype
+    largest = max((sum(s.moment_bytes + s.gradient_bytes for s in unit) for unit in units.values()), default=0)
+    parameters = sum(place.count for slab in slabs for place in slab.places)
+    return MemoryPlan(parameters, state, {"gradient sum": largest})
+
+
+def require_fit(plan: MemoryPlan, free_bytes: int, already_held_bytes: int) -> None:
+    """Raise CapacityError naming the missing bytes. `already_held_bytes`: the model's own tensors, which the store
+    replaces one by one."""
+    available = free_bytes + already_held_bytes
+    missing = plan.total_bytes - available
+    if missing > 0:
+        parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in (plan.state | plan.transient).items() if n)
+        raise CapacityError(
+            f"host memory: {format_bytes(missing)} missing: {plan.parameters:,} parameters need "
+            f"{format_bytes(plan.total_bytes)} ({parts}) and {format_bytes(available)} can be had"
+        )

@@ -1,0 +1,218 @@
+"""The host store: weights, remainders, moments and gradients of every unit, exactly as large as they must be.
+
+Each unit's weights are one contiguous page-aligned buffer, and the model's own `nn.Parameter`s are views of it, so
+`named_parameters`, `state_dict` and saving keep working and nothing is held twice. A bf16 weight is the rounded upper
+half of its fp32 master; `remainder` holds the rest (2 + 2 + 4 + 4 = 12 bytes per parameter with both moments).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatrain.memory.arena import allocate
+from megatrain.memory.layout import Place, SlabLayout
+from megatrain.model.partition import ParameterSlot, Partition
+from megatrain.optim.split_master import merge, split
+from megatrain.optim.workers import Workers
+
+TORCH_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
+ALL_UNITS_STRAY = -1
+
+
+@dataclass(slots=True)
+class Slab:
+    """Host arrays of one dtype's parameters of a unit, all 1-D views of page-aligned buffers.
+
+    weight (count), bf16 or fp32; remainder int16, exp_avg and exp_avg_sq fp32 (state_count each, as numpy);
+    gradient (state_count), of the weight's dtype, or None while none is held; accumulated fp32 or None.
+    """
+
+    layout: SlabLayout
+    weight: Tensor
+    remainder: np.ndarray | None
+    exp_avg: np.ndarray
+    exp_avg_sq: np.ndarray
+    gradient: Tensor | None = None
+    accumulated: Tensor | None = None
+
+    @property
+    def weight_bits(self) -> np.ndarray:
+        """The weights that carry state, as the kernels take them: uint16 for bf16, float32 otherwise."""
+        return bits(self.weight[: self.layout.state_count])
+
+    def range_of(self, place: Place) -> slice:
+        return slice(place.start, place.start + place.count)
+
+
+@dataclass(slots=True)
+class UnitState:
+    """Everything the host holds for one unit; unit index -1 holds the stray parameters."""
+
+    unit: int
+    slabs: list[Slab]
+
+
+@dataclass(slots=True)
+class SlotState:
+    """Where a parameter's state lives, and the number of updates it has had (AdamW skips what got no gradient)."""
+
+    slot: ParameterSlot
+    unit: int
+    slab: Slab
+    place: Place
+    steps: int = 0
+    version: int = 0  # of the parameter, when the engine last saw it
+
+    def view(self, flat: Tensor) -> Tensor:
+        """This parameter's part of a 1-D tensor that is laid out like its slab, in its own shape."""
+        return flat[self.slab.range_of(self.place)].view(self.place.shape)
+
+
+@dataclass(slots=True)
+class HostStore:
+    """States by unit index (stray: -1) and by slot index."""
+
+    workers: Workers
+    units: dict[int, UnitState] = field(default_factory=dict)
+    slots: dict[int, SlotState] = field(default_factory=dict)
+
+    def take_over(self, unit: int, slabs: list[SlabLayout], slots: dict[int, ParameterSlot]) -> None:
+        """Allocate the unit's buffers, copy its parameters in and make them views of the buffers.
+
+        Each source tensor is released as soon as it is copied, so the peak is the larger of the two states plus one
+        parameter. fp32 and fp16 sources become exact masters.
+        """
+        state = UnitState(unit, [_allocate_slab(layout, weight) for layout, weight in _weight_views(slabs)])
+        for slab in state.slabs:
+            for place in slab.layout.places:
+                entry = SlotState(slots[place.slot], unit, slab, place)
+                self.slots[place.slot] = entry
+                parameter = entry.slot.parameter
+                self.write_master(place.slot, parameter.data)
+                parameter.data = entry.view(slab.weight)
+                entry.version = parameter._version
+        self.units[unit] = state
+
+    def write_master(self, slot: int, source: Tensor) -> None:
+        """Set a parameter's master from `source` (any float dtype, the parameter's shape); steps and moments stay."""
+        entry = self.slots[slot]
+        target = entry.view(entry.slab.weight)
+        remainder = entry.slab.remainder
+        if remainder is None or not entry.place.trainable:
+            target.copy_(source)
+        elif source.dtype == torch.bfloat16:
+            target.copy_(source)
+            remainder[entry.slab.range_of(entry.place)] = 0
+        else:
+            where = entry.slab.range_of(entry.place)
+            master = source.detach().to(torch.float32).contiguous().view(-1).numpy()
+            split(self.workers, master, bits(entry.slab.weight)[where], remainder[where])
+
+    def read_master(self, slot: int) -> Tensor:
+        """A parameter's exact master as a new fp32 tensor in its own shape (frozen: its weight in fp32)."""
+        entry = self.slots[slot]
+        weight = entry.view(entry.slab.weight)
+        remainder = entry.slab.remainder
+        if remainder is None or not entry.place.trainable:
+            return weight.detach().to(torch.float32, copy=True)
+        where = entry.slab.range_of(entry.place)
+        master = torch.empty(entry.place.count, dtype=torch.float32)
+        merge(self.workers, bits(entry.slab.weight)[where], remainder[where], master.numpy())
+        return master.view(entry.place.shape)
+
+    def reset_state(self, slot: int) -> None:
+        """Forget moments, step count and low master bits, after someone has written the weight itself."""
+        self.reset_moments(slot)
+        entry = self.slots[slot]
+        if entry.place.trainable and entry.slab.remainder is not None:
+            entry.slab.remainder[entry.slab.range_of(entry.place)] = 0
+
+    def reset_moments(self, slot: int) -> None:
+        """Forget moments and step count; the master stays."""
+        entry = self.slots[slot]
+        entry.steps = 0
+        if entry.place.trainable:
+            where = entry.slab.range_of(entry.place)
+            entry.slab.exp_avg[where] = 0
+            entry.slab.exp_avg_sq[where] = 0
+
+    def notice_writes(self) -> None:
+        """Find parameters that someone wrote in place (`load_state_dict`, a callback): their low master bits and
+        moments belong to the old values. The kernels write past torch's version counters, so a changed counter is
+        somebody else's doing."""
+        for index, entry in self.slots.items():
+            if entry.version != entry.slot.parameter._version:
+                entry.version = entry.slot.parameter._version
+                self.reset_state(index)
+
+    def weight_bytes(self, unit: int) -> int:
+        return sum(slab.layout.weight_bytes for slab in self.units[unit].slabs)
+
+    def bytes_by_category(self) -> dict[str, int]:
+        """Bytes held now, by category; the plan's counterpart."""
+        held = dict.fromkeys(("weights", "remainders", "exp_avg", "exp_avg_sq", "gradients", "accumulated"), 0)
+        for state in self.units.values():
+            for slab in state.slabs:
+                held["weights"] += slab.layout.weight_bytes
+                held["remainders"] += slab.layout.remainder_bytes
+                held["exp_avg"] += slab.layout.moment_bytes
+                held["exp_avg_sq"] += slab.layout.moment_bytes
+                held["gradients"] += 0 if slab.gradient is None else slab.layout.gradient_bytes
+                held["accumulated"] += 0 if slab.accumulated is None else slab.layout.moment_bytes
+        return held
+
+    def check_addresses(self) -> None:
+        """Every parameter must still be the view it was made: `load_state_dict(assign=True)`, `.data =` and casts
+        detach it silently, and training would go on with weights that nobody reads. Raises IntegrityError."""
+        from megatrain.errors import IntegrityError
+
+        for entry in self.slots.values():
+            slot, expected = entry.slot, entry.slab.weight.data_ptr()
+            expected += entry.place.start * entry.slab.weight.element_size()
+            moved = slot.parameter.data_ptr() != expected and slot.parameter.numel() > 0
+            if moved or any(owner._parameters.get(name) is not slot.parameter for owner, name in slot.places):
+                raise IntegrityError(
+                    f"parameter {slot.name} was replaced or moved after the engine took the model over; write into it"
+                    " in place (load_state_dict without assign=True), or make a new Engine"
+                )
+
+
+def gradient_buffers(slabs: list[Slab]) -> Iterator[Tensor]:
+    """A page-aligned gradient buffer for each of `slabs`, of its weight's dtype, (state_count)."""
+    for slab in slabs:
+        dtype = TORCH_DTYPE[slab.layout.dtype]
+        yield allocate(slab.layout.gradient_bytes)[: slab.layout.gradient_bytes].view(dtype)
+
+
+def bits(tensor: Tensor) -> np.ndarray:
+    """A 1-D tensor's memory as numpy sees it: bf16 as uint16, fp32 as float32."""
+    tensor = tensor.detach()
+    array: np.ndarray = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array
+
+
+def _weight_views(slabs: list[SlabLayout]) -> Iterator[tuple[SlabLayout, Tensor]]:
+    """One buffer for all of a unit's weights, cut into its slabs (their sizes are whole cache lines)."""
+    buffer = allocate(sum(layout.weight_bytes for layout in slabs))
+    start = 0
+    for layout in slabs:
+        yield layout, buffer[start : start + layout.weight_bytes].view(TORCH_DTYPE[layout.dtype])
+        start += layout.weight_bytes
+
+
+def _allocate_slab(layout: SlabLayout, weight: Tensor) -> Slab:
+    remainder = allocate(layout.remainder_bytes)[: layout.remainder_bytes].view(torch.int16).numpy()
+    moments = allocate(2 * layout.moment_bytes)[: 2 * layout.moment_bytes].view(torch.float32).numpy()
+    count = layout.state_count
+    return Slab(layout, weight, remainder if layout.dtype == "bf16" else None, moments[:count], moments[count:])
+
+
+def home_layouts(part: Partition) -> Iterator[tuple[int, list[ParameterSlot]]]:
+    """(unit index or -1, the slots whose state lives there), in tree order, stray parameters last."""
+    for unit in part.units:
+        yield unit.index, part.homes(unit)
+    if part.strays:
+        yield ALL_UNITS_STRAY, part.strays

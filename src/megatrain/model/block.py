@@ -1,0 +1,291 @@
+"""One autograd node per unit: run once without a graph, keep the inputs, recompute and differentiate in backward.
+
+The unit's own `forward` is replaced on the instance, so the model's forward stays the model's. What a run needs from
+outside, it asks of a `UnitHost`: weights to bind, where gradients go, when other micro-batches may run.
+
+    forward   host.arrive -> host.fetch -> bind -> run under no_grad -> unbind      keeps: inputs, RNG, autocast
+    backward  host.arrive -> host.fetch -> bind -> run with grad on detached inputs -> autograd.grad -> host.receive
+
+With `keep_graph` the first run has gradients on and backward skips the second (memory for time; same bits). Between
+`begin_direct` and `end_direct` units join the surrounding graph with leaf weights: the head, whose backward follows
+its forward at once.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megatrain.errors import UnsupportedModelError
+from megatrain.model.binding import bound
+from megatrain.model.partition import Unit
+from megatrain.model.side_effects import (
+    AutocastState,
+    CapturedOutputs,
+    RandomState,
+    WrittenAttributes,
+    WrittenBuffers,
+)
+from megatrain.model.trees import FlatTree, written_entries
+
+
+class UnitHost(Protocol):
+    """What units need from the engine. `generation` changes when weights do; `compute_device` is where they run."""
+
+    generation: int
+    compute_device: torch.device
+
+    def arrive(self, unit: Unit, *, backward: bool) -> None:
+        """The unit is about to run: the one place where another micro-batch's thread may take over."""
+
+    def fetch(self, unit: Unit) -> dict[int, Tensor]:
+        """Current weights of the unit on the compute device, by slot index, without gradient history."""
+
+    def opened(self, unit: Unit) -> None:
+        """A call whose backward is still to come."""
+
+    def receive(self, unit: Unit, gradients: dict[int, Tensor]) -> None:
+        """Gradients of one backward call, by slot index; parameters that got none are absent."""
+
+    def keeps_graph(self, unit: Unit) -> bool:
+        """Whether this call keeps its graph instead of recomputing."""
+
+    def direct_leaves(self) -> "DirectLeaves | None":
+        """Set while the calling thread runs units inside a graph of its own."""
+
+
+class DirectLeaves:
+    """Leaf weights of the units that ran directly, to differentiate by once the loss is there."""
+
+    def __init__(self) -> None:
+        self.leaves: dict[int, Tensor] = {}
+        self.units: dict[int, Unit] = {}
+
+    def leaves_of(self, unit: Unit, weights: dict[int, Tensor]) -> dict[int, Tensor]:
+        self.units[unit.index] = unit
+        for slot in unit.slots:
+            if slot.index not in self.leaves:
+                self.leaves[slot.index] = _leaf(weights[slot.index], slot.parameter.requires_grad)
+        return {slot.index: self.leaves[slot.index] for slot in unit.slots}
+
+
+class UnitForward:
+    """Stands in for `unit.module.forward`."""
+
+    def __init__(self, unit: Unit, host: UnitHost) -> None:
+        self.unit = unit
+        self.host = host
+        self.forward: Callable[..., Any] = unit.module.forward
+        self.where = f"unit {unit.name or type(unit.module).__name__}"
+        self.attributes = WrittenAttributes(unit.module)
+        self.buffers = WrittenBuffers(unit.module)
+        self.anchor = torch.zeros((), requires_grad=True)
+
+    def install(self) -> None:
+        self.unit.module.forward = self  # type: ignore[assignment]
+
+    def remove(self) -> None:
+        self.unit.module.__dict__.pop("forward", None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.host.arrive(self.unit, backward=False)
+        if not torch.is_grad_enabled():
+            return self._run_plain(args, kwargs, self.host.fetch(self.unit))
+        direct = self.host.direct_leaves()
+        if direct is not None:
+            return self._run_plain(args, kwargs, direct.leaves_of(self.unit, self.host.fetch(self.unit)))
+        flat = FlatTree((args, kwargs), self.where)
+        if not self.unit.trainable and not any(t.requires_grad for t in flat.tensors):
+            with torch.no_grad():  # frozen, and nothing to pass a gradient to: never recomputed
+                return self._run_plain(args, kwargs, self.host.fetch(self.unit))
+        return UnitCall(self, flat).apply()
+
+    def _run_plain(self, args: Any, kwargs: Any, weights: dict[int, Tensor]) -> Any:
+        with bound(self.unit, weights):
+            return self.forward(*args, **kwargs)
+
+
+class UnitCall:
+    """One call of a unit under gradients: the record from which backward repeats it."""
+
+    def __init__(self, block: UnitForward, flat: FlatTree) -> None:
+        self.block = block
+        self.flat = flat
+        self.generation = block.host.generation
+        self.capture = CapturedOutputs()
+        self.random: RandomState | None = None
+        self.autocast = AutocastState(block.host.compute_device)
+        self.buffer_values: list[tuple[Tensor, Tensor]] = []
+        self.graph: _Graph | None = None
+        self.result: _Result | None = None
+
+    def apply(self) -> Any:
+        block = self.block
+        outputs = _UnitNode.apply(self, block.anchor, *self.flat.tensors)
+        result, self.result = self.result, None
+        assert result is not None
+        return result.deliver(outputs, self)
+
+    def run_first(self, inputs: list[Tensor]) -> list[Tensor]:
+        """The forward run; `inputs` are the flat tensors. Returns the node's outputs."""
+        block, host = self.block, self.block.host
+        weights = host.fetch(block.unit)
+        versions = [t._version for t in inputs]
+        self.random = RandomState(host.compute_device)
+        values, watched = block.buffers.before()
+        attributes = block.attributes.snapshot()
+        if host.keeps_graph(block.unit):
+            self.graph = _Graph(self, inputs, weights)
+            result = self.graph.result
+        else:
+            result = _Result(self, self.flat, inputs, weights, attributes)
+        if not self.random.drawn():
+            self.random = None
+        self.buffer_values = block.buffers.changed(values, watched)
+        if any(t._version != v for t, v in zip(inputs, versions, strict=True)):
+            raise UnsupportedModelError(f"{block.where}: it changed an input tensor in place; it cannot be recomputed")
+        self.result = result
+        return [t.detach() for t in result.tensors] if self.graph is not None else result.tensors
+
+    def differentiate(
+        self, inputs: list[Tensor], needed: list[bool], output_gradients: list[Tensor | None]
+    ) -> list[Tensor | None]:
+        """Gradients of the inputs that need one; the parameters' go to the host."""
+        block, host = self.block, self.block.host
+        host.arrive(block.unit, backward=True)
+        if self.generation != host.generation:
+            raise RuntimeError(f"{block.where}: backward of a forward that ran before step(); its weights have changed")
+        graph, self.graph = self.graph, None
+        if graph is None:
+            graph = self._recompute(inputs, needed)
+        input_gradients, parameter_gradients = graph.differentiate(output_gradients)
+        host.receive(block.unit, parameter_gradients)
+        return input_gradients
+
+    def _recompute(self, inputs: list[Tensor], needed: list[bool]) -> "_Graph":
+        block, host = self.block, self.block.host
+        weights = host.fetch(block.unit)
+        with ExitStack() as stack:
+            stack.enter_context(self.autocast.entered())
+            stack.enter_context(block.attributes.kept())
+            if self.random is not None:
+                stack.enter_context(self.random.replaying())
+            if self.buffer_values:
+                stack.enter_context(WrittenBuffers.replaying(self.buffer_values))
+            return _Graph(self, inputs, weights, needed)
+
+
+class _Graph:
+    """A run of the unit with gradients on, over detached inputs and leaf weights."""
+
+    def __init__(
+        self, call: UnitCall, inputs: list[Tensor], weights: dict[int, Tensor], needed: list[bool] | None = None
+    ) -> None:
+        if needed is None:
+            needed = [t.requires_grad for t in call.flat.tensors]
+        slots = call.block.unit.slots
+        self.leaves = {s.index: _leaf(weights[s.index], s.parameter.requires_grad) for s in slots}
+        self.inputs = [_leaf(t, need) for t, need in zip(inputs, needed, strict=True)]
+        with torch.enable_grad():
+            self.result = _Result(call, call.flat, self.inputs, self.leaves, call.block.attributes.snapshot())
+
+    def differentiate(self, output_gradients: list[Tensor | None]) -> tuple[list[Tensor | None], dict[int, Tensor]]:
+        """(gradient per input or None, gradient per slot index of parameters that got one)."""
+        pairs = [
+            (t, g)
+            for t, g in zip(self.result.tensors, output_gradients, strict=True)
+            if g is not None and t.requires_grad
+        ]
+        wanted = [t for t in self.inputs if t.requires_grad]
+        leaves = {index: leaf for index, leaf in self.leaves.items() if leaf.requires_grad}
+        if not pairs or not (wanted or leaves):
+            return [None] * len(self.inputs), {}
+        found = torch.autograd.grad(
+            [t for t, _ in pairs], [*wanted, *leaves.values()], [g for _, g in pairs], allow_unused=True
+        )
+        by_input = iter(found[: len(wanted)])
+        input_gradients = [next(by_input) if t.requires_grad else None for t in self.inputs]
+        by_slot = zip(leaves, found[len(wanted) :], strict=True)
+        return input_gradients, {index: g for index, g in by_slot if g is not None}
+
+
+class _Result:
+    """What one run produced: the returned tree, entries written into mappings, captured outputs, attributes.
+
+    `tensors` are the distinct ones among them that are not simply inputs, in a fixed order: the node's outputs.
+    """
+
+    def __init__(
+        self,
+        call: UnitCall,
+        flat: FlatTree,
+        inputs: list[Tensor],
+        weights: dict[int, Tensor],
+        attributes: dict[tuple[int, str], int],
+    ) -> None:
+        block = call.block
+        seen = flat.build(inputs)
+        args, kwargs = seen
+        with call.capture.collecting() as captured, bound(block.unit, weights):
+            returned = block.forward(*args, **kwargs)
+        entries = written_entries(flat, seen)
+        written = block.attributes.written(attributes)
+        self.owners = [(mapping, key) for mapping, key, _ in entries]
+        self.attributes = [(module, name) for module, name, _ in written]
+        tree = (returned, [value for _, _, value in entries], captured, [value for _, _, value in written])
+        self.flat = FlatTree(tree, block.where)
+        self._inputs = {id(t): i for i, t in enumerate(inputs)}
+        self._from_input = [self._inputs.get(id(t)) for t in self.flat.tensors]
+        self.tensors = [t for t, i in zip(self.flat.tensors, self._from_input, strict=True) if i is None]
+
+    def deliver(self, outputs: tuple[Tensor, ...], call: UnitCall) -> Any:
+        """Hand the node's outputs to the caller, the mappings, the collector and the attributes."""
+        own = iter(outputs)
+        tensors = [call.flat.tensors[i] if i is not None else next(own) for i in self._from_input]
+        returned, entry_values, captured, attribute_values = self.flat.build(tensors)
+        for (mapping, key), value in zip(self.owners, entry_values, strict=True):
+            mapping[key] = value  # type: ignore[index]
+        call.capture.deliver(captured)
+        for (module, name), value in zip(self.attributes, attribute_values, strict=True):
+            module.__dict__[name] = value
+        return returned
+
+
+class _UnitNode(torch.autograd.Function):
+    """Inputs: the call, an anchor that makes outputs differentiable even without a differentiable input, tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, call: UnitCall, anchor: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs = call.run_first(list(inputs))
+        ctx.call = call
+        ctx.save_for_backward(*inputs)
+        ctx.mark_non_differentiable(*[t for t in outputs if not t.is_floating_point()])
+        ctx.set_materialize_grads(False)
+        call.block.host.opened(call.block.unit)
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, *output_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        call: UnitCall = ctx.call
+        inputs = list(ctx.saved_tensors)
+        needed = list(ctx.needs_input_grad[2:])
+        return (None, None, *call.differentiate(inputs, needed, list(output_gradients)))
+
+
+def _leaf(tensor: Tensor, requires_grad: bool) -> Tensor:
+    return tensor.detach().requires_grad_(requires_grad)
+
+
+def install_units(units: list[Unit], host: UnitHost) -> list[UnitForward]:
+    """Replace the forward of every unit's module; `remove()` on each undoes it."""
+    blocks = [UnitForward(unit, host) for unit in units]
+    for block in blocks:
+        block.install()
+    return blocks
+
+
+def modules_of(units: list[Unit]) -> set[nn.Module]:
+    return {m for unit in units for m in unit.module.modules()}

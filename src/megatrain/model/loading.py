@@ -1,0 +1,412 @@
+"""Models from transformers folders, hub ids and configurations, in the checkpoint's own numbers.
+
+transformers does the work (class, renames, fused experts, tying); this module decides which class and which
+dtype, turns what transformers would only warn about (weights that the checkpoint lacks) into errors, and says
+in one line what is wrong. Code from a model repository is never run and nothing is unpickled.
+
+Memory. transformers maps safetensors files and hands out views of the mapping: a weight that needs no
+conversion costs no anonymous memory, its pages are the file's and the kernel can drop them at any time.
+Weights that are converted (fused experts, another dtype) are allocated. So what loading holds is at most the
+checkpoint's size. A copied weight's pages go with `memory.arena.discard_pages`, the mapping itself with the
+last tensor of its shard.
+"""
+
+import contextlib
+import copy
+import difflib
+import inspect
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import initialization as transformers_initialization
+from transformers.utils import cached_file
+
+from megatrain.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+# In this order where the configuration does not name a class of its own
+_AUTO_MAPPINGS = (
+    "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+)
+_FILE_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}
+_MAX_NAMES_IN_ERROR = 4
+
+
+def load_config(path_or_id: str | os.PathLike[str] | Mapping[str, Any], **overrides: Any) -> PretrainedConfig:
+    """A configuration from a transformers folder, a JSON file, a hub id, or a mapping with `model_type`.
+
+    `overrides` replace entries of it. Raises ConfigError where it cannot be read, its type is unknown to the
+    installed transformers, or an override names no entry.
+    """
+    try:
+        if isinstance(path_or_id, Mapping):
+            config = _config_from_entries({**path_or_id})
+        elif (path := Path(path_or_id).expanduser()).is_file():
+            config = _config_from_entries(json.loads(path.read_text(encoding="utf-8")))
+        else:
+            source = _existing_source(path_or_id)
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise _unreadable(path_or_id, error) from error
+    for key, value in overrides.items():
+        if not hasattr(config, key):
+            raise ConfigError(f"a {config.model_type} configuration has no entry {key!r}")
+        setattr(config, key, value)
+    return config
+
+
+def model_class_for(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The transformers class with a head that `config` describes.
+
+    The class that the configuration names comes first (a classifier's folder is loaded as a classifier);
+    otherwise the causal-LM, image-text-to-text, sequence-to-sequence or classification class of its type.
+    Raises ConfigError where transformers has none.
+    """
+    for name in getattr(config, "architectures", None) or ():
+        named = getattr(transformers, str(name), None)
+        # a bare `LlamaModel` has no loss; a class of another type would not understand the configuration
+        if isinstance(named, type) and issubclass(named, PreTrainedModel) and _has_head(named):
+            expected = getattr(named, "config_class", None)
+            if expected is None or isinstance(config, expected):
+                return named
+    for mapping in _AUTO_MAPPINGS:
+        found = getattr(transformers, mapping, {}).get(type(config), None)
+        if found is not None:
+            # some types map to several classes, the usual one first
+            choice = found[0] if isinstance(found, (tuple, list)) else found
+            return _as_model_class(choice)
+    raise ConfigError(
+        f"transformers {transformers.__version__} has no model with a head for type {config.model_type!r}; use a "
+        "causal-LM, image-text-to-text, sequence-to-sequence or classification model"
+    )
+
+
+def build_on_meta(
+    config: PretrainedConfig, *, dtype: torch.dtype | None = None, attn_implementation: str | None = None
+) -> PreTrainedModel:
+    """The model's modules with all tensors on the meta device: names, shapes and dtypes without memory.
+
+    `dtype` is that of parameters which the model's own code does not pin; None takes the configuration's, or
+    float32. Raises ConfigError where transformers refuses the configuration.
+    """
+    # some models read numbers out of `torch.linspace` while they are built, which meta tensors do not have
+    readable_linspace = getattr(
+        transformers_initialization, "meta_device_safe_creation_ops", contextlib.nullcontext
+    )
+    with torch.device("meta"), readable_linspace():
+        return _from_config(config, dtype or _config_dtype(config), attn_implementation)
+
+
+def initialise(
+    config: PretrainedConfig,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    attn_implementation: str | None = None,
+) -> PreTrainedModel:
+    """A model with fresh weights on the CPU, bit-equal to transformers' own `from_config` under the same seed.
+
+    That is: as after `torch.manual_seed(seed)`. The caller's random state is left as it was. Raises ConfigError where transformers refuses the
+    configuration.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _from_config(config, dtype, attn_implementation)
+
+
+def load_pretrained(
+    path_or_id: str | os.PathLike[str],
+    *,
+    attn_implementation: str | None = None,
+    local_files_only: bool = False,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """A model from a transformers folder or hub id, on the CPU, in the dtype that its weights are stored in.
+
+    The dtype that holds most bytes of the checkpoint counts, not what `config.json` says: float32 weights
+    under a configuration that says bfloat16 stay float32. Parameters that the model pins to float32 are
+    float32.
+
+    Raises ConfigError where the folder, configuration or safetensors weights are missing, a weight has
+    another shape or is absent (transformers would draw it at random), or the weights are quantized.
+    """
+    source = _existing_source(path_or_id)
+    where: dict[str, Any] = {"local_files_only": local_files_only, "revision": revision or "main"}
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(path_or_id, error) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(
+            f"the weights in {path_or_id} are quantized; training needs bf16, fp16 or fp32 weights"
+        )
+    files = _weight_files(source, where)
+    model_class = model_class_for(config)
+    extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    try:
+        with _without_loading_report():
+            model, found = model_class.from_pretrained(
+                source,
+                config=config,
+                dtype=_stored_dtype(files),
+                use_safetensors=True,
+                output_loading_info=True,
+                # mismatched shapes come back in `found` instead of as a page of text
+                ignore_mismatched_sizes=True,
+                **where,
+                **extra,
+            )
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        raise ConfigError(
+            f"cannot load {path_or_id} as {model_class.__name__}: {_one_line(error)}"
+        ) from error
+    _check_completeness(path_or_id, model_class.__name__, found)
+    return _as_model(model)
+
+
+def kept_in_fp32(model: torch.nn.Module) -> set[str]:
+    """Names of the parameters that stay float32 when transformers loads this model in bfloat16.
+
+    These are the ones that a model's list of strictly kept modules matches, and those that its own code
+    creates as float32 whatever the dtype of the rest. Empty for models that are not transformers'.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return set()
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return _strictly_kept(model, names) | _created_in_fp32(model, names)
+
+
+def _strictly_kept(model: PreTrainedModel, names: set[str]) -> set[str]:
+    """The names that transformers' own cast plan for bfloat16 leaves in float32."""
+    # private, but the only place where the flags of a model and its submodels come together
+    plan: dict[str, torch.dtype] = getattr(model, "_get_dtype_plan", lambda dtype: {})(torch.bfloat16)
+    if not plan:
+        return set()
+    from transformers.core_model_loading import build_glob_alternation
+
+    pattern = build_glob_alternation(list(plan))[0]
+    return {name for name in names if pattern.search(name)}
+
+
+def _created_in_fp32(model: PreTrainedModel, names: set[str]) -> set[str]:
+    """The names that the model's constructor makes float32 under a default dtype of bfloat16."""
+    if "config" not in inspect.signature(type(model).__init__).parameters:
+        return set()
+    try:
+        with torch.device("meta"):
+            config = copy.deepcopy(model.config)
+            twin = type(model)._from_config(config, dtype=torch.bfloat16)
+    except (
+        Exception
+    ) as error:  # a user's subclass may need more arguments; then only the declared names count
+        logger.debug("cannot rebuild %s to see its float32 parameters: %s", type(model).__name__, error)
+        return set()
+    return {name for name, p in twin.named_parameters() if p.dtype == torch.float32} & names
+
+
+def _from_config(
+    config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str | None
+) -> PreTrainedModel:
+    """transformers' `_from_config` of the right class on a copy of `config`; ConfigError where it refuses."""
+    model_class = model_class_for(config)
+    extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    try:
+        # a copy: transformers writes dtype and attention into the configuration that it is given
+        return _as_model(model_class._from_config(copy.deepcopy(config), dtype=dtype, **extra))
+    except (ValueError, KeyError, TypeError, ImportError, AttributeError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            raise
+        raise ConfigError(f"cannot build {model_class.__name__}: {_one_line(error)}") from error
+
+
+def _existing_source(path_or_id: str | os.PathLike[str]) -> str:
+    """A readable model folder's path, or the text of a hub id. Raises ConfigError on a path that is neither."""
+    text = os.fspath(path_or_id)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"{text} has no config.json; give a folder that transformers can load")
+        try:
+            entries = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{text}/config.json is not JSON: {_one_line(error)}") from error
+        _check_model_type(entries.get("model_type") if isinstance(entries, dict) else None)
+        return str(path)
+    looks_like_path = isinstance(path_or_id, Path) or text.count("/") > 1 or text.startswith((".", "/", "~"))
+    if looks_like_path or path.exists():
+        raise ConfigError(f"{text} is not a folder; give a transformers folder or a hub id such as org/name")
+    return text
+
+
+def _unreadable(path_or_id: object, error: Exception) -> ConfigError:
+    """What to say where no configuration could be read."""
+    if isinstance(path_or_id, str) and not Path(path_or_id).expanduser().exists():
+        return ConfigError(f"{path_or_id} is no folder here, and the hub did not give it: {_one_line(error)}")
+    return ConfigError(f"cannot read a model configuration from {path_or_id}: {_one_line(error)}")
+
+
+def _weight_files(source: str, where: dict[str, Any]) -> list[Path]:
+    """The safetensors files of a checkpoint, downloaded where `source` is a hub id. Raises ConfigError if none."""
+
+    def find(name: str) -> Path | None:
+        try:
+            found = cached_file(
+                source, name, _raise_exceptions_for_missing_entries=False, trust_remote_code=False, **where
+            )
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot fetch {name} of {source}: {_one_line(error)}") from error
+        return None if found is None else Path(found)
+
+    single = find(WEIGHTS_NAME)
+    if single is not None:
+        return [single]
+    index = find(INDEX_NAME)
+    if index is None:
+        raise ConfigError(
+            f"{source} has no {WEIGHTS_NAME} and no {INDEX_NAME}; only safetensors weights are read (nothing is "
+            "unpickled), convert others with transformers' save_pretrained"
+        )
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{index} is damaged: {_one_line(error)}") from error
+    files = {name: find(name) for name in names}
+    missing = [name for name, path in files.items() if path is None]
+    if missing:
+        raise ConfigError(f"{source} lacks {_some(missing)}, which its {INDEX_NAME} names")
+    return [path for path in files.values() if path is not None]
+
+
+def _stored_dtype(files: Iterable[Path]) -> torch.dtype:
+    """The floating dtype that holds most bytes of the files. Raises ConfigError on damaged or quantized files."""
+    n_bytes: Counter[str] = Counter()
+    for file in files:
+        for entry in _header(file).values():
+            start, end = entry["data_offsets"]
+            n_bytes[entry["dtype"]] += end - start
+    most = max(n_bytes, key=lambda name: n_bytes[name], default="F32")
+    if most not in _FILE_DTYPES:
+        raise ConfigError(f"the weights are stored as {most}; training needs bf16, fp16 or fp32 weights")
+    return _FILE_DTYPES[most]
+
+
+def _header(file: Path) -> dict[str, dict[str, Any]]:
+    """Name -> {dtype, shape, data_offsets} of a safetensors file, from its first bytes only."""
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 2 <= length <= file.stat().st_size - 8:
+                raise ValueError("its header does not fit into it")
+            header = json.loads(stream.read(length))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} is not a whole safetensors file: {_one_line(error)}") from error
+    header.pop("__metadata__", None)
+    result: dict[str, dict[str, Any]] = header
+    return result
+
+
+def _check_completeness(
+    path_or_id: str | os.PathLike[str], class_name: str, found: Mapping[str, Any]
+) -> None:
+    """Refuse wrong shapes and absent weights by name; warn of weights that the model has no place for."""
+    mismatched = sorted(f"{name} ({list(a)}, not {list(b)})" for name, a, b in found["mismatched_keys"])
+    if mismatched:
+        raise ConfigError(f"{path_or_id} does not fit its config.json: {_some(mismatched)}")
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ConfigError(
+            f"{path_or_id} lacks {len(missing)} of the weights of {class_name} (they would be random): {_some(missing)}"
+        )
+    if found.get("error_msgs"):
+        raise ConfigError(f"cannot load {path_or_id}: {_one_line(found['error_msgs'][0])}")
+    unexpected = sorted(found["unexpected_keys"])
+    if unexpected:
+        logger.warning("%s: %s has no place for %s", path_or_id, class_name, _some(unexpected))
+
+
+@contextlib.contextmanager
+def _without_loading_report() -> Iterator[None]:
+    """Keep transformers' table of missing and unexpected weights off the terminal: we report on them ourselves."""
+    noisy = logging.getLogger("transformers.modeling_utils")
+    level = noisy.level
+    noisy.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        noisy.setLevel(level)
+
+
+def _config_from_entries(entries: dict[str, Any]) -> PretrainedConfig:
+    if not isinstance(entries, dict):
+        raise ConfigError("a model configuration is a mapping with an entry model_type")
+    _check_model_type(entries.get("model_type"))
+    return AutoConfig.for_model(**entries)
+
+
+def _check_model_type(model_type: object) -> None:
+    """Refuse, with the nearest names, a type that transformers does not know (its own message lists all 600)."""
+    if model_type is None:
+        raise ConfigError("a model configuration needs an entry model_type, for example llama")
+    if model_type in CONFIG_MAPPING:
+        return
+    near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING.keys()), n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise ConfigError(
+        f"model_type {model_type!r} is unknown to transformers {transformers.__version__}, and code from a model "
+        f"repository is never run{hint}"
+    )
+
+
+def _config_dtype(config: PretrainedConfig) -> torch.dtype:
+    dtype = getattr(config, "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def _has_head(model_class: type[PreTrainedModel]) -> bool:
+    return "For" in model_class.__name__ or model_class.__name__.endswith(("LMHeadModel", "DoubleHeadsModel"))
+
+
+def _as_model(model: Any) -> PreTrainedModel:
+    result: PreTrainedModel = model
+    return result
+
+
+def _as_model_class(model_class: Any) -> type[PreTrainedModel]:
+    result: type[PreTrainedModel] = model_class
+    return result
+
+
+def _some(names: list[str]) -> str:
+    """The first few of many names."""
+    more = len(names) - _MAX_NAMES_IN_ERROR
+    return ", ".join(names[:_MAX_NAMES_IN_ERROR]) + (f" and {more} more" if more > 0 else "")
+
+
+def _one_line(error: object) -> str:
+    """The first line of an error's text that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__

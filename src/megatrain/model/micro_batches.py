@@ -1,0 +1,104 @@
+"""Hand-over: one thread per micro-batch, exactly one running, changing places at unit boundaries.
+
+Each thread runs the model's own forward and backward. Before a unit runs, the thread says how far it has come and
+the one that is least far (then the lowest number) goes on. So all micro-batches pass a unit while its weights are
+there, whatever their shapes, and a later phase begins only when every thread has reached it.
+"""
+
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+from megatrain.model.side_effects import AutocastState, RandomState
+
+T = TypeVar("T")
+Progress = tuple[int, int]  # (phase, position in it): compared, the smaller goes first
+
+
+class Abandoned(BaseException):
+    """Unwinds the other micro-batches after one has failed; not an Exception, so that models do not catch it."""
+
+
+class HandOver:
+    """Runs bodies in turns. `device` is the compute device, whose random generator each thread has to itself."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._turn = threading.Condition()
+        self._progress: dict[int, Progress] = {}
+        self._running = 0
+        self._failure: BaseException | None = None
+        self._local = threading.local()
+
+    def run(self, bodies: list[Callable[[], T]]) -> list[T]:
+        """Run `bodies` to their ends and return their results in order; the first exception is raised again."""
+        if len(bodies) == 1:
+            return [bodies[0]()]  # nobody to hand over to
+        self._failure, self._running = None, 0
+        self._progress = {number: (-1, 0) for number in range(len(bodies))}
+        results: list[Any] = [None] * len(bodies)
+        autocast = AutocastState(self._device)
+
+        def body(number: int) -> None:
+            self._local.number = number
+            try:
+                self._wait_for_turn(number)
+                with autocast.entered():
+                    results[number] = bodies[number]()
+            except Abandoned:
+                pass
+            except BaseException as error:  # raised again below, in the caller's thread
+                self._failure = self._failure or error
+            finally:
+                self._leave(number)
+
+        outside = RandomState(self._device)
+        threads = [
+            threading.Thread(target=body, args=(n,), name=f"micro-batch-{n}", daemon=True) for n in range(len(bodies))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        outside.restore()
+        if self._failure is not None:
+            failure, self._failure = self._failure, None
+            raise failure
+        return results
+
+    def boundary(self, progress: Progress) -> None:
+        """Say how far this thread is and let the least advanced one run; returns when it is this one's turn again."""
+        number = getattr(self._local, "number", None)
+        if number is None or number not in self._progress:
+            return  # a single micro-batch, or a call from outside a step
+        with self._turn:
+            self._progress[number] = progress
+            chosen = self._least_advanced()
+            if chosen == number:
+                return
+            random = RandomState(self._device)
+            self._pass_on(chosen)
+            self._wait_for_turn(number)
+        random.restore()
+
+    def _least_advanced(self) -> int:
+        return min(self._progress, key=lambda n: (self._progress[n], n))
+
+    def _pass_on(self, number: int) -> None:
+        self._running = number
+        self._turn.notify_all()
+
+    def _wait_for_turn(self, number: int) -> None:
+        with self._turn:
+            self._turn.wait_for(lambda: self._running == number or self._failure is not None)
+            if self._failure is not None:
+                raise Abandoned
+
+    def _leave(self, number: int) -> None:
+        with self._turn:
+            self._progress.pop(number, None)
+            if self._progress:
+                self._pass_on(self._least_advanced())
+            self._turn.notify_all()

@@ -1,0 +1,113 @@
+"""What the engine changes about a model as a whole: caches under gradients, checkpointing, moves and casts."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatrain.errors import UnsupportedModelError
+
+_CAPTURE_FLAGS = ("output_router_logits", "output_hidden_states", "output_attentions")
+
+
+def configurations(model: nn.Module) -> list[Any]:
+    """Distinct transformers configurations in the module tree, sub-configurations included."""
+    found: dict[int, Any] = {}
+
+    def add(config: Any) -> None:
+        if hasattr(config, "model_type") and id(config) not in found:
+            found[id(config)] = config
+            for key in getattr(config, "sub_configs", {}) or {}:
+                add(getattr(config, key, None))
+
+    for module in model.modules():
+        add(getattr(module, "config", None))
+    return list(found.values())
+
+
+class RootForward:
+    """Stands in for the model's forward: caches are off while gradients are on, since recomputation would append to
+    them twice; without gradients they pass through, so `generate` works."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.forward: Callable[..., Any] = model.forward
+        self._configs = configurations(model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.forward(*args, **kwargs)
+        if kwargs.get("use_cache"):
+            kwargs["use_cache"] = False
+        with self._set(("use_cache",)):
+            return self.forward(*args, **kwargs)
+
+    @contextmanager
+    def capturing_off(self) -> Iterator[None]:
+        """No captured outputs while the head runs by itself."""
+        with self._set(_CAPTURE_FLAGS):
+            yield
+
+    @contextmanager
+    def _set(self, names: tuple[str, ...]) -> Iterator[None]:
+        changed = [(c, n, c.__dict__[n]) for c in self._configs for n in names if c.__dict__.get(n)]
+        for config, name, _ in changed:
+            config.__dict__[name] = False
+        try:
+            yield
+        finally:
+            for config, name, value in changed:
+                config.__dict__[name] = value
+
+
+def guard(model: nn.Module, device: torch.device) -> None:
+    """Refuse what would detach parameters from the host store, and make recomputation's rival a no-op.
+
+    `.to(compute device)` does nothing (trainers call it); other moves and casts raise in every submodule.
+    """
+    for module in model.modules():
+        module.__dict__["_apply"] = _Refusal(module)
+        module.__dict__["to"] = _To(module, device)
+    for name in ("gradient_checkpointing_enable", "activation_checkpointing_enable"):
+        if hasattr(model, name):
+            model.__dict__[name] = _no_checkpointing
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False) is True:
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+
+
+def unguard(model: nn.Module) -> None:
+    for module in model.modules():
+        for name in ("_apply", "to", "gradient_checkpointing_enable", "activation_checkpointing_enable"):
+            module.__dict__.pop(name, None)
+
+
+def _no_checkpointing(*_args: Any, **_kwargs: Any) -> None:
+    """Units are recomputed by the engine already; a second recomputation inside would only cost time."""
+
+
+class _Refusal:
+    def __init__(self, module: nn.Module) -> None:
+        self._name = type(module).__name__
+
+    def __call__(self, *_args: Any, **_kwargs: Any) -> Any:
+        raise UnsupportedModelError(
+            f"{self._name}: the engine owns this model's parameters; it cannot be moved or cast. Choose device and"
+            " precision when making the Engine, or engine.close() first"
+        )
+
+
+class _To:
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self._module = module
+        self._device = device
+
+    def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        same_device = device is None or device.type == self._device.type
+        if same_device and dtype is None:
+            return self._module
+        _Refusal(self._module)()
+        return self._module

@@ -1,0 +1,186 @@
+"""Arguments and results of a unit, taken apart into tensors and put together again.
+
+Recomputation is exact only when a unit sees the same inputs twice, so every tensor it can reach through its arguments
+has to be found: containers are flattened and rebuilt fresh for each run. A mapping that the unit writes into (layers
+sharing keys and values through a dict) is compared afterwards, and what was written becomes an output. Any other
+mutable object is refused by name: its content could change between the two runs without anyone noticing.
+"""
+
+import dataclasses
+import enum
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatrain.errors import UnsupportedModelError
+
+_CONSTANT_TYPES = (
+    type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, torch.layout,
+    torch.memory_format, slice, range, frozenset, enum.Enum, type, types.FunctionType, types.BuiltinFunctionType,
+    types.MethodType, partial, nn.Module,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TensorAt:
+    """Stands in a tree for the tensor at `index` of the flat list."""
+
+    index: int
+
+
+class FlatTree:
+    """A tree of containers with its tensors taken out; each distinct tensor appears once in `tensors`.
+
+    `where` names the tree in errors ("unit model.layers.3").
+    """
+
+    def __init__(self, tree: Any, where: str) -> None:
+        self.where = where
+        self.tensors: list[Tensor] = []
+        self._index_of: dict[int, int] = {}
+        self.skeleton = self._flatten(tree, ())
+
+    def build(self, tensors: list[Tensor]) -> Any:
+        """The tree with fresh containers around `tensors` (same length and order as `self.tensors`)."""
+        return _build(self.skeleton, tensors)
+
+    def _flatten(self, node: Any, path: tuple[Any, ...]) -> Any:
+        if isinstance(node, Tensor):
+            index = self._index_of.setdefault(id(node), len(self.tensors))
+            if index == len(self.tensors):
+                self.tensors.append(node)
+            return TensorAt(index)
+        if isinstance(node, _CONSTANT_TYPES):
+            return _Constant(node)
+        children = list(_children(node, self.where, path))
+        return _Container(node, [(key, self._flatten(value, (*path, key))) for key, value in children])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Constant:
+    value: Any
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Container:
+    original: Any
+    children: list[tuple[Any, Any]]
+
+
+def _children(node: Any, where: str, path: tuple[Any, ...]) -> Iterator[tuple[Any, Any]]:
+    """(key, child) pairs of a container we know how to rebuild; refuses everything else by name."""
+    if isinstance(node, Mapping):
+        yield from node.items()
+    elif isinstance(node, (list, tuple)):
+        yield from enumerate(node)
+    elif _is_cache(node):
+        raise UnsupportedModelError(
+            f"{where}: a cache ({type(node).__name__}) reached it with gradients on; recomputation would append to it"
+            " twice. Call the model without past_key_values, or under torch.no_grad()"
+        )
+    elif dataclasses.is_dataclass(node) and not isinstance(node, type):
+        yield from ((f.name, getattr(node, f.name)) for f in dataclasses.fields(node))
+    elif not _is_known_constant(node):
+        name = ".".join(str(key) for key in path) or "result"
+        raise UnsupportedModelError(
+            f"{where}: argument {name} is a {type(node).__module__}.{type(node).__name__}, which may change between"
+            " forward and recomputation; pass tensors, numbers or containers of them"
+        )
+
+
+def _is_cache(node: Any) -> bool:
+    caches = sys.modules.get("transformers.cache_utils")
+    return (caches is not None and isinstance(node, caches.Cache)) or type(node).__name__.endswith("Cache")
+
+
+def _is_known_constant(node: Any) -> bool:
+    """Configurations, and masks made by flex attention: read by the unit, never written."""
+    return hasattr(node, "model_type") or type(node).__name__ == "BlockMask" or callable(node)
+
+
+def _build(node: Any, tensors: list[Tensor]) -> Any:
+    if isinstance(node, TensorAt):
+        return tensors[node.index]
+    if isinstance(node, _Constant):
+        return node.value
+    original = node.original
+    values = [(key, _build(child, tensors)) for key, child in node.children]
+    if isinstance(original, Mapping):
+        return _rebuild_mapping(original, dict(values))
+    if isinstance(original, tuple):
+        items = [value for _, value in values]
+        return type(original)(*items) if hasattr(original, "_fields") else tuple(items)
+    if isinstance(original, list):
+        return [value for _, value in values]
+    if not values:
+        return original
+    return dataclasses.replace(original, **dict(values))
+
+
+def _rebuild_mapping(original: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
+    if type(original) is dict:
+        return values
+    if dataclasses.is_dataclass(original):  # a transformers ModelOutput: both a mapping and a dataclass
+        return type(original)(**values)
+    try:
+        return type(original)(values)  # type: ignore[call-arg]
+    except TypeError:
+        return values
+
+
+def written_entries(flat: FlatTree, seen: Any) -> list[tuple[Mapping[Any, Any], Any, Any]]:
+    """What a run wrote into the mappings of the tree it was given.
+
+    `seen` is the tree that `flat.build(...)` made and the run used. Returns (original mapping, key, value) for each
+    new or replaced entry, in tree order. Raises UnsupportedModelError when a list was changed.
+    """
+    found: list[tuple[Mapping[Any, Any], Any, Any]] = []
+    _compare(flat.skeleton, seen, flat.where, found, Unchanged(flat))
+    return found
+
+
+class Unchanged:
+    """Whether a value found after the run is the one that was put in."""
+
+    def __init__(self, flat: FlatTree) -> None:
+        self._given = flat.tensors
+
+    def __call__(self, node: Any, value: Any) -> bool:
+        if isinstance(node, TensorAt):
+            given = self._given[node.index]
+            return value is given or (isinstance(value, Tensor) and value.data_ptr() == given.data_ptr())
+        if isinstance(node, _Constant):
+            return value is node.value or bool(type(value) is type(node.value) and value == node.value)
+        return type(value) is type(node.original) or isinstance(value, (dict, list, tuple))
+
+
+def _compare(
+    node: Any, seen: Any, where: str, found: list[tuple[Mapping[Any, Any], Any, Any]], unchanged: Unchanged
+) -> None:
+    if not isinstance(node, _Container):
+        return
+    known = dict(node.children)
+    if isinstance(node.original, Mapping) and isinstance(seen, Mapping):
+        for key, value in seen.items():
+            if key not in known or not unchanged(known[key], value):
+                found.append((node.original, key, value))
+            else:
+                _compare(known[key], value, where, found, unchanged)
+    elif isinstance(node.original, (list, tuple)):
+        if len(seen) != len(known) or not all(unchanged(known[i], value) for i, value in enumerate(seen)):
+            raise UnsupportedModelError(
+                f"{where}: it changed a list passed as argument; return the tensors instead, or use a dict"
+            )
+        for i, value in enumerate(seen):
+            _compare(known[i], value, where, found, unchanged)
+
+
+def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """`tree` with `function` applied to each tensor; containers rebuilt."""
+    flat = FlatTree(tree, "batch")
+    return flat.build([function(t) for t in flat.tensors])

@@ -1,0 +1,157 @@
+"""AdamW as the user states it, and as a real torch Optimizer over the engine's host parameters."""
+
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatrain.errors import ConfigError
+from megatrain.model.partition import ParameterSlot
+
+
+@dataclass(frozen=True, slots=True)
+class AdamW:
+    """Hyper-parameters of AdamW (Loshchilov & Hutter, arXiv 1711.05101), bit-equal to torch's fused one.
+
+    Weight decay applies to parameters with two or more dimensions. `param_groups` says otherwise: a sequence
+    of mappings with `params` (name patterns such as `*.bias`) and any of lr, betas, eps, weight_decay; for
+    each parameter the first group with a matching pattern counts.
+    """
+
+    lr: float = 1e-5
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    param_groups: Sequence[Mapping[str, Any]] = ()
+
+    def __post_init__(self) -> None:
+        _check("lr", self.lr, 0 <= self.lr < float("inf"), "a number >= 0")
+        ok = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
+        _check("betas", self.betas, ok, "two numbers in [0, 1)")
+        _check("eps", self.eps, self.eps > 0, "a number > 0")
+        _check("weight_decay", self.weight_decay, self.weight_decay >= 0, "a number >= 0")
+        allowed = {"params", "lr", "betas", "eps", "weight_decay"}
+        for number, group in enumerate(self.param_groups):
+            unknown = set(group) - allowed
+            name = f"param_groups[{number}]"
+            _check(name, dict(group), not unknown and "params" in group, f"'params' and any of {sorted(allowed)[:-1]}")
+            self._with(group)  # checks the values
+
+    def _with(self, group: Mapping[str, Any]) -> "AdamW":
+        values = {k: tuple(v) if k == "betas" else v for k, v in group.items() if k != "params"}
+        return replace(self, param_groups=(), **values)
+
+    def group_slots(self, slots: Iterable[ParameterSlot]) -> tuple[list[dict[str, Any]], dict[int, int]]:
+        """(torch param groups over the host parameters, group index by slot index), for the trainable
+        `slots`.
+
+        Raises ConfigError for a pattern that matches nothing: a typo would silently train with other
+        settings.
+        """
+        settings = [*(self._with(g) for g in self.param_groups), self, replace(self, weight_decay=0.0)]
+        patterns = [_patterns(g["params"]) for g in self.param_groups]
+        members: list[list[ParameterSlot]] = [[] for _ in settings]
+        for slot in slots:
+            if not slot.parameter.requires_grad:
+                continue
+            named = (n for n, p in enumerate(patterns) if any(fnmatch.fnmatchcase(slot.name, one) for one in p))
+            default = len(patterns) + (0 if slot.parameter.ndim >= 2 else 1)
+            members[next(named, default)].append(slot)
+        for number, pattern in enumerate(patterns):
+            _check(f"param_groups[{number}].params", pattern, bool(members[number]), "patterns that match a parameter")
+        groups, group_of = [], {}
+        for setting, chosen in zip(settings, members, strict=True):
+            if chosen:
+                group_of |= {slot.index: len(groups) for slot in chosen}
+                groups.append(self._torch_group(setting, chosen))
+        return groups, group_of
+
+    def _torch_group(self, setting: "AdamW", slots: list[ParameterSlot]) -> dict[str, Any]:
+        return {
+            "params": [slot.parameter for slot in slots],
+            "lr": setting.lr,
+            "betas": setting.betas,
+            "eps": setting.eps,
+            "weight_decay": setting.weight_decay,
+            # one learning rate given for a step keeps the groups' proportions
+            "lr_scale": setting.lr / self.lr if self.lr else 1.0,
+        }
+
+
+def _patterns(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _check(name: str, value: Any, ok: bool, right: str) -> None:
+    if not ok:
+        raise ConfigError(f"optimizer.{name} is {value!r}; it must be {right}")
+
+
+class OptimizerHost(Protocol):
+    """What the optimizer's face asks of the engine behind it."""
+
+    def step(self, lr: float | None = None) -> Any: ...
+    def discard_gradients(self) -> None: ...
+    def optimizer_state(self) -> dict[int, dict[str, Any]]: ...
+    def load_optimizer_state(self, state: Mapping[int, Mapping[str, Any]]) -> None: ...
+
+
+class EngineOptimizer(torch.optim.Optimizer):
+    """`engine.optimizer`: param groups over the host parameters, so that learning-rate schedulers and
+    trainers work.
+
+    `step()` applies the gradients that the engine has gathered; `.grad` of the parameters stays None. The
+    state of `state_dict()` are views of the host's memory, not copies, and torch's own casting of loaded
+    state is bypassed.
+    """
+
+    _is_accelerate_prepared = True  # accelerate would otherwise move the state to its device
+
+    def __init__(self, groups: list[dict[str, Any]], host: OptimizerHost) -> None:
+        self._host = host
+        super().__init__(groups, defaults={})
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._host.step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._host.discard_gradients()
+
+    def state_dict(self) -> dict[str, Any]:
+        packed = super().state_dict()
+        packed["state"] = self._host.optimizer_state()
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        groups = state_dict["param_groups"]
+        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
+            raise ConfigError("optimizer state is of another model or other param_groups")
+        for mine, loaded in zip(self.param_groups, groups, strict=True):
+            mine.update({k: v for k, v in loaded.items() if k != "params"})
+        self._host.load_optimizer_state(state_dict["state"])
+
+    def set_lr(self, lr: float) -> None:
+        """Learning rate of this step for every group, in the proportions the groups were given."""
+        for group in self.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+
+
+def group_hyper_parameters(group: Mapping[str, Any]) -> dict[str, float]:
+    """The values of one param group that an update needs; a learning rate may be a tensor (torch schedulers)."""
+    lr = group["lr"]
+    beta1, beta2 = group["betas"]
+    return {
+        "lr": float(lr.item() if isinstance(lr, Tensor) else lr),
+        "beta1": float(beta1),
+        "beta2": float(beta2),
+        "eps": float(group["eps"]),
+        "weight_decay": float(group["weight_decay"]),
+    }

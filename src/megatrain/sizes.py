@@ -1,0 +1,38 @@
+"""Sizes in bytes and their human-readable form."""
+
+import re
+
+GIB = 1024**3
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{p}b": 1000 ** (i + 1) for i, p in enumerate("kmgt")}
+_UNITS |= {f"{p}ib": 1024 ** (i + 1) for i, p in enumerate("kmgt")}
+
+
+def format_bytes(count: int | float) -> str:
+    """`count` bytes as a short decimal string: 1_500_000_000 -> '1.50 GB'."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(value) < 1000:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.2f} {unit}"
+        value /= 1000
+    return f"{value:.2f} TB"
+
+
+def parse_bytes(text: str | int | float) -> int:
+    """Bytes from '1.5TB', '24 GiB', '512MB' or a plain number. Raises ValueError on anything else."""
+    if isinstance(text, (int, float)) and not isinstance(text, bool):
+        return int(text)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError(f"{text!r} is not a size; write for example 24GiB or 1.5TB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds as '3.2 s', '4 min 05 s' or '2 h 10 min'."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
