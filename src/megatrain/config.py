@@ -1,7 +1,7 @@
 """The settings of a run: what every key is, means and accepts, and the YAML files they are read from.
 
-Each key is described once, beside its field; `megatrain config` prints these descriptions. Reading a file checks
-every key and value before anything else happens.
+Each key is described once, beside its field; `megatrain config` prints these descriptions. Reading a file
+checks every key and value before anything else happens.
 """
 
 import dataclasses
@@ -14,7 +14,27 @@ from typing import Any
 
 import yaml
 
+from megatrain.config_kinds import (
+    ABOVE_0,
+    AT_LEAST_0,
+    BETAS,
+    BOOL,
+    BPE,
+    BYTES,
+    DEVICE,
+    MAPPING,
+    PATH,
+    RATIO,
+    SOURCES,
+    TEXT,
+    Kind,
+    choice,
+    either,
+    or_null,
+    whole,
+)
 from megatrain.errors import ConfigError
+from megatrain.yaml_file import UniqueKeyLoader, read_yaml
 
 
 def _about(kind: Kind, meaning: str) -> dict[str, Any]:
@@ -25,24 +45,64 @@ def _about(kind: Kind, meaning: str) -> dict[str, Any]:
 class ModelConfig:
     """What is trained: a pretrained model (`path`) or a new one (`config`)."""
 
-    path: str | None = field(default=None, metadata=_about(or_null(PATH), "pretrained model: a transformers folder or hub id"))
-    config: str | dict[str, Any] | None = field(default=None, metadata=_about(or_null(either(PATH, MAPPING)), "new model with random weights: a transformers configuration, as a mapping with model_type or as a "
-        ".json or .yaml file of one; its vocab_size comes from the tokenizer where it is not given"))
-    tokenizer: str | dict[str, Any] | None = field(default=None, metadata=_about(or_null(either(PATH, BPE)), "a folder or hub id, or {train: bpe, vocab_size: N} to train one on data.train; null: the one in model.path"))
-    attn_implementation: str | None = field(default=None, metadata=_about(or_null(TEXT), "attention code of transformers, such as sdpa or eager; null: its own choice"))
+    path: str | None = field(
+        default=None, metadata=_about(or_null(PATH), "pretrained model: a transformers folder or hub id")
+    )
+    config: str | dict[str, Any] | None = field(
+        default=None,
+        metadata=_about(
+            or_null(either(PATH, MAPPING)),
+            "new model with random weights: a transformers configuration, as a mapping with model_type or a "
+            ".json or .yaml file of one; its vocab_size comes from the tokenizer where not given",
+        ),
+    )
+    tokenizer: str | dict[str, Any] | None = field(
+        default=None,
+        metadata=_about(
+            or_null(either(PATH, BPE)),
+            "a folder or hub id, or {train: bpe, vocab_size: N}: train one on data.train; null: model.path's",
+        ),
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata=_about(
+            or_null(TEXT), "attention code of transformers, such as sdpa or eager; null: its own choice"
+        ),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Text to train on and, optionally, held-out text to measure on."""
 
-    train: tuple[str, ...] | None = field(default=None, metadata=_about(or_null(SOURCES), "text: a file, a folder (searched for text files), a .jsonl file, stdlib (the sources of Python's own "
-        "standard library), or a list of these"))
-    eval: tuple[str, ...] | None = field(default=None, metadata=_about(or_null(SOURCES), "held-out text, measured after training; stdlib: the files that data.train: stdlib leaves out"))
-    text_field: str = field(default="text", metadata=_about(TEXT, "field of a .jsonl line that holds its text"))
+    train: tuple[str, ...] | None = field(
+        default=None,
+        metadata=_about(
+            or_null(SOURCES),
+            "text: a file, a folder (searched for text files), a .jsonl file, stdlib (the sources of "
+            "Python's own standard library), or a list of these",
+        ),
+    )
+    eval: tuple[str, ...] | None = field(
+        default=None,
+        metadata=_about(
+            or_null(SOURCES),
+            "held-out text, measured after training; stdlib: the files that data.train: stdlib leaves out",
+        ),
+    )
+    text_field: str = field(
+        default="text", metadata=_about(TEXT, "field of a .jsonl line that holds its text")
+    )
     seq_len: int = field(default=1024, metadata=_about(whole(2), "tokens per sequence"))
-    packing: str = field(default="joined", metadata=_about(choice("joined"), "joined: documents follow each other, an end-of-text token between them"))
-    shuffle: bool = field(default=True, metadata=_about(BOOL, "shuffle the sequences anew in each epoch, from train.seed"))
+    packing: str = field(
+        default="joined",
+        metadata=_about(
+            choice("joined"), "joined: documents follow each other, an end-of-text token between them"
+        ),
+    )
+    shuffle: bool = field(
+        default=True, metadata=_about(BOOL, "shuffle the sequences anew in each epoch, from train.seed")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +110,9 @@ class OptimizerConfig:
     """AdamW; weight decay applies to parameters with two or more dimensions."""
 
     lr: float = field(default=1e-5, metadata=_about(AT_LEAST_0, "peak learning rate"))
-    betas: tuple[float, float] = field(default=(0.9, 0.95), metadata=_about(BETAS, "decay rates of the two moments"))
+    betas: tuple[float, float] = field(
+        default=(0.9, 0.95), metadata=_about(BETAS, "decay rates of the two moments")
+    )
     eps: float = field(default=1e-8, metadata=_about(ABOVE_0, "added to the root of the second moment"))
     weight_decay: float = field(default=0.1, metadata=_about(AT_LEAST_0, "decoupled weight decay"))
 
@@ -59,9 +121,20 @@ class OptimizerConfig:
 class ScheduleConfig:
     """How the learning rate moves between warm-up and the last step."""
 
-    name: str = field(default="cosine", metadata=_about(choice("constant", "linear", "cosine", "wsd"), "constant, linear, cosine, or wsd (constant, then linear over the last fifth of the steps)"))
-    warmup_steps: int = field(default=0, metadata=_about(whole(0), "steps over which the learning rate rises linearly to its peak"))
-    min_lr_ratio: float = field(default=0.1, metadata=_about(RATIO, "learning rate at the end, as a fraction of the peak (not for constant)"))
+    name: str = field(
+        default="cosine",
+        metadata=_about(
+            choice("constant", "linear", "cosine", "wsd"),
+            "shape; wsd is constant, then linear over the last fifth of the steps",
+        ),
+    )
+    warmup_steps: int = field(
+        default=0, metadata=_about(whole(0), "steps over which the learning rate rises linearly to its peak")
+    )
+    min_lr_ratio: float = field(
+        default=0.1,
+        metadata=_about(RATIO, "learning rate at the end, as a fraction of the peak (not for constant)"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +143,25 @@ class TrainConfig:
 
     steps: int | None = field(default=None, metadata=_about(or_null(whole(1)), "optimizer steps"))
     epochs: float | None = field(default=None, metadata=_about(or_null(ABOVE_0), "or passes over data.train"))
-    tokens: int | None = field(default=None, metadata=_about(or_null(whole(1)), "or tokens, rounded up to whole steps"))
-    tokens_per_step: int | None = field(default=None, metadata=_about(or_null(whole(1)), "tokens per optimizer step, a multiple of engine.micro_batch * data.seq_len; null: one micro-batch"))
-    clip_norm: float | None = field(default=1.0, metadata=_about(or_null(ABOVE_0), "largest gradient norm; null: no clipping"))
-    clip_scope: str = field(default="global", metadata=_about(choice("global", "unit"), "norm over the whole model, or of each unit (layer) by itself"))
+    tokens: int | None = field(
+        default=None, metadata=_about(or_null(whole(1)), "or tokens, rounded up to whole steps")
+    )
+    tokens_per_step: int | None = field(
+        default=None,
+        metadata=_about(
+            or_null(whole(1)),
+            "tokens per optimizer step, a multiple of engine.micro_batch * data.seq_len; null: just that",
+        ),
+    )
+    clip_norm: float | None = field(
+        default=1.0, metadata=_about(or_null(ABOVE_0), "largest gradient norm; null: no clipping")
+    )
+    clip_scope: str = field(
+        default="global",
+        metadata=_about(
+            choice("global", "unit"), "norm over the whole model, or of each unit (layer) by itself"
+        ),
+    )
     seed: int = field(default=0, metadata=_about(whole(0), "seed of new weights, data order and dropout"))
     log_every: int = field(default=1, metadata=_about(whole(1), "steps between two lines of metrics.jsonl"))
 
@@ -82,19 +170,40 @@ class TrainConfig:
 class EngineConfig:
     """Where and how the computation runs."""
 
-    device: str = field(default="auto", metadata=_about(TEXT, "auto, cpu, cuda or cuda:N"))
-    precision: str = field(default="auto", metadata=_about(choice("auto", "bf16", "fp32"), "bf16: compute in bf16 with exact fp32 masters; fp32: all in fp32; auto: bf16 where the device has it"))
-    micro_batch: int = field(default=1, metadata=_about(whole(1), "sequences that pass through the model together"))
-    device_memory: int | None = field(default=None, metadata=_about(or_null(BYTES), "device memory to use at most; null: what is free"))
-    threads: int | None = field(default=None, metadata=_about(or_null(whole(1)), "host threads of the optimizer; null: one per core"))
-    keep_graphs: int | str = field(default="auto", metadata=_about(either(choice("auto", "off"), whole(0)), "units (layers) whose forward is kept for backward instead of recomputed; auto: as memory allows"))
+    device: str = field(default="auto", metadata=_about(DEVICE, "where the model computes"))
+    precision: str = field(
+        default="auto",
+        metadata=_about(
+            choice("auto", "bf16", "fp32"),
+            "bf16: compute in bf16 with exact fp32 masters; fp32: all in fp32; auto: bf16 where native",
+        ),
+    )
+    micro_batch: int = field(
+        default=1, metadata=_about(whole(1), "sequences that pass through the model together")
+    )
+    device_memory: int | None = field(
+        default=None, metadata=_about(or_null(BYTES), "device memory to use at most; null: what is free")
+    )
+    threads: int | None = field(
+        default=None, metadata=_about(or_null(whole(1)), "host threads of the optimizer; null: one per core")
+    )
+    keep_graphs: int | str = field(
+        default="auto",
+        metadata=_about(
+            either(choice("auto", "off"), whole(0)),
+            "units (layers) whose forward is kept for backward instead of recomputed; auto: as memory allows",
+        ),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """What is saved, and when."""
 
-    at_end: bool = field(default=True, metadata=_about(BOOL, "save the model to <output>/model when training ends or is interrupted"))
+    at_end: bool = field(
+        default=True,
+        metadata=_about(BOOL, "save the model to <output>/model when training ends or is interrupted"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +217,10 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    output: str | None = field(default=None, metadata=_about(or_null(PATH), "folder of the run; null: runs/<name of the config file>"))
+    output: str | None = field(
+        default=None,
+        metadata=_about(or_null(PATH), "folder of the run; null: runs/<name of the config file>"),
+    )
 
     @property
     def tokens_per_step(self) -> int:
@@ -130,8 +242,8 @@ _SECTIONS: dict[str, type[Any]] = {
 def load_config(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
     """The checked settings of YAML file `path`, with `overrides` (`("train.steps", "100")`) put over them.
 
-    Override values are read as YAML. Raises ConfigError, one line that names the key, its value and what would
-    be right, for whatever is wrong.
+    Override values are read as YAML. Raises ConfigError for whatever is wrong: one line that names the key,
+    its value and what would be right.
     """
     settings = read_yaml(path)
     for name, text in overrides:
@@ -188,12 +300,13 @@ def _unknown_key(name: str) -> ConfigError:
     known = ["output"]
     for section, kind in _SECTIONS.items():
         known += [f"{section}.{spec.name}" for spec in dataclasses.fields(kind)]
-    last = name.rpartition(".")[2]
-    # the right name in the wrong section comes first, then the nearest spelling
-    near = [key for key in known if key.rpartition(".")[2] == last] or difflib.get_close_matches(
-        name, known, 1, 0.5
-    )
-    near = near or [section for section in difflib.get_close_matches(name, _SECTIONS, 1, 0.5)]
+    if "." not in name:
+        near = difflib.get_close_matches(name, [*_SECTIONS, "output"], 1, 0.5)
+    else:
+        # the right name in the wrong section comes first, then the nearest spelling
+        last = name.rpartition(".")[2]
+        near = [key for key in known if key.rpartition(".")[2] == last]
+        near = near or difflib.get_close_matches(name, known, 1, 0.5)
     hint = f"did you mean {near[0]}?" if near else "`megatrain config` lists all keys"
     return ConfigError(f"{name}: unknown key; {hint}")
 
@@ -229,47 +342,12 @@ def _check_together(config: Config) -> None:
             f"train.tokens_per_step: {train.tokens_per_step} is wrong; expected a multiple of "
             f"engine.micro_batch * data.seq_len = {micro_batch_tokens}"
         )
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|lagged", config.engine.device):
-        raise ConfigError(
-            f"engine.device: {config.engine.device!r} is wrong; expected auto, cpu, cuda or cuda:N"
-        )
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML where a key given twice is an error, not silently the last one."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for name_node, _ in node.value:
-            name = self.construct_object(name_node, deep=True)
-            if isinstance(name, str) and name in seen and name != "<<":
-                raise yaml.YAMLError(f"key {name!r} is given twice, line {name_node.start_mark.line + 1}")
-            seen.add(str(name))
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in YAML (or JSON) file `path`. Raises ConfigError where there is no such file or mapping."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError(f"cannot read {str(path)!r}: {reason}") from None
-    try:
-        content = yaml.load(text, _UniqueKeyLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected a mapping of settings, found a {type(content).__name__}")
-    return content
 
 
 def _override(settings: dict[str, Any], name: str, text: str) -> None:
-    """Put the value written as `text` at dotted `name`; names below a mapping reach into it (model.config.hidden_size)."""
+    """Put the value written as `text` at dotted `name`, which may reach into mappings (model.config)."""
     try:
-        value = yaml.load(text, _UniqueKeyLoader)
+        value = yaml.load(text, UniqueKeyLoader)
     except yaml.YAMLError:
         value = text  # such as `a: b: c`: a plain text
     *parents, last = name.split(".")
@@ -300,7 +378,7 @@ def describe() -> str:
 
 
 def _describe_key(spec: dataclasses.Field[Any], indent: str) -> Iterable[str]:
-    comment = f"{spec.metadata['meaning']} ({spec.metadata['kind'].expected})"
+    comment = f"{spec.metadata['meaning']} [{spec.metadata['kind'].expected}]"
     yield from textwrap.wrap(comment, 100, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
     value = yaml.safe_dump(_plain(spec.default), default_flow_style=True).removesuffix("...\n").strip()
     yield f"{indent}{spec.name}: {value}"

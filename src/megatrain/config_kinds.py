@@ -1,7 +1,6 @@
 """What a setting accepts: how its value is read, and how an error says what would be right."""
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,13 +10,14 @@ from megatrain.sizes import parse_bytes
 
 @dataclass(frozen=True)
 class Kind:
-    """What a key accepts: `expected` completes the sentence 'expected ...', `parse` raises ValueError or TypeError."""
+    """What a key accepts: `expected` completes 'expected ...'; `parse` raises ValueError or TypeError."""
 
     expected: str
     parse: Callable[[Any], Any]
 
 
 def parse_number(value: Any) -> float:
+    """A finite number; a bool is none. Raises ValueError."""
     # PyYAML follows YAML 1.1, where 1e-5 (no point) is a string: what looks like a number is one
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError
@@ -28,6 +28,8 @@ def parse_number(value: Any) -> float:
 
 
 def real(expected: str, accepts: Callable[[float], bool]) -> Kind:
+    """Numbers that `accepts` accepts."""
+
     def parse(value: Any) -> float:
         number = parse_number(value)
         if not accepts(number):
@@ -38,6 +40,8 @@ def real(expected: str, accepts: Callable[[float], bool]) -> Kind:
 
 
 def whole(minimum: int) -> Kind:
+    """Whole numbers from `minimum` up; 1e9 is one."""
+
     def parse(value: Any) -> int:
         number = parse_number(value)
         if number != int(number) or number < minimum:
@@ -48,6 +52,8 @@ def whole(minimum: int) -> Kind:
 
 
 def choice(*names: str) -> Kind:
+    """One of `names`."""
+
     def parse(value: Any) -> str:
         if value is False and "off" in names:  # YAML 1.1 reads a bare `off` as false
             return "off"
@@ -59,6 +65,8 @@ def choice(*names: str) -> Kind:
 
 
 def either(first: Kind, second: Kind) -> Kind:
+    """What `first` accepts, else what `second` does."""
+
     def parse(value: Any) -> Any:
         try:
             return first.parse(value)
@@ -69,6 +77,7 @@ def either(first: Kind, second: Kind) -> Kind:
 
 
 def or_null(kind: Kind) -> Kind:
+    """What `kind` accepts, or nothing (None)."""
     return Kind(f"{kind.expected} or null", lambda value: None if value is None else kind.parse(value))
 
 
@@ -119,6 +128,5 @@ SOURCES = Kind("a path, stdlib, or a list of these", _parse_sources)
 BETAS = Kind("two numbers from 0 up to but not 1, such as [0.9, 0.95]", _parse_betas)
 MAPPING = Kind("a mapping with model_type", _parse_mapping)
 BPE = Kind("{train: bpe, vocab_size: N} with N of at least 259", _parse_bpe)
+DEVICE = choice("auto", "cpu")
 BYTES = Kind("a size such as 24GiB", parse_bytes)
-
-

@@ -64,6 +64,7 @@ class Engine:
         self.clip_norm, self.clip_scope, self.seed = clip_norm, clip_scope, seed
         self.keeps_gradients = setup.keeps_gradients(clip_norm, clip_scope)
         self.step_count = 0
+        self.last_touched: frozenset[int] = frozenset()  # slots that got a gradient in the last step
         self._clip_override: float | None = None
 
         self.partition = partition(model)
@@ -165,6 +166,7 @@ class Engine:
     def decide_update(self, norm: float) -> bool:
         """Schedule the update of everything that has a gradient; False, with nothing changed, if norm is not finite."""
         finite = norm < float("inf")
+        self.last_touched = frozenset(self.gradients.squares)
         if finite and self.gradients.keep:
             scale = self._clip_scale(norm) if self._scope == "global" else None
             for home, entries in sorted(self.gradients.touched().items()):

@@ -67,6 +67,9 @@ class Executor:
     def opened(self, unit: Unit) -> None:
         self._gradients.opened(unit)
 
+    def abandoned(self, unit: Unit) -> None:
+        self._gradients.abandoned(unit)
+
     def receive(self, unit: Unit, gradients: dict[int, Tensor]) -> None:
         self._gradients.receive(unit, gradients)
 

@@ -51,6 +51,11 @@ class GradientBook:
     def opened(self, unit: Unit) -> None:
         self._open_calls[unit.index] = self._open_calls.get(unit.index, 0) + 1
 
+    def abandoned(self, unit: Unit) -> None:
+        """A call that will have no backward."""
+        if self._open_calls.get(unit.index):
+            self._open_calls[unit.index] -= 1
+
     def receive(self, unit: Unit, gradients: dict[int, Tensor]) -> None:
         """Gradients of one backward call of `unit`."""
         for slot, gradient in gradients.items():

@@ -1,12 +1,12 @@
-"""One autograd node per unit: run once without a graph, keep the inputs, recompute and differentiate in backward.
+"""One autograd node per unit: run once, keep only the inputs, recompute and differentiate in backward.
 
 The unit's own `forward` is replaced on the instance, so the model's forward stays the model's. What a run needs from
 outside, it asks of a `UnitHost`: weights to bind, where gradients go, when other micro-batches may run.
 
-    forward   host.arrive -> host.fetch -> bind -> run under no_grad -> unbind      keeps: inputs, RNG, autocast
+    forward   host.arrive -> host.fetch -> bind -> run on detached inputs -> unbind      keeps: inputs, RNG, autocast
     backward  host.arrive -> host.fetch -> bind -> run with grad on detached inputs -> autograd.grad -> host.receive
 
-With `keep_graph` the first run has gradients on and backward skips the second (memory for time; same bits). Between
+With `keeps_graph` the first run's graph is kept and backward skips the second (memory for time; same bits). Between
 `begin_direct` and `end_direct` units join the surrounding graph with leaf weights: the head, whose backward follows
 its forward at once.
 """
@@ -45,6 +45,9 @@ class UnitHost(Protocol):
 
     def opened(self, unit: Unit) -> None:
         """A call whose backward is still to come."""
+
+    def abandoned(self, unit: Unit) -> None:
+        """A call whose graph was dropped without a backward."""
 
     def receive(self, unit: Unit, gradients: dict[int, Tensor]) -> None:
         """Gradients of one backward call, by slot index; parameters that got none are absent."""
@@ -120,6 +123,11 @@ class UnitCall:
         self.buffer_values: list[tuple[Tensor, Tensor]] = []
         self.graph: _Graph | None = None
         self.result: _Result | None = None
+        self.open = False  # its backward is still to come
+
+    def __del__(self) -> None:
+        if self.open and self.generation == self.block.host.generation:
+            self.block.host.abandoned(self.block.unit)
 
     def apply(self) -> Any:
         block = self.block
@@ -137,17 +145,22 @@ class UnitCall:
         values, watched = block.buffers.before()
         attributes = block.attributes.snapshot()
         if host.keeps_graph(block.unit):
-            self.graph = _Graph(self, inputs, weights)
+            self.graph = _Graph(self, inputs, weights, attributes)
             result = self.graph.result
         else:
-            result = _Result(self, self.flat, inputs, weights, attributes)
+            # Gradients on, as in plain PyTorch: whether a product is folded, and so its last bit, depends on it.
+            # What the graph would save is dropped at once, so memory is that of a run without gradients.
+            with torch.autograd.graph.saved_tensors_hooks(_drop, _drop):
+                result = _Graph(self, inputs, weights, attributes).result
         if not self.random.drawn():
             self.random = None
         self.buffer_values = block.buffers.changed(values, watched)
         if any(t._version != v for t, v in zip(inputs, versions, strict=True)):
-            raise UnsupportedModelError(f"{block.where}: it changed an input tensor in place; it cannot be recomputed")
+            raise UnsupportedModelError(
+                f"{block.where}: it changed an input tensor in place; it cannot be recomputed"
+            )
         self.result = result
-        return [t.detach() for t in result.tensors] if self.graph is not None else result.tensors
+        return [t.detach() for t in result.tensors]
 
     def differentiate(
         self, inputs: list[Tensor], needed: list[bool], output_gradients: list[Tensor | None]
@@ -156,11 +169,14 @@ class UnitCall:
         block, host = self.block, self.block.host
         host.arrive(block.unit, backward=True)
         if self.generation != host.generation:
-            raise RuntimeError(f"{block.where}: backward of a forward that ran before step(); its weights have changed")
+            raise RuntimeError(
+                f"{block.where}: backward of a forward that ran before step(); its weights have changed"
+            )
         graph, self.graph = self.graph, None
         if graph is None:
             graph = self._recompute(inputs, needed)
         input_gradients, parameter_gradients = graph.differentiate(output_gradients)
+        self.open = False
         host.receive(block.unit, parameter_gradients)
         return input_gradients
 
@@ -174,14 +190,19 @@ class UnitCall:
                 stack.enter_context(self.random.replaying())
             if self.buffer_values:
                 stack.enter_context(WrittenBuffers.replaying(self.buffer_values))
-            return _Graph(self, inputs, weights, needed)
+            return _Graph(self, inputs, weights, block.attributes.snapshot(), needed)
 
 
 class _Graph:
     """A run of the unit with gradients on, over detached inputs and leaf weights."""
 
     def __init__(
-        self, call: UnitCall, inputs: list[Tensor], weights: dict[int, Tensor], needed: list[bool] | None = None
+        self,
+        call: UnitCall,
+        inputs: list[Tensor],
+        weights: dict[int, Tensor],
+        attributes: dict[tuple[int, str], int],
+        needed: list[bool] | None = None,
     ) -> None:
         if needed is None:
             needed = [t.requires_grad for t in call.flat.tensors]
@@ -189,9 +210,11 @@ class _Graph:
         self.leaves = {s.index: _leaf(weights[s.index], s.parameter.requires_grad) for s in slots}
         self.inputs = [_leaf(t, need) for t, need in zip(inputs, needed, strict=True)]
         with torch.enable_grad():
-            self.result = _Result(call, call.flat, self.inputs, self.leaves, call.block.attributes.snapshot())
+            self.result = _Result(call, call.flat, self.inputs, self.leaves, attributes)
 
-    def differentiate(self, output_gradients: list[Tensor | None]) -> tuple[list[Tensor | None], dict[int, Tensor]]:
+    def differentiate(
+        self, output_gradients: list[Tensor | None]
+    ) -> tuple[list[Tensor | None], dict[int, Tensor]]:
         """(gradient per input or None, gradient per slot index of parameters that got one)."""
         pairs = [
             (t, g)
@@ -230,7 +253,7 @@ class _Result:
         args, kwargs = seen
         with call.capture.collecting() as captured, bound(block.unit, weights):
             returned = block.forward(*args, **kwargs)
-        entries = written_entries(flat, seen)
+        entries = written_entries(flat, seen, inputs)
         written = block.attributes.written(attributes)
         self.owners = [(mapping, key) for mapping, key, _ in entries]
         self.attributes = [(module, name) for module, name, _ in written]
@@ -263,6 +286,7 @@ class _UnitNode(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
         ctx.mark_non_differentiable(*[t for t in outputs if not t.is_floating_point()])
         ctx.set_materialize_grads(False)
+        call.open = True
         call.block.host.opened(call.block.unit)
         return tuple(outputs)
 
@@ -273,6 +297,10 @@ class _UnitNode(torch.autograd.Function):
         inputs = list(ctx.saved_tensors)
         needed = list(ctx.needs_input_grad[2:])
         return (None, None, *call.differentiate(inputs, needed, list(output_gradients)))
+
+
+def _drop(_tensor: Any) -> None:
+    """Neither keeps a tensor that a graph saves nor gives one back: the graph is never differentiated."""
 
 
 def _leaf(tensor: Tensor, requires_grad: bool) -> Tensor:

@@ -63,7 +63,9 @@ class ChunkedHead:
         self.base = _base_of(model)
         self.reason: str | None = None
         if self.base is None:
-            self.reason = f"{type(model).__name__} has no base model, output embeddings and loss function of its own"
+            self.reason = (
+                f"{type(model).__name__} has no base model, output embeddings and loss function of its own"
+            )
             return
         self._base_forward = self.base.forward
         self._loss_function = model.loss_function
@@ -153,7 +155,9 @@ class ChunkedHead:
             return _with_hidden(mode.template, mode.hidden[:, :1].detach())
         return _with_hidden(mode.template, mode.hidden)
 
-    def _run_loss(self, logits: Tensor, labels: Any = None, vocab_size: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def _run_loss(
+        self, logits: Tensor, labels: Any = None, vocab_size: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
         mode: Mode | None = getattr(self._local, "mode", None)
         if mode is None:
             return self._loss_function(logits, labels, vocab_size, *args, **kwargs)
@@ -175,7 +179,9 @@ class ChunkedHead:
         try:
             with torch.no_grad(), self.root.capturing_off():
                 return self._compare_losses()
-        except Exception as error:  # whatever the model's own code raises on a stand-in: it needs the real thing
+        except (
+            Exception
+        ) as error:  # whatever the model's own code raises on a stand-in: it needs the real thing
             return f"{type(error).__name__}: {error}".splitlines()[0]
         finally:
             self._local.mode = None
@@ -231,7 +237,12 @@ def _with_hidden(template: Any, hidden: Tensor | None) -> Any:
 def _base_of(model: nn.Module) -> nn.Module | None:
     base = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
     embeddings = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if not isinstance(base, nn.Module) or base is model or embeddings is None or not hasattr(model, "loss_function"):
+    if (
+        not isinstance(base, nn.Module)
+        or base is model
+        or embeddings is None
+        or not hasattr(model, "loss_function")
+    ):
         return None
     return None if getattr(model.config, "is_encoder_decoder", False) else base
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers import initialization as transformers_initialization
 from transformers.utils import cached_file
@@ -98,8 +99,8 @@ def model_class_for(config: PretrainedConfig) -> type[PreTrainedModel]:
             choice = found[0] if isinstance(found, (tuple, list)) else found
             return _as_model_class(choice)
     raise ConfigError(
-        f"transformers {transformers.__version__} has no model with a head for type {config.model_type!r}; use a "
-        "causal-LM, image-text-to-text, sequence-to-sequence or classification model"
+        f"transformers {transformers.__version__} has no model with a head for type "
+        f"{config.model_type!r}; use a causal-LM, image-text-to-text, seq2seq or classification model"
     )
 
 
@@ -126,10 +127,10 @@ def initialise(
     *,
     attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """A model with fresh weights on the CPU, bit-equal to transformers' own `from_config` under the same seed.
+    """A model with fresh weights on the CPU: what transformers' own `from_config` makes.
 
-    That is: as after `torch.manual_seed(seed)`. The caller's random state is left as it was. Raises ConfigError where transformers refuses the
-    configuration.
+    That is, as after `torch.manual_seed(seed)`. The caller's random state is left as it was. Raises
+    ConfigError where transformers refuses the configuration.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -178,7 +179,7 @@ def load_pretrained(
                 **where,
                 **extra,
             )
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
         raise ConfigError(
             f"cannot load {path_or_id} as {model_class.__name__}: {_one_line(error)}"
         ) from error
@@ -242,7 +243,7 @@ def _from_config(
 
 
 def _existing_source(path_or_id: str | os.PathLike[str]) -> str:
-    """A readable model folder's path, or the text of a hub id. Raises ConfigError on a path that is neither."""
+    """A readable model folder's path, or the text of a hub id; ConfigError on a path that is neither."""
     text = os.fspath(path_or_id)
     path = Path(text).expanduser()
     if path.is_dir():
@@ -268,7 +269,7 @@ def _unreadable(path_or_id: object, error: Exception) -> ConfigError:
 
 
 def _weight_files(source: str, where: dict[str, Any]) -> list[Path]:
-    """The safetensors files of a checkpoint, downloaded where `source` is a hub id. Raises ConfigError if none."""
+    """A checkpoint's safetensors files, downloaded if `source` is a hub id; ConfigError if there are none."""
 
     def find(name: str) -> Path | None:
         try:
@@ -285,8 +286,8 @@ def _weight_files(source: str, where: dict[str, Any]) -> list[Path]:
     index = find(INDEX_NAME)
     if index is None:
         raise ConfigError(
-            f"{source} has no {WEIGHTS_NAME} and no {INDEX_NAME}; only safetensors weights are read (nothing is "
-            "unpickled), convert others with transformers' save_pretrained"
+            f"{source} has no {WEIGHTS_NAME} and no {INDEX_NAME}; only safetensors weights are read "
+            "(nothing is unpickled), convert others with transformers' save_pretrained"
         )
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -300,7 +301,7 @@ def _weight_files(source: str, where: dict[str, Any]) -> list[Path]:
 
 
 def _stored_dtype(files: Iterable[Path]) -> torch.dtype:
-    """The floating dtype that holds most bytes of the files. Raises ConfigError on damaged or quantized files."""
+    """The floating dtype of most bytes in the files; ConfigError on damaged or quantized files."""
     n_bytes: Counter[str] = Counter()
     for file in files:
         for entry in _header(file).values():
@@ -319,12 +320,14 @@ def _header(file: Path) -> dict[str, dict[str, Any]]:
             length = int.from_bytes(stream.read(8), "little")
             if not 2 <= length <= file.stat().st_size - 8:
                 raise ValueError("its header does not fit into it")
-            header = json.loads(stream.read(length))
-    except (OSError, ValueError) as error:
+            header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if end != file.stat().st_size:
+            raise ValueError(f"{file.stat().st_size} bytes where its header describes {end}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{file} is not a whole safetensors file: {_one_line(error)}") from error
-    header.pop("__metadata__", None)
-    result: dict[str, dict[str, Any]] = header
-    return result
+    return header
 
 
 def _check_completeness(
@@ -337,7 +340,8 @@ def _check_completeness(
     missing = sorted(found["missing_keys"])
     if missing:
         raise ConfigError(
-            f"{path_or_id} lacks {len(missing)} of the weights of {class_name} (they would be random): {_some(missing)}"
+            f"{path_or_id} lacks {len(missing)} of the weights of {class_name} (they would be random): "
+            f"{_some(missing)}"
         )
     if found.get("error_msgs"):
         raise ConfigError(f"cannot load {path_or_id}: {_one_line(found['error_msgs'][0])}")
@@ -348,14 +352,18 @@ def _check_completeness(
 
 @contextlib.contextmanager
 def _without_loading_report() -> Iterator[None]:
-    """Keep transformers' table of missing and unexpected weights off the terminal: we report on them ourselves."""
+    """Keep transformers' table of missing and unexpected weights off the terminal; we report ourselves."""
+
+    # a filter, because a raised level makes transformers run (and report) further checks
+    def is_no_report(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in str(record.msg)
+
     noisy = logging.getLogger("transformers.modeling_utils")
-    level = noisy.level
-    noisy.setLevel(logging.CRITICAL)
+    noisy.addFilter(is_no_report)
     try:
         yield
     finally:
-        noisy.setLevel(level)
+        noisy.removeFilter(is_no_report)
 
 
 def _config_from_entries(entries: dict[str, Any]) -> PretrainedConfig:
@@ -366,7 +374,7 @@ def _config_from_entries(entries: dict[str, Any]) -> PretrainedConfig:
 
 
 def _check_model_type(model_type: object) -> None:
-    """Refuse, with the nearest names, a type that transformers does not know (its own message lists all 600)."""
+    """Refuse, with the nearest names, a type that transformers does not know (it would list all 600)."""
     if model_type is None:
         raise ConfigError("a model configuration needs an entry model_type, for example llama")
     if model_type in CONFIG_MAPPING:
@@ -374,8 +382,8 @@ def _check_model_type(model_type: object) -> None:
     near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING.keys()), n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise ConfigError(
-        f"model_type {model_type!r} is unknown to transformers {transformers.__version__}, and code from a model "
-        f"repository is never run{hint}"
+        f"model_type {model_type!r} is unknown to transformers {transformers.__version__}, and code from a "
+        f"model repository is never run{hint}"
     )
 
 

@@ -40,9 +40,11 @@ class HandOver:
         self._progress = {number: (-1, 0) for number in range(len(bodies))}
         results: list[Any] = [None] * len(bodies)
         autocast = AutocastState(self._device)
+        compute_threads = torch.get_num_threads()
 
         def body(number: int) -> None:
             self._local.number = number
+            torch.set_num_threads(compute_threads)  # OpenMP keeps the number per thread, and sums depend on it
             try:
                 self._wait_for_turn(number)
                 with autocast.entered():
@@ -56,7 +58,8 @@ class HandOver:
 
         outside = RandomState(self._device)
         threads = [
-            threading.Thread(target=body, args=(n,), name=f"micro-batch-{n}", daemon=True) for n in range(len(bodies))
+            threading.Thread(target=body, args=(n,), name=f"micro-batch-{n}", daemon=True)
+            for n in range(len(bodies))
         ]
         for thread in threads:
             thread.start()

@@ -124,7 +124,9 @@ def _is_repetition(module: nn.Module) -> bool:
     if isinstance(module, nn.Sequential):
         elements = [e for e in module if _has_parameters(e)]
         return (
-            len(elements) > 1 and len({type(e) for e in elements}) == 1 and any(True for _ in elements[0].children())
+            len(elements) > 1
+            and len({type(e) for e in elements}) == 1
+            and any(True for _ in elements[0].children())
         )
     return False
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from megatrain.errors import UnsupportedModelError
+from megatrain.model.trees import CacheError
 
 _CAPTURE_FLAGS = ("output_router_logits", "output_hidden_states", "output_attentions")
 
@@ -28,17 +29,28 @@ def configurations(model: nn.Module) -> list[Any]:
 
 
 class RootForward:
-    """Stands in for the model's forward: caches are off while gradients are on, since recomputation would append to
-    them twice; without gradients they pass through, so `generate` works."""
+    """Stands in for the model's forward, for the sake of caches, which are on by default.
+
+    With gradients off they pass through, so `generate` works. With gradients on, units see empty ones (`trees`); a
+    model whose caches cannot be treated so runs with `use_cache` off from its first call on.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.forward: Callable[..., Any] = model.forward
         self._configs = configurations(model)
+        self._caches_off = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
+        if not self._caches_off:
+            try:
+                return self.forward(*args, **kwargs)
+            except CacheError:
+                if any(kwargs.get(name) is not None for name in ("past_key_values", "cache_params")):
+                    raise  # the caller's own cache
+                self._caches_off = True
         if kwargs.get("use_cache"):
             kwargs["use_cache"] = False
         with self._set(("use_cache",)):
@@ -68,8 +80,9 @@ def guard(model: nn.Module, device: torch.device) -> None:
     `.to(compute device)` does nothing (trainers call it); other moves and casts raise in every submodule.
     """
     for module in model.modules():
-        module.__dict__["_apply"] = _Refusal(module)
-        module.__dict__["to"] = _To(module, device)
+        if any(True for _ in module.parameters()):
+            module.__dict__["_apply"] = _Refusal(module)
+            module.__dict__["to"] = _To(module, device)
     for name in ("gradient_checkpointing_enable", "activation_checkpointing_enable"):
         if hasattr(model, name):
             model.__dict__[name] = _no_checkpointing
@@ -107,7 +120,7 @@ class _To:
     def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         same_device = device is None or device.type == self._device.type
-        if same_device and dtype is None:
+        if same_device and (dtype is None or all(p.dtype == dtype for p in self._module.parameters())):
             return self._module
         _Refusal(self._module)()
         return self._module

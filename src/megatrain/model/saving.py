@@ -59,7 +59,8 @@ _DTYPE_NAMES = {
 }
 # files of an earlier save that must not outlive it; everything else in the folder is kept
 _REPLACED = re.compile(
-    r"(generation_)?config\.json|model.*\.safetensors|.*\.safetensors\.index\.json|pytorch_model.*\.bin(\.index\.json)?"
+    r"(generation_)?config\.json|model.*\.safetensors|.*\.safetensors\.index\.json"
+    r"|pytorch_model.*\.bin(\.index\.json)?"
 )
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
@@ -342,6 +343,7 @@ def _write_weights(model: torch.nn.Module, source: _Source, plan: _FilePlan, fol
                 if place.file not in descriptors:
                     descriptors[place.file] = _create(folder / place.file, plan.headers[place.file])
                 _write_tensor(descriptors[place.file], tensor, place.offset)
+                del tensor  # before the next is read
                 left[place.file] -= 1
                 if not left[place.file]:
                     _sync_and_close(descriptors.pop(place.file))
@@ -455,7 +457,7 @@ def _check_target(target: Path) -> None:
 
 @contextlib.contextmanager
 def _replacing(target: Path) -> Iterator[Path]:
-    """A new folder beside `target` that takes its place, flushed to disk, when the block ends without error."""
+    """A new folder beside `target` that takes its place, on disk, when the block ends without error."""
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(target)
     temporary = target.parent / f".{target.name}.saving-{socket.gethostname()}-{os.getpid()}"

@@ -6,6 +6,7 @@ sharing keys and values through a dict) is compared afterwards, and what was wri
 mutable object is refused by name: its content could change between the two runs without anyone noticing.
 """
 
+import copy
 import dataclasses
 import enum
 import sys
@@ -57,6 +58,8 @@ class FlatTree:
             return TensorAt(index)
         if isinstance(node, _CONSTANT_TYPES):
             return _Constant(node)
+        if _is_cache(node):
+            return _EmptyCache(node, self.where)
         children = list(_children(node, self.where, path))
         return _Container(node, [(key, self._flatten(value, (*path, key))) for key, value in children])
 
@@ -78,11 +81,6 @@ def _children(node: Any, where: str, path: tuple[Any, ...]) -> Iterator[tuple[An
         yield from node.items()
     elif isinstance(node, (list, tuple)):
         yield from enumerate(node)
-    elif _is_cache(node):
-        raise UnsupportedModelError(
-            f"{where}: a cache ({type(node).__name__}) reached it with gradients on; recomputation would append to it"
-            " twice. Call the model without past_key_values, or under torch.no_grad()"
-        )
     elif dataclasses.is_dataclass(node) and not isinstance(node, type):
         yield from ((f.name, getattr(node, f.name)) for f in dataclasses.fields(node))
     elif not _is_known_constant(node):
@@ -93,9 +91,62 @@ def _children(node: Any, where: str, path: tuple[Any, ...]) -> Iterator[tuple[An
         )
 
 
+class CacheError(UnsupportedModelError):
+    """A cache that cannot be repeated reached a unit with gradients on."""
+
+
 def _is_cache(node: Any) -> bool:
     caches = sys.modules.get("transformers.cache_utils")
     return (caches is not None and isinstance(node, caches.Cache)) or type(node).__name__.endswith("Cache")
+
+
+class _EmptyCache:
+    """A cache that a training forward made and nothing has been put into yet.
+
+    Each run of a unit gets a fresh one, used and thrown away: the unit computes as it would with the real one (its
+    keys become contiguous, its convolution states are prepended), and recomputation appends to nothing.
+    """
+
+    def __init__(self, cache: Any, where: str) -> None:
+        if _holds_tensors(cache, depth=3):
+            raise CacheError(
+                f"{where}: a filled cache ({type(cache).__name__}) reached it with gradients on; recomputation would"
+                " append to it twice. Call the model without past_key_values, or under torch.no_grad()"
+            )
+        self._cache = cache
+
+    def fresh(self) -> Any:
+        return _copy_cache(self._cache, depth=3)
+
+
+def _holds_tensors(node: Any, depth: int) -> bool:
+    if isinstance(node, Tensor):
+        return node.numel() > 1  # single numbers are settings, such as a window
+    if depth == 0:
+        return False
+    if isinstance(node, Mapping):
+        return any(_holds_tensors(v, depth - 1) for v in node.values())
+    if isinstance(node, (list, tuple)):
+        return any(_holds_tensors(v, depth - 1) for v in node)
+    if isinstance(node, _CONSTANT_TYPES) or not hasattr(node, "__dict__"):
+        return False
+    return any(_holds_tensors(v, depth) for k, v in vars(node).items() if k != "config")
+
+
+def _copy_cache(node: Any, depth: int) -> Any:
+    """A copy down to the layers' own lists and dicts; what they refer to is shared."""
+    if isinstance(node, dict):
+        return {k: _copy_cache(v, depth) for k, v in node.items()}
+    if isinstance(node, list):
+        return [_copy_cache(v, depth) for v in node]
+    if depth == 0 or isinstance(node, (*_CONSTANT_TYPES, Tensor)) or not type(node).__module__.startswith("transformers"):
+        return node
+    if hasattr(node, "model_type"):
+        return node
+    made = copy.copy(node)
+    for name, value in vars(node).items():
+        made.__dict__[name] = _copy_cache(value, depth - 1)
+    return made
 
 
 def _is_known_constant(node: Any) -> bool:
@@ -108,6 +159,8 @@ def _build(node: Any, tensors: list[Tensor]) -> Any:
         return tensors[node.index]
     if isinstance(node, _Constant):
         return node.value
+    if isinstance(node, _EmptyCache):
+        return node.fresh()
     original = node.original
     values = [(key, _build(child, tensors)) for key, child in node.children]
     if isinstance(original, Mapping):
@@ -133,29 +186,30 @@ def _rebuild_mapping(original: Mapping[Any, Any], values: dict[Any, Any]) -> Map
         return values
 
 
-def written_entries(flat: FlatTree, seen: Any) -> list[tuple[Mapping[Any, Any], Any, Any]]:
+def written_entries(flat: FlatTree, seen: Any, given: list[Tensor]) -> list[tuple[Mapping[Any, Any], Any, Any]]:
     """What a run wrote into the mappings of the tree it was given.
 
-    `seen` is the tree that `flat.build(...)` made and the run used. Returns (original mapping, key, value) for each
+    `seen` is the tree that `flat.build(given)` made and the run used. Returns (original mapping, key, value) for each
     new or replaced entry, in tree order. Raises UnsupportedModelError when a list was changed.
     """
     found: list[tuple[Mapping[Any, Any], Any, Any]] = []
-    _compare(flat.skeleton, seen, flat.where, found, Unchanged(flat))
+    _compare(flat.skeleton, seen, flat.where, found, Unchanged(given))
     return found
 
 
 class Unchanged:
     """Whether a value found after the run is the one that was put in."""
 
-    def __init__(self, flat: FlatTree) -> None:
-        self._given = flat.tensors
+    def __init__(self, given: list[Tensor]) -> None:
+        self._given = given
 
     def __call__(self, node: Any, value: Any) -> bool:
         if isinstance(node, TensorAt):
-            given = self._given[node.index]
-            return value is given or (isinstance(value, Tensor) and value.data_ptr() == given.data_ptr())
+            return value is self._given[node.index]
         if isinstance(node, _Constant):
             return value is node.value or bool(type(value) is type(node.value) and value == node.value)
+        if isinstance(node, _EmptyCache):
+            return True
         return type(value) is type(node.original) or isinstance(value, (dict, list, tuple))
 
 

@@ -1,0 +1,199 @@
+"""The `megatrain` command. Exit codes: 0 done, 1 failed, 2 bad usage or settings, 130 interrupted twice."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from megatrain.config import describe, load_config
+from megatrain.errors import CapacityError, ConfigError, MegaTrainError
+from megatrain.version import __version__
+
+DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+_DEMO_PROMPTS = ("def ", "class ", "import ")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code. Errors are one line on standard error."""
+    logging.basicConfig(format="megatrain: %(message)s", level=logging.WARNING)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(arguments)
+    except (ConfigError, CapacityError) as error:
+        return _fail(error, WRONG)
+    except MegaTrainError as error:
+        return _fail(error, FAILED)
+    except BrokenPipeError:  # such as `megatrain config | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except KeyboardInterrupt:  # outside of training there is nothing to save
+        return INTERRUPTED
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if arguments[:1] == ["bench"]:  # it has options of its own
+        from megatrain.train.bench import main as bench
+
+        return int(bench(arguments[1:]))
+    parser = _parser()
+    known, rest = parser.parse_known_args(arguments)
+    if known.command in ("train", "demo"):
+        overrides = _overrides(rest)
+        return _demo(known.config, overrides) if known.command == "demo" else _train(known.config, overrides)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if known.command == "generate":
+        return _generate(known)
+    if known.command == "export":
+        return _export(known)
+    print(describe(), end="\n")
+    return DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megatrain", description="Exact full-precision training of large models."
+    )
+    parser.add_argument("--version", action="version", version=f"megatrain {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, meaning in (
+        ("train", "train a model as a YAML file says"),
+        ("demo", "train a small model on Python's own sources and show what it writes"),
+    ):
+        command = commands.add_parser(
+            name,
+            help=meaning,
+            usage=f"megatrain {name} CONFIG.yaml [--section.key value ...]",
+            allow_abbrev=False,
+        )
+        command.add_argument(
+            "config", metavar="CONFIG.yaml", help="settings; `megatrain config` lists all keys"
+        )
+    generate = commands.add_parser("generate", help="let a model write text", allow_abbrev=False)
+    generate.add_argument("folder", metavar="FOLDER", help="a run's folder or a transformers folder")
+    generate.add_argument("--prompt", required=True, help="text to go on from")
+    generate.add_argument("--max-new-tokens", type=_at_least(1), default=200, metavar="N")
+    generate.add_argument("--seed", type=_at_least(0), default=0, metavar="S")
+    generate.add_argument(
+        "--temperature", type=_temperature, default=0.8, help="0: always the likeliest token"
+    )
+    export = commands.add_parser(
+        "export", help="write a run's model as a transformers folder", allow_abbrev=False
+    )
+    export.add_argument("run", metavar="RUN", help="a run's folder or a transformers folder")
+    export.add_argument("out", metavar="OUT", help="a new folder")
+    export.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    commands.add_parser("config", help="print every key, its default and its meaning")
+    commands.add_parser("bench", help="measure speed and memory", add_help=False)
+    return parser
+
+
+def _overrides(rest: list[str]) -> list[tuple[str, str]]:
+    """`--section.key value` and `--section.key=value` as pairs."""
+    pairs = []
+    words = iter(rest)
+    for word in words:
+        if not word.startswith("--") or len(word) == 2:
+            raise ConfigError(f"{word!r} is wrong; expected --section.key value, such as --train.steps 100")
+        name, equals, value = word[2:].partition("=")
+        if not equals:
+            following = next(words, None)
+            if following is None:
+                raise ConfigError(
+                    f"{word} has no value; expected --section.key value, such as --train.steps 100"
+                )
+            value = following
+        pairs.append((name, value))
+    return pairs
+
+
+def _train(path: str, overrides: list[tuple[str, str]]) -> int:
+    config = load_config(path, overrides)
+    from megatrain.train.run import run
+
+    result = run(config)
+    _report(result.loop.steps, result.evaluation)
+    print(f"run folder: {result.folder}")
+    return DONE
+
+
+def _demo(path: str, overrides: list[tuple[str, str]]) -> int:
+    config = load_config(path, overrides)
+    from megatrain.train.generate import generate
+    from megatrain.train.run import run
+
+    result = run(config, replace=True)
+    _report(result.loop.steps, result.evaluation)
+    if result.loop.interrupted or not config.checkpoint.at_end:
+        print(f"run folder: {result.folder}")
+        return DONE
+    texts = generate(str(result.folder), list(_DEMO_PROMPTS), max_new_tokens=120, seed=config.train.seed)
+    for prompt, text in zip(_DEMO_PROMPTS, texts, strict=True):
+        print(f"\n--- the model goes on from {prompt!r} ---\n{text}")
+    print(f"\nmodel: {result.folder / 'model'}")
+    print(f"more:  megatrain generate {result.folder} --prompt 'import '")
+    return DONE
+
+
+def _report(steps: int, evaluation: object) -> None:
+    from megatrain.train.evaluate import Evaluation
+
+    print(f"trained {steps:,} steps")
+    if isinstance(evaluation, Evaluation):
+        print(
+            f"held-out text: {evaluation.bits_per_byte:.3f} bits per byte (loss {evaluation.loss:.3f} over "
+            f"{evaluation.target_tokens:,} tokens, {evaluation.utf8_bytes:,} bytes not trained on)"
+        )
+
+
+def _generate(known: argparse.Namespace) -> int:
+    from megatrain.train.generate import generate
+
+    texts = generate(
+        known.folder,
+        [known.prompt],
+        max_new_tokens=known.max_new_tokens,
+        seed=known.seed,
+        temperature=known.temperature,
+    )
+    print(texts[0])
+    return DONE
+
+
+def _export(known: argparse.Namespace) -> int:
+    from megatrain.train.generate import export
+
+    export(known.run, known.out, dtype=known.dtype)
+    print(f"wrote {known.out}")
+    return DONE
+
+
+def _at_least(minimum: int) -> Callable[[str], int]:
+    """An argparse type: whole numbers from `minimum` up."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < minimum:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is wrong; expected a whole number of at least {minimum}"
+            )
+        return value
+
+    return parse
+
+
+def _temperature(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is wrong; expected a number of at least 0")
+    return value
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"megatrain: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Tokenizers: loaded from a folder or the hub, or a byte-level BPE trained on the corpus itself."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatrain.errors import ConfigError
+
+BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+MIN_BPE_VOCAB = 256 + 3  # every byte and the special tokens: nothing is ever out of vocabulary
+
+# Words take one leading space or punctuation mark with them (`.append`, `_name`, `(self`), punctuation the
+# line end that follows (`):\n`), and an indentation is one piece: in code these are the units that repeat.
+_PIECES = "|".join(
+    (
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+ *(?= )",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+
+# Merges settle long before a corpus of terabytes is read; this bounds the time and memory of training.
+_SAMPLE_CHARACTERS = 64_000_000
+
+
+def load_tokenizer(path: str, *, key: str = "model.tokenizer") -> Any:
+    """The transformers tokenizer in folder `path` (or of that hub id).
+
+    Raises ConfigError naming `key` where there is none, or where it has no end-of-text token: documents are
+    joined with it.
+    """
+    from transformers import AutoTokenizer
+
+    folder = Path(path).expanduser()
+    if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise ConfigError(f"{key}: {path!r} does not exist; give a folder with a tokenizer or a hub id")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (
+        Exception
+    ) as error:  # transformers raises OSError, ValueError, KeyError or ImportError, by file and cause
+        # about files, its messages speak of its own classes; about the hub, they say what went wrong
+        reason = (
+            "it has no tokenizer files that transformers reads" if folder.is_dir() else _first_line(error)
+        )
+        raise ConfigError(f"{key}: no tokenizer in {path!r}: {reason}") from None
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"{key}: the tokenizer in {path!r} has no eos_token; documents are joined with it")
+    return tokenizer
+
+
+def train_bpe(documents: Iterable[str], vocab_size: int) -> Any:
+    """A byte-level BPE of exactly `vocab_size` tokens (fewer on a tiny corpus), as a PreTrainedTokenizerFast.
+
+    Deterministic: the same documents give the same tokenizer. Only the first 64 million characters are read.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS, PAD],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_sample(documents), trainer)
+    # cleaning up would delete spaces before punctuation: decoding must give back the exact text
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
+    )
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write the tokenizer's files beside a model, so that the folder alone can generate."""
+    tokenizer.save_pretrained(folder)
+
+
+def _sample(documents: Iterable[str]) -> Iterator[str]:
+    left = _SAMPLE_CHARACTERS
+    for text in documents:
+        yield text[:left]
+        left -= len(text)
+        if left <= 0:
+            return
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__

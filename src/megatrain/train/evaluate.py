@@ -1,0 +1,74 @@
+"""How well a model predicts text it has not seen."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatrain.data.packing import TokenStream
+
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`loss` is the mean over `target_tokens` in nats; `utf8_bytes` the length of the text they encode."""
+
+    loss: float
+    target_tokens: int
+    utf8_bytes: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits that the model needs per byte of the text, a measure that does not depend on the tokenizer."""
+        return self.loss * self.target_tokens / math.log(2) / self.utf8_bytes
+
+
+def evaluate(
+    model: Any, stream: TokenStream, *, seq_len: int, micro_batch: int, device: Any = "cpu"
+) -> Evaluation:
+    """Predict every token of `stream` once, in windows of `seq_len`; nothing is carried over between windows.
+
+    Windows overlap by one token, so that each token but the first (an end-of-text, which encodes no bytes) is
+    a target exactly once: the bits cover all bytes of the text, and its end-of-text tokens too.
+    """
+    training = model.training
+    model.eval()
+    nats, targets = 0.0, 0
+    try:
+        with torch.no_grad():
+            for ids, labels in _windows(stream, seq_len, micro_batch):
+                logits = model(input_ids=ids.to(device), use_cache=False).logits
+                nats += _summed_loss(logits, labels.to(device))
+                targets += int((labels[:, 1:] != _IGNORED).sum())
+    finally:
+        model.train(training)
+    return Evaluation(nats / targets, targets, stream.utf8_bytes)
+
+
+def _windows(stream: TokenStream, seq_len: int, micro_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """input_ids and labels, int64 [micro_batch or fewer, seq_len]; the last window is filled up."""
+    starts = range(0, len(stream.tokens) - 1, seq_len - 1)
+    for first in range(0, len(starts), micro_batch):
+        rows = starts[first : first + micro_batch]
+        ids = torch.zeros(len(rows), seq_len, dtype=torch.int64)
+        labels = torch.full_like(ids, _IGNORED)
+        for row, start in enumerate(rows):
+            window = torch.from_numpy(stream.tokens[start : start + seq_len].astype(np.int64))
+            ids[row, : len(window)] = window
+            labels[row, : len(window)] = window
+        yield ids, labels
+
+
+def _summed_loss(logits: Tensor, labels: Tensor) -> float:
+    """Cross-entropy in nats, summed over targets; one sequence at a time, to hold fp32 logits of no more."""
+    total = 0.0
+    for scores, wanted in zip(logits, labels, strict=True):
+        total += torch.nn.functional.cross_entropy(
+            scores[:-1].float(), wanted[1:], ignore_index=_IGNORED, reduction="sum"
+        ).item()
+    return total

@@ -1,0 +1,84 @@
+"""Text from a trained model, and trained models into folders of their own."""
+
+from pathlib import Path
+from typing import Any
+
+from megatrain.data.tokenizer import load_tokenizer
+from megatrain.errors import ConfigError
+
+
+def model_folder(path: str) -> str:
+    """The transformers folder in `path`, a run's folder or a model's; a hub id stays as it is."""
+    inner = Path(path).expanduser() / "model"
+    return str(inner) if (inner / "config.json").is_file() else path
+
+
+def generate(
+    folder: str, prompts: list[str], *, max_new_tokens: int = 200, seed: int = 0, temperature: float = 0.8
+) -> list[str]:
+    """Each prompt with the text that the model in `folder` continues it with, drawn anew from `seed`.
+
+    `temperature` 0 always takes the likeliest token. Raises ConfigError where there is no model or tokenizer.
+    """
+    import torch
+
+    from megatrain.device.cpu import CpuDevice
+    from megatrain.model.loading import load_config, load_pretrained
+
+    source = model_folder(folder)
+    load_config(source)  # no model is a clearer error than no tokenizer, and cheap to find
+    tokenizer = load_tokenizer(source, key="tokenizer")
+    model: Any = load_pretrained(source)
+    if not CpuDevice().native_bf16():
+        model = model.float()  # bf16 is emulated here, several times slower
+    model.eval()
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 0.95}
+    texts = []
+    for prompt in prompts:
+        # in training a document follows the end of the one before
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+        tokens = torch.tensor([ids])
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            made = model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.eos_token_id
+                if tokenizer.pad_token_id is None
+                else tokenizer.pad_token_id,
+                **sampling,
+            )
+        texts.append(prompt + str(tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True)))
+    return texts
+
+
+def export(run: str, out: str, *, dtype: str = "bf16") -> None:
+    """Write the model of `run` (a run's folder or a model's) to `out`, a new transformers folder in `dtype`.
+
+    The tokenizer comes along where there is one. Raises ConfigError where `run` holds no model, or `out` is
+    not empty.
+    """
+    import torch
+
+    from megatrain.model.loading import load_pretrained
+    from megatrain.model.saving import save_model
+
+    target = Path(out).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"{out!r} exists already; give a new folder")
+    source = model_folder(run)
+    model = load_pretrained(source)
+    try:
+        tokenizer = load_tokenizer(source)
+    except ConfigError:
+        tokenizer = None
+    save_model(
+        model,
+        target,
+        lambda _, parameter: parameter.detach(),
+        {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype],
+        tokenizer=tokenizer,
+    )
