@@ -1,70 +1,208 @@
-"""Engine and plain PyTorch side by side on a zoo model: where they differ, step by step."""
+"""Engine and plain PyTorch side by side on one model: where they differ, step by step."""
 
 import copy
 import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import zoo
-from reference import PlainTrainer, gradient_differences, plain_norm, weight_differences
+from reference import (
+    PlainTrainer,
+    UnitInputs,
+    gradient_differences,
+    largest_relative_difference,
+    plain_norm,
+    weight_differences,
+)
+from torch import nn
 
 import megatrain as mt
 
 LENGTHS = (12, 17, 9)  # of the three micro-batches; the second has padded rows
+SEED = 7
+HYPER = {"lr": 1e-3, "weight_decay": 0.1}
+
+Batches = list[dict[str, Any]]
 
 
 @dataclass
 class Comparison:
-    """Differences found; empty lists mean equal to the last bit."""
+    """Differences found; empty lists mean equal to the last bit. After the first step with one, nothing more is run.
 
-    model_type: str
+    `relative`: the largest difference of a gradient in that step (see `largest_relative_difference`).
+    """
+
+    name: str
     parameters: int = 0
     units: int = 0
     head: str = "chunked"
+    caches_off: bool = False  # the engine had to run the model without its caches
     differences: list[str] = field(default_factory=list)
+    relative: float = 0.0
+    several_readers: dict[str, int] = field(default_factory=dict)  # see UnitInputs
+    several_calls: dict[str, int] = field(default_factory=dict)
+    read_outside: list[str] = field(default_factory=list)  # parameters of units, read without calling their unit
 
     @property
     def equal(self) -> bool:
         return not self.differences
 
+    def __str__(self) -> str:
+        shown = [f"  {d}" for d in self.differences[:20]]
+        if len(self.differences) > 20:
+            shown.append(f"  ... and {len(self.differences) - 20} more")
+        where = f"{self.name}: {len(self.differences)} differences (head: {self.head}, {self.units} units)"
+        return "\n".join([where, *shown])
+
 
 def compare(
-    model_type: str, *, steps: int, micro_batches: int, dropout: bool = True, clip_norm: float | None = 0.5
+    model_type: str,
+    *,
+    steps: int,
+    micro_batches: int | Sequence[int],
+    dropout: bool = True,
+    **options: Any,
 ) -> Comparison:
-    """Train both ways for `steps` of `micro_batches` with masked labels, weight decay and dropout."""
+    """Train a model of the zoo both ways, with masked labels; options as for `compare_models`.
+
+    micro_batches: how many of LENGTHS, or which.
+    """
+    chosen = range(micro_batches) if isinstance(micro_batches, int) else micro_batches
     plain = zoo.build(model_type, dropout=dropout)
-    mine = zoo.build(model_type, dropout=dropout)
-    settings = {"precision": "fp32", "clip_norm": clip_norm, "seed": 7, "threads": 1}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        engine = mt.Engine(mine, mt.AdamW(lr=1e-3, weight_decay=0.1), **settings)
-    found = Comparison(model_type, sum(p.numel() for p in plain.parameters()), len(engine.partition.units))
+
+    def batches(step: int) -> Batches:
+        return [
+            zoo.make_batch(plain, model_type, seed=100 * step + n, length=LENGTHS[n], padded=n == 1) for n in chosen
+        ]
+
+    return compare_models(
+        plain, zoo.build(model_type, dropout=dropout), batches, steps=steps, name=model_type, **options
+    )
+
+
+def compare_models(
+    plain: nn.Module,
+    mine: nn.Module,
+    batches: Callable[[int], Batches],
+    *,
+    steps: int,
+    name: str = "",
+    clip_norm: float | None = 0.5,
+    threads: int = 1,
+    keep_graphs: bool = False,
+    fenced: bool = False,
+    use_cache: bool | None = None,
+) -> Comparison:
+    """Train two equal models for `steps`, `plain` in plain PyTorch and `mine` by the engine, with weight decay.
+
+    threads:     of the optimizer's kernels.
+    keep_graphs: units keep their graph from forward to backward instead of running twice.
+    fenced:      plain adds up what one call of a unit contributes before it adds different calls (`UnitInputs`).
+    use_cache:   sets the plain model's configuration; None leaves it at its default.
+    """
+    with quiet():
+        engine = mt.Engine(
+            mine,
+            mt.AdamW(**HYPER),
+            precision="fp32",
+            clip_norm=clip_norm,
+            seed=SEED,
+            threads=threads,
+        )
+    try:
+        return _compare(plain, engine, batches, steps, name, clip_norm, keep_graphs, fenced, use_cache)
+    finally:
+        engine.close()
+
+
+def _compare(
+    plain: nn.Module,
+    engine: Any,
+    batches: Callable[[int], Batches],
+    steps: int,
+    name: str,
+    clip_norm: float | None,
+    keep_graphs: bool,
+    fenced: bool,
+    use_cache: bool | None,
+) -> Comparison:
+    found = Comparison(name, sum(p.numel() for p in plain.parameters()), len(engine.partition.units))
     if engine.head.reason is not None:
         found.head = f"whole ({engine.head.reason})"
+    if keep_graphs:
+        engine.executor.kept_units |= {unit.index for unit in engine.partition.units}
+    if use_cache is not None:
+        for module in plain.modules():
+            _set_use_cache(getattr(module, "config", None), use_cache)
+    first = batches(0)
+    # one micro-batch needs no help with tied weights: autograd's order is the engine's
     trainer = PlainTrainer(
-        plain, lr=1e-3, weight_decay=0.1, clip_norm=clip_norm, seed=7, whole_loss=engine.head.reason is not None
+        plain,
+        **HYPER,
+        clip_norm=clip_norm,
+        seed=SEED,
+        whole_loss=engine.head.reason is not None,
+        untie=len(first) > 1,
     )
+    outside = _watch_leaves(engine)
+    watch = UnitInputs(plain, [unit.name for unit in engine.partition.units], fenced=fenced)
     for step in range(steps):
-        batches = [
-            zoo.make_batch(plain, model_type, seed=100 * step + n, length=LENGTHS[n], padded=n == 1)
-            for n in range(micro_batches)
-        ]
-        loss = trainer.backward([copy.deepcopy(b) for b in batches], engine.shifts_labels)
-        stats = engine.train_step(batches)
-        norm = plain_norm(plain)
-        if stats.loss != loss:
-            found.differences.append(f"step {step}: loss {stats.loss!r}, plain {loss!r}")
-        if abs(stats.grad_norm - norm) > 1e-5 * norm:
-            found.differences.append(f"step {step}: norm {stats.grad_norm}, plain {norm}")
-        found.differences += [f"step {step}: gradient of {d}" for d in gradient_differences(plain, engine)]
+        given = first if step == 0 else batches(step)
+        loss = trainer.backward([copy.deepcopy(b) for b in given], engine.shifts_labels, each=watch.end_micro_batch)
+        stats = engine.train_step(given)
+        found.differences += _differences(f"step {step}", plain, engine, trainer, loss, stats)
+        found.relative = largest_relative_difference(plain, engine)
         trainer.update(stats.grad_norm)
         found.differences += [f"step {step}: weight {n}" for n in weight_differences(plain, engine)]
         found.differences += [
             f"step {step}: buffer {n}"
-            for (n, a), (_, b) in zip(plain.named_buffers(), mine.named_buffers(), strict=True)
+            for (n, a), (_, b) in zip(plain.named_buffers(), engine.model.named_buffers(), strict=True)
             if not torch.equal(a, b)
         ]
         if not found.equal:
             break
-    engine.close()
+    found.caches_off = engine._root._caches_off
+    found.several_readers, found.several_calls = watch.several_readers, watch.several_calls
+    found.read_outside = sorted(outside)
     return found
+
+
+def _watch_leaves(engine: Any) -> set[str]:
+    """Names of parameters homed in a unit whose gradient autograd brings directly, filled during steps."""
+    found: set[str] = set()
+    own = engine.gradients.add_from_leaf
+
+    def add(slot: int, gradient: torch.Tensor) -> None:
+        if engine.store.slots[slot].unit >= 0:
+            found.add(engine.store.slots[slot].slot.name)
+        own(slot, gradient)
+
+    engine.gradients.add_from_leaf = add
+    return found
+
+
+def _differences(
+    where: str, plain: nn.Module, engine: Any, trainer: PlainTrainer, loss: float, stats: Any
+) -> Iterator[str]:
+    norm = plain_norm(plain)
+    if stats.loss != loss:
+        yield f"{where}: loss {stats.loss!r}, plain {loss!r}"
+    if abs(stats.grad_norm - norm) > 1e-6 * norm:
+        yield f"{where}: norm {stats.grad_norm}, plain {norm}"
+    for difference in gradient_differences(plain, engine):
+        yield f"{where}: gradient of {difference}"
+
+
+def _set_use_cache(config: Any, value: bool) -> None:
+    if config is not None and "use_cache" in config.__dict__:
+        config.use_cache = value
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -6,7 +6,9 @@ three conventions are taken: the seed of a micro-batch's random stream, the norm
 is computed, and that an auxiliary loss (a mean) counts by its micro-batch's share of the target tokens.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +20,12 @@ Batch = Mapping[str, Any]
 
 
 class TiedWeights:
-    """Parameters held in several places of `model`, given a parameter per place so that each place's gradient is seen.
+    """Parameters held in several places of `model`, given a parameter per place so that each place's gradient is
+    seen.
 
     fp32 addition is not associative: autograd adds a micro-batch's contributions first, the engine adds place by
-    place (the head's of all micro-batches, then the embedding's). `combine` adds in the engine's order.
+    place (the head's of all micro-batches, then the embedding's). `combine` adds in the engine's order: the place
+    that was called last comes first.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -31,14 +35,23 @@ class TiedWeights:
                 if parameter is not None:
                     places.setdefault(id(parameter), []).append((owner, name))
         self.groups: list[list[nn.Parameter]] = []
+        self._called: dict[int, int] = {}  # by id of parameter: when its owner was called first
         for where in places.values():
             if len(where) > 1:
                 first = where[0][0]._parameters[where[0][1]]
                 copies = [nn.Parameter(first.detach().clone()) for _ in where[1:]]
                 for (owner, name), copy in zip(where[1:], copies, strict=True):
                     owner._parameters[name] = copy
+                for (owner, _), parameter in zip(where, [first, *copies], strict=True):
+                    owner.register_forward_pre_hook(self._note_call(parameter))
                 self.groups.append([first, *copies])
         self._collected: list[list[list[Tensor]]] = [[[] for _ in group] for group in self.groups]
+
+    def _note_call(self, parameter: nn.Parameter) -> Callable[..., None]:
+        def note(*_: Any) -> None:
+            self._called.setdefault(id(parameter), len(self._called))
+
+        return note
 
     def collect(self) -> None:
         """After a micro-batch's backward: take the places' gradients."""
@@ -51,7 +64,9 @@ class TiedWeights:
     def combine(self) -> None:
         """After the step's last backward: `.grad` of the first place is the sum, the other places have none."""
         for group, found in zip(self.groups, self._collected, strict=True):
-            for gradients in reversed(found):
+            pairs = zip(group, found, strict=True)
+            order = sorted(pairs, key=lambda pair: self._called.get(id(pair[0]), -1), reverse=True)
+            for _, gradients in order:
                 for gradient in gradients:
                     group[0].grad = gradient if group[0].grad is None else group[0].grad + gradient
                 gradients.clear()
@@ -67,18 +82,105 @@ class TiedWeights:
         return {id(p) for group in self.groups for p in group[1:]}
 
 
+class UnitInputs:
+    """Watches which tensors enter the modules `units` of a plain model, by name.
+
+    With `fenced`, each call reads its tensors through a node of its own, so that autograd adds up what one call
+    contributes to a tensor's gradient before it adds different calls together. That is the order in which an engine
+    adds that runs every call as one node, and all that a fence changes.
+    """
+
+    def __init__(self, model: nn.Module, units: Sequence[str], *, fenced: bool = False) -> None:
+        self.fenced = fenced
+        self.several_calls: dict[str, int] = {}  # unit that is called several times in a micro-batch: how often
+        self.several_readers: dict[str, int] = {}  # unit whose result several read, fenced only: how many
+        self._calls: Counter[str] = Counter()
+        self._makers: dict[int, str] = {}  # by tensor: the unit that returned it
+        self._read_gradients: dict[int, list[Tensor]] = {}  # by tensor: one per call that read it
+        self._alive: list[Tensor] = []  # so that ids stay theirs
+        for name in units:
+            module = model.get_submodule(name)
+            module.forward = functools.wraps(module.forward)(functools.partial(self._run, name, module.forward))
+
+    def end_micro_batch(self) -> None:
+        """Forget the tensors."""
+        for name, count in self._calls.items():
+            if count > 1:
+                self.several_calls[name] = max(self.several_calls.get(name, 0), count)
+        self._calls, self._makers, self._read_gradients, self._alive = Counter(), {}, {}, []
+
+    def _run(self, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._calls[name] += 1
+        fences: dict[int, tuple[Tensor, Tensor]] = {}
+        if self.fenced:
+            args, kwargs = _map((args, kwargs), lambda t: self._fence(t, fences))
+        back = {id(fence): tensor for fence, tensor in fences.values()}
+        result = forward(*args, **kwargs)
+        result = _map(result, lambda t: back.get(id(t), t))  # what is passed through is what came in
+        _map(result, lambda t: self._made(name, t))
+        return result
+
+    def _fence(self, tensor: Tensor, fences: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
+        if not (tensor.requires_grad and torch.is_grad_enabled()):
+            return tensor
+        if id(tensor) not in fences:
+            fence = tensor.view_as(tensor)
+            fences[id(tensor)] = (fence, tensor)
+            self._alive.append(tensor)
+            if id(tensor) not in self._read_gradients:
+                self._read_gradients[id(tensor)] = []
+                tensor.register_hook(functools.partial(self._note_gradient, id(tensor)))
+            fence.register_hook(self._read_gradients[id(tensor)].append)
+        return fences[id(tensor)][0]
+
+    def _note_gradient(self, tensor: int, whole: Tensor) -> None:
+        parts = self._read_gradients[tensor]
+        readers = len(parts)
+        if readers == 1 and not torch.equal(parts[0], whole):
+            readers = 2  # the model itself reads it too, outside of any unit
+        if readers > 1:
+            maker = self._makers.get(tensor, "the model itself")
+            self.several_readers[maker] = max(self.several_readers.get(maker, 0), readers)
+
+    def _made(self, name: str, tensor: Tensor) -> Tensor:
+        if tensor.requires_grad:
+            self._alive.append(tensor)
+            self._makers.setdefault(id(tensor), name)
+        return tensor
+
+
+def _map(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """`tree` with `function` applied to the tensors in tuples, lists and models' outputs; other mappings stay as
+    they are, because modules may write into them."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if type(tree) in (tuple, list):
+        return type(tree)(_map(value, function) for value in tree)
+    if type(tree) is dict:
+        return {key: _map(value, function) if not isinstance(value, dict) else value for key, value in tree.items()}
+    return tree
+
+
 class PlainTrainer:
     """Plain PyTorch on `model`. `whole_loss`: the model's own mean loss times the share, where its head cannot be run
-    apart from its base."""
+    apart from its base. `untie`: add up the gradients of tied weights place by place, for several micro-batches."""
 
     def __init__(
-        self, model: nn.Module, *, lr: float, weight_decay: float, clip_norm: float | None, seed: int, whole_loss: bool
+        self,
+        model: nn.Module,
+        *,
+        lr: float,
+        weight_decay: float,
+        clip_norm: float | None,
+        seed: int,
+        whole_loss: bool,
+        untie: bool = True,
     ) -> None:
         self.model = model
         self.clip_norm = clip_norm
         self.seed = seed
         self.whole_loss = whole_loss
-        self.tied = TiedWeights(model)
+        self.tied = TiedWeights(model if untie else nn.Module())
         copies = self.tied.copies()
         trainable = [p for p in model.parameters() if p.requires_grad and id(p) not in copies]
         self.padded = {parameter: _padded(parameter) for parameter in trainable}
@@ -91,19 +193,22 @@ class PlainTrainer:
         )
         self.step_count = 0
 
-    def backward(self, batches: Sequence[Batch], shifted: bool = True) -> float:
-        """Loss of the step; gradients are in `.grad` afterwards."""
+    def backward(
+        self, batches: Sequence[Batch], shifted: bool = True, each: Callable[[], None] = lambda: None
+    ) -> float:
+        """Loss of the step; gradients are in `.grad` afterwards. `each` is called after every micro-batch."""
         counts = [count_targets(batch["labels"], shifted) for batch in batches]
         total, loss = sum(counts), 0.0
         for number, (batch, count) in enumerate(zip(batches, counts, strict=True)):
             torch.manual_seed(stream_seed(self.seed, self.step_count, number))
             if self.whole_loss:
-                mean = self.model(**batch).loss
+                mean = self.model(**batch)["loss"]
                 loss += mean.item() * (count / total)
                 mean.backward(torch.full_like(mean, count / total))
             else:
                 loss += self._backward_split(batch, count, total)
             self.tied.collect()
+            each()
         self.tied.combine()
         return loss
 
@@ -177,6 +282,19 @@ def gradient_differences(plain: nn.Module, engine: Any) -> list[str]:
             relative = largest / max(parameter.grad.abs().max().item(), 1e-30)
             differences.append(f"{name}: {largest:.2e} ({relative:.1e} of the largest)")
     return differences
+
+
+def largest_relative_difference(plain: nn.Module, engine: Any) -> float:
+    """The largest difference of a gradient element, relative to the largest element of its parameter's gradient.
+
+    A gradient that is zero but for rounding (a key's bias under softmax) has no scale of its own: where a parameter's
+    largest element is below a ten-thousandth of the model's largest, that ten-thousandth is the scale.
+    """
+    kept = kept_gradients(engine)
+    pairs = [(p.grad, kept[n]) for n, p in plain.named_parameters() if n in kept and p.grad is not None]
+    floor = 1e-4 * max((float(grad.abs().max()) for grad, _ in pairs if grad.numel()), default=0.0)
+    ratios = [float((a - b).abs().max()) / max(float(a.abs().max()), floor, 1e-30) for a, b in pairs if a.numel()]
+    return max(ratios, default=0.0)
 
 
 def kept_gradients(engine: Any) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """The interface behind which compute devices differ. `cpu` is the first; streaming devices implement the same."""
 
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ class ComputeDevice(Protocol):
 
     def fetch(self, unit: int, weights: dict[int, Tensor]) -> dict[int, Tensor]:
         """The unit's weights on the device, by slot index, given the host's views of them."""
+
+    def computing(self) -> AbstractContextManager[Any]:
+        """Entered around every run of a unit and every backward."""
 
     def native_bf16(self) -> bool:
         """Whether the device computes bf16 natively; decides what `precision="auto"` means."""

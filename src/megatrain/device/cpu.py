@@ -1,7 +1,12 @@
 """The host as its own compute device: weights are bound where they lie, nothing is copied."""
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from megatrain.device.cpu_bf16 import Bf16ThroughFp32
 
 
 class CpuDevice:
@@ -10,8 +15,15 @@ class CpuDevice:
     h2d_bytes = 0
     d2h_bytes = 0
 
+    def __init__(self, precision: str = "auto") -> None:
+        # a product that is not bf16 needs no help
+        self._native = precision == "fp32" or self.native_bf16()
+
     def fetch(self, unit: int, weights: dict[int, Tensor]) -> dict[int, Tensor]:
         return weights
+
+    def computing(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._native else Bf16ThroughFp32()
 
     def native_bf16(self) -> bool:
         # without AVX512-BF16 or AMX, bf16 matrix products are emulated and several times slower than fp32

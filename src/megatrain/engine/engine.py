@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megatrain.engine import setup
 from megatrain.engine.executor import Executor
 from megatrain.engine.gradients import GradientBook
+from megatrain.engine.kept_graphs import KeepGraphs, KeptGraphs, check_keep_graphs
 from megatrain.engine.step import Batch, StepClock, StepStats, train_step
 from megatrain.engine.updates import PendingUpdates, gradient_arrays, unit_updates
 from megatrain.errors import ConfigError, NonFiniteGradientError
@@ -39,6 +40,8 @@ class Engine:
     device_memory: bytes that the compute device may use; None: all. The host as device has no limit of its own.
     seed:          of the random streams of micro-batches (dropout).
     threads:       of the optimizer's kernels; None: as many as torch computes with.
+    keep_graphs:   units that keep their graph instead of being recomputed, the same bits in less time: 'auto' (from
+                   the second step on, as many as fit into half of the free memory), 'off', or a number of last units.
 
     Raises ConfigError for a wrong setting and CapacityError when the plan does not fit into host memory.
     """
@@ -54,13 +57,15 @@ class Engine:
         device_memory: int | None = None,
         seed: int = 0,
         threads: int | None = None,
+        keep_graphs: KeepGraphs = "auto",
     ) -> None:
         if "_megatrain_engine" in model.__dict__:
             raise ConfigError("model: another Engine owns it; close that one first")
         setup.check_clipping(clip_norm, clip_scope)
+        check_keep_graphs(keep_graphs)
         self.model = model
-        self.device = setup.make_device(device)
-        self.precision = setup.resolve_precision(precision, self.device)
+        self.precision = setup.resolve_precision(precision, setup.make_device(device))
+        self.device = setup.make_device(device, self.precision)
         self.clip_norm, self.clip_scope, self.seed = clip_norm, clip_scope, seed
         self.keeps_gradients = setup.keeps_gradients(clip_norm, clip_scope)
         self.step_count = 0
@@ -92,7 +97,10 @@ class Engine:
                 for slab, buffer in zip(state.slabs, gradient_buffers(state.slabs), strict=True):
                     slab.gradient = buffer
         self.optimizer = EngineOptimizer(groups, self)
-        self.executor = Executor(self.partition, self.store, self.device, self.updates, self.gradients)
+        self.kept_graphs = KeptGraphs(keep_graphs, self.partition.units)
+        self.executor = Executor(
+            self.partition, self.store, self.device, self.updates, self.gradients, self.kept_graphs
+        )
         self._attach()
 
     @classmethod
@@ -158,6 +166,12 @@ class Engine:
             self.discard_gradients()
         if lr is not None:
             self.optimizer.set_lr(lr)
+
+    def choose_kept_graphs(self, label_elements: int) -> None:
+        """Decide which units keep their graphs in a step of this size."""
+        chosen = self.kept_graphs.choose(label_elements)
+        if chosen is not None:
+            self.executor.kept_units = chosen
 
     def seed_micro_batch(self, number: int) -> None:
         """Give the calling thread the random stream of micro-batch `number` of this step."""

@@ -1,14 +1,16 @@
 """Walks units through their runs: the only file that waits. It is the `UnitHost` that units call."""
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatrain.device.base import ComputeDevice
 from megatrain.engine.gradients import GradientBook
+from megatrain.engine.kept_graphs import KeptGraphs
 from megatrain.engine.updates import PendingUpdates
 from megatrain.memory.store import HostStore
 from megatrain.model.block import DirectLeaves
@@ -31,6 +33,7 @@ class Executor:
         device: ComputeDevice,
         updates: PendingUpdates,
         gradients: GradientBook,
+        kept_graphs: KeptGraphs,
     ) -> None:
         self.generation = 0
         self.compute_device = device.torch_device
@@ -39,6 +42,7 @@ class Executor:
         self._device = device
         self._updates = updates
         self._gradients = gradients
+        self._kept_graphs = kept_graphs
         self._rank: dict[int, int] = {}
         self._local = threading.local()
         self._weights = {
@@ -64,6 +68,9 @@ class Executor:
             self.fetched_bytes += self._unit_bytes[unit.index]
         return self._device.fetch(unit.index, self._weights[unit.index])
 
+    def computing(self) -> AbstractContextManager[Any]:
+        return self._device.computing()
+
     def opened(self, unit: Unit) -> None:
         self._gradients.opened(unit)
 
@@ -75,6 +82,9 @@ class Executor:
 
     def keeps_graph(self, unit: Unit) -> bool:
         return unit.index in self.kept_units
+
+    def graph_meter(self, unit: Unit, given: list[Tensor]) -> Callable[[Tensor], Any]:
+        return self._kept_graphs.meter(unit, given) if self._kept_graphs.measuring else _drop
 
     def direct_leaves(self) -> DirectLeaves | None:
         return getattr(self._local, "direct", None)
@@ -104,6 +114,10 @@ class Executor:
     def total_bytes(self) -> int:
         """Bytes of one pass over all weights."""
         return sum(self._unit_bytes.values())
+
+
+def _drop(_tensor: Tensor) -> None:
+    """Keep nothing of what a graph saves: it will not be differentiated."""
 
 
 def backward(tensors: list[Tensor], gradients: list[Tensor | None]) -> None:

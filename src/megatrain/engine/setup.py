@@ -17,10 +17,10 @@ PRECISIONS = ("auto", "bf16", "fp32")
 CLIP_SCOPES = ("global", "unit")
 
 
-def make_device(name: str) -> ComputeDevice:
+def make_device(name: str, precision: str = "auto") -> ComputeDevice:
     """The compute device called `name`: 'auto' or 'cpu'. Raises ConfigError for anything else."""
     if name in ("auto", "cpu"):
-        return CpuDevice()
+        return CpuDevice(precision)
     raise ConfigError(f"engine.device is {name!r}; it must be auto or cpu (streaming devices are not built yet)")
 
 

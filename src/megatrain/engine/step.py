@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatrain.engine.executor import BACKWARD, HEAD, backward
 from megatrain.errors import ConfigError
-from megatrain.memory.limits import peak_resident_bytes
+from megatrain.memory.limits import host_memory_limits, peak_resident_bytes
 from megatrain.model.head import IGNORED, shift_labels
 from megatrain.model.side_effects import RandomState
 
@@ -50,6 +50,7 @@ def train_step(engine: "Engine", batches: Sequence[Batch], lr: float | None) -> 
     engine.begin_step(lr)
     engine.gradients.begin(keep=engine.keeps_gradients)
     engine.gradients.hold(len(work) if engine.head.reason is None else 0)
+    engine.choose_kept_graphs(sum(batch["labels"].numel() for batch in batches))
     run = _run_chunked if engine.head.reason is None else _run_whole
     bodies = [partial(run, engine, number, batch, count, sum(targets)) for number, batch, count in work]
     random = RandomState(engine.device.torch_device)
@@ -61,6 +62,7 @@ def train_step(engine: "Engine", batches: Sequence[Batch], lr: float | None) -> 
         raise
     finally:
         random.restore()
+    engine.kept_graphs.finish_measuring(host_memory_limits().free_bytes)
     norm = engine.gradients.norm()
     skipped = not engine.decide_update(norm)
     return clock.stats(sum(losses), norm, sum(targets), skipped)
@@ -77,7 +79,8 @@ def _run_chunked(engine: "Engine", number: int, batch: Batch, count: int, total:
         leaf = part.detach().requires_grad_()
         with engine.executor.direct() as weights:
             chunk_loss = engine.head.chunk_loss(leaf, labels, template, batch, total)
-        backward([chunk_loss], [None])
+        with engine.device.computing():
+            backward([chunk_loss], [None])
         loss += chunk_loss.item()
         if leaf.grad is not None:
             hidden_gradient.view(-1, hidden.shape[-1])[where] = leaf.grad.view(-1, hidden.shape[-1])

@@ -12,7 +12,7 @@ its forward at once.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +43,9 @@ class UnitHost(Protocol):
     def fetch(self, unit: Unit) -> dict[int, Tensor]:
         """Current weights of the unit on the compute device, by slot index, without gradient history."""
 
+    def computing(self) -> AbstractContextManager[Any]:
+        """Entered around a unit's run and its differentiation, for what the device needs."""
+
     def opened(self, unit: Unit) -> None:
         """A call whose backward is still to come."""
 
@@ -54,6 +57,9 @@ class UnitHost(Protocol):
 
     def keeps_graph(self, unit: Unit) -> bool:
         """Whether this call keeps its graph instead of recomputing."""
+
+    def graph_meter(self, unit: Unit, given: list[Tensor]) -> Callable[[Tensor], Any]:
+        """Is shown each tensor that the graph of a first run would save; what it returns is kept in its stead."""
 
     def direct_leaves(self) -> "DirectLeaves | None":
         """Set while the calling thread runs units inside a graph of its own."""
@@ -106,7 +112,7 @@ class UnitForward:
         return UnitCall(self, flat).apply()
 
     def _run_plain(self, args: Any, kwargs: Any, weights: dict[int, Tensor]) -> Any:
-        with bound(self.unit, weights):
+        with self.host.computing(), bound(self.unit, weights):
             return self.forward(*args, **kwargs)
 
 
@@ -150,7 +156,8 @@ class UnitCall:
         else:
             # Gradients on, as in plain PyTorch: whether a product is folded, and so its last bit, depends on it.
             # What the graph would save is dropped at once, so memory is that of a run without gradients.
-            with torch.autograd.graph.saved_tensors_hooks(_drop, _drop):
+            drop = host.graph_meter(block.unit, [*inputs, *weights.values()])
+            with torch.autograd.graph.saved_tensors_hooks(drop, drop):
                 result = _Graph(self, inputs, weights, attributes).result
         if not self.random.drawn():
             self.random = None
@@ -207,6 +214,7 @@ class _Graph:
         if needed is None:
             needed = [t.requires_grad for t in call.flat.tensors]
         slots = call.block.unit.slots
+        self.computing = call.block.host.computing
         self.leaves = {s.index: _leaf(weights[s.index], s.parameter.requires_grad) for s in slots}
         self.inputs = [_leaf(t, need) for t, need in zip(inputs, needed, strict=True)]
         with torch.enable_grad():
@@ -225,9 +233,10 @@ class _Graph:
         leaves = {index: leaf for index, leaf in self.leaves.items() if leaf.requires_grad}
         if not pairs or not (wanted or leaves):
             return [None] * len(self.inputs), {}
-        found = torch.autograd.grad(
-            [t for t, _ in pairs], [*wanted, *leaves.values()], [g for _, g in pairs], allow_unused=True
-        )
+        with self.computing():
+            found = torch.autograd.grad(
+                [t for t, _ in pairs], [*wanted, *leaves.values()], [g for _, g in pairs], allow_unused=True
+            )
         by_input = iter(found[: len(wanted)])
         input_gradients = [next(by_input) if t.requires_grad else None for t in self.inputs]
         by_slot = zip(leaves, found[len(wanted) :], strict=True)
@@ -251,7 +260,7 @@ class _Result:
         block = call.block
         seen = flat.build(inputs)
         args, kwargs = seen
-        with call.capture.collecting() as captured, bound(block.unit, weights):
+        with block.host.computing(), call.capture.collecting() as captured, bound(block.unit, weights):
             returned = block.forward(*args, **kwargs)
         entries = written_entries(flat, seen, inputs)
         written = block.attributes.written(attributes)
@@ -297,10 +306,6 @@ class _UnitNode(torch.autograd.Function):
         inputs = list(ctx.saved_tensors)
         needed = list(ctx.needs_input_grad[2:])
         return (None, None, *call.differentiate(inputs, needed, list(output_gradients)))
-
-
-def _drop(_tensor: Any) -> None:
-    """Neither keeps a tensor that a graph saves nor gives one back: the graph is never differentiated."""
 
 
 def _leaf(tensor: Tensor, requires_grad: bool) -> Tensor:
