@@ -43,12 +43,42 @@ def draw() -> str:
     parts.append(label(16, forward_y + 20, "forward"))
     parts.append(label(16, backward_y + 20, "backward"))
     parts.append(label(16, host_y + 20, "host memory"))
-    parts.append(label(X0, forward_y - 36, "Micro-batches of any shape pass a unit together, while its weights are bound."))
+    parts.append(
+        label(
+            X0,
+            forward_y - 36,
+            "Micro-batches of any shape pass a unit together, while its weights are bound.",
+        )
+    )
     parts.append(label(X0, forward_y - 16, "Only each unit's inputs are kept; head and loss run in chunks of tokens."))
-    parts.append(label(X0, backward_y + 56, "Each unit is recomputed and differentiated by itself. Its gradient is summed in"))
-    parts.append(label(X0, backward_y + 74, "fp32, rounded once and written to the host, where its squares join the norm."))
-    parts.append(label(X0, host_y + 56, "bf16 weight + 16-bit remainder = the exact fp32 master; fp32 moments. The norm is known"))
-    parts.append(label(X0, host_y + 74, "when backward ends; AdamW then updates unit by unit, in forward order, before each is next used."))
+    parts.append(
+        label(
+            X0,
+            backward_y + 56,
+            "Each unit is recomputed and differentiated by itself. Its gradient is summed in",
+        )
+    )
+    parts.append(
+        label(
+            X0,
+            backward_y + 74,
+            "fp32, rounded once and written to the host, where its squares join the norm.",
+        )
+    )
+    parts.append(
+        label(
+            X0,
+            host_y + 56,
+            "bf16 weight + 16-bit remainder = the exact fp32 master; fp32 moments. The norm is known",
+        )
+    )
+    parts.append(
+        label(
+            X0,
+            host_y + 74,
+            "when backward ends; AdamW then updates unit by unit, in forward order, before each is next used.",
+        )
+    )
     head = (
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 850 385" font-family="Helvetica, Arial, sans-serif" '
         f'font-size="14" fill="{INK}"><defs><marker id="a" markerWidth="9" markerHeight="9" refX="7" refY="3.5" '

@@ -52,9 +52,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="megatrain", description="Exact full-precision training of large models."
-    )
+    parser = argparse.ArgumentParser(prog="megatrain", description="Exact full-precision training of large models.")
     parser.add_argument("--version", action="version", version=f"megatrain {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, meaning in (
@@ -67,20 +65,14 @@ def _parser() -> argparse.ArgumentParser:
             usage=f"megatrain {name} CONFIG.yaml [--section.key value ...]",
             allow_abbrev=False,
         )
-        command.add_argument(
-            "config", metavar="CONFIG.yaml", help="settings; `megatrain config` lists all keys"
-        )
+        command.add_argument("config", metavar="CONFIG.yaml", help="settings; `megatrain config` lists all keys")
     generate = commands.add_parser("generate", help="let a model write text", allow_abbrev=False)
     generate.add_argument("folder", metavar="FOLDER", help="a run's folder or a transformers folder")
     generate.add_argument("--prompt", required=True, help="text to go on from")
     generate.add_argument("--max-new-tokens", type=_at_least(1), default=200, metavar="N")
     generate.add_argument("--seed", type=_at_least(0), default=0, metavar="S")
-    generate.add_argument(
-        "--temperature", type=_temperature, default=0.8, help="0: always the likeliest token"
-    )
-    export = commands.add_parser(
-        "export", help="write a run's model as a transformers folder", allow_abbrev=False
-    )
+    generate.add_argument("--temperature", type=_temperature, default=0.8, help="0: always the likeliest token")
+    export = commands.add_parser("export", help="write a run's model as a transformers folder", allow_abbrev=False)
     export.add_argument("run", metavar="RUN", help="a run's folder or a transformers folder")
     export.add_argument("out", metavar="OUT", help="a new folder")
     export.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
@@ -100,9 +92,7 @@ def _overrides(rest: list[str]) -> list[tuple[str, str]]:
         if not equals:
             following = next(words, None)
             if following is None:
-                raise ConfigError(
-                    f"{word} has no value; expected --section.key value, such as --train.steps 100"
-                )
+                raise ConfigError(f"{word} has no value; expected --section.key value, such as --train.steps 100")
             value = following
         pairs.append((name, value))
     return pairs
@@ -175,9 +165,7 @@ def _at_least(minimum: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         value = int(text)
         if value < minimum:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is wrong; expected a whole number of at least {minimum}"
-            )
+            raise argparse.ArgumentTypeError(f"{text!r} is wrong; expected a whole number of at least {minimum}")
         return value
 
     return parse

@@ -65,9 +65,7 @@ class ModelConfig:
     )
     attn_implementation: str | None = field(
         default=None,
-        metadata=_about(
-            or_null(TEXT), "attention code of transformers, such as sdpa or eager; null: its own choice"
-        ),
+        metadata=_about(or_null(TEXT), "attention code of transformers, such as sdpa or eager; null: its own choice"),
     )
 
 
@@ -90,15 +88,11 @@ class DataConfig:
             "held-out text, measured after training; stdlib: the files that data.train: stdlib leaves out",
         ),
     )
-    text_field: str = field(
-        default="text", metadata=_about(TEXT, "field of a .jsonl line that holds its text")
-    )
+    text_field: str = field(default="text", metadata=_about(TEXT, "field of a .jsonl line that holds its text"))
     seq_len: int = field(default=1024, metadata=_about(whole(2), "tokens per sequence"))
     packing: str = field(
         default="joined",
-        metadata=_about(
-            choice("joined"), "joined: documents follow each other, an end-of-text token between them"
-        ),
+        metadata=_about(choice("joined"), "joined: documents follow each other, an end-of-text token between them"),
     )
     shuffle: bool = field(
         default=True, metadata=_about(BOOL, "shuffle the sequences anew in each epoch, from train.seed")
@@ -110,9 +104,7 @@ class OptimizerConfig:
     """AdamW; weight decay applies to parameters with two or more dimensions."""
 
     lr: float = field(default=1e-5, metadata=_about(AT_LEAST_0, "peak learning rate"))
-    betas: tuple[float, float] = field(
-        default=(0.9, 0.95), metadata=_about(BETAS, "decay rates of the two moments")
-    )
+    betas: tuple[float, float] = field(default=(0.9, 0.95), metadata=_about(BETAS, "decay rates of the two moments"))
     eps: float = field(default=1e-8, metadata=_about(ABOVE_0, "added to the root of the second moment"))
     weight_decay: float = field(default=0.1, metadata=_about(AT_LEAST_0, "decoupled weight decay"))
 
@@ -143,9 +135,7 @@ class TrainConfig:
 
     steps: int | None = field(default=None, metadata=_about(or_null(whole(1)), "optimizer steps"))
     epochs: float | None = field(default=None, metadata=_about(or_null(ABOVE_0), "or passes over data.train"))
-    tokens: int | None = field(
-        default=None, metadata=_about(or_null(whole(1)), "or tokens, rounded up to whole steps")
-    )
+    tokens: int | None = field(default=None, metadata=_about(or_null(whole(1)), "or tokens, rounded up to whole steps"))
     tokens_per_step: int | None = field(
         default=None,
         metadata=_about(
@@ -158,9 +148,7 @@ class TrainConfig:
     )
     clip_scope: str = field(
         default="global",
-        metadata=_about(
-            choice("global", "unit"), "norm over the whole model, or of each unit (layer) by itself"
-        ),
+        metadata=_about(choice("global", "unit"), "norm over the whole model, or of each unit (layer) by itself"),
     )
     seed: int = field(default=0, metadata=_about(whole(0), "seed of new weights, data order and dropout"))
     log_every: int = field(default=1, metadata=_about(whole(1), "steps between two lines of metrics.jsonl"))
@@ -178,9 +166,7 @@ class EngineConfig:
             "bf16: compute in bf16 with exact fp32 masters; fp32: all in fp32; auto: bf16 where native",
         ),
     )
-    micro_batch: int = field(
-        default=1, metadata=_about(whole(1), "sequences that pass through the model together")
-    )
+    micro_batch: int = field(default=1, metadata=_about(whole(1), "sequences that pass through the model together"))
     device_memory: int | None = field(
         default=None, metadata=_about(or_null(BYTES), "device memory to use at most; null: what is free")
     )
@@ -274,16 +260,12 @@ def _parse_section(section: str, settings: Any) -> Any:
     if settings is None:  # a section whose keys are all commented out
         settings = {}
     if not isinstance(settings, Mapping):
-        raise ConfigError(
-            f"{section}: {settings!r} is wrong; expected a section with keys, see `megatrain config`"
-        )
+        raise ConfigError(f"{section}: {settings!r} is wrong; expected a section with keys, see `megatrain config`")
     fields = {spec.name: spec for spec in dataclasses.fields(_SECTIONS[section])}
     for name in settings:
         if name not in fields:
             raise _unknown_key(f"{section}.{name}")
-    values = {
-        name: _parse_value(f"{section}.{name}", fields[name], value) for name, value in settings.items()
-    }
+    values = {name: _parse_value(f"{section}.{name}", fields[name], value) for name, value in settings.items()}
     return _SECTIONS[section](**values)
 
 
@@ -315,9 +297,7 @@ def _check_together(config: Config) -> None:
     """What single keys cannot tell: required keys, keys that exclude each other, products that must fit."""
     model, data, train = config.model, config.data, config.train
     if model.path is None and model.config is None:
-        raise ConfigError(
-            "model.path: missing; give model.path (a pretrained model) or model.config (a new one)"
-        )
+        raise ConfigError("model.path: missing; give model.path (a pretrained model) or model.config (a new one)")
     if model.path is not None and model.config is not None:
         raise ConfigError(f"model.config: not together with model.path ({model.path!r}); give one of the two")
     if model.path is not None and isinstance(model.tokenizer, dict):
@@ -325,17 +305,13 @@ def _check_together(config: Config) -> None:
             "model.tokenizer: a pretrained model needs its own tokenizer; train one only for model.config"
         )
     if model.config is not None and model.tokenizer is None:
-        raise ConfigError(
-            "model.tokenizer: missing; a new model needs a path or {train: bpe, vocab_size: 4096}"
-        )
+        raise ConfigError("model.tokenizer: missing; a new model needs a path or {train: bpe, vocab_size: 4096}")
     if data.train is None:
         raise ConfigError("data.train: missing; give a text file, a folder, a .jsonl file or stdlib")
     lengths = [name for name in ("steps", "epochs", "tokens") if getattr(train, name) is not None]
     if len(lengths) != 1:
         given = " and ".join(f"train.{name}" for name in lengths) or "none"
-        raise ConfigError(
-            f"train.steps: give exactly one of train.steps, train.epochs, train.tokens; given: {given}"
-        )
+        raise ConfigError(f"train.steps: give exactly one of train.steps, train.epochs, train.tokens; given: {given}")
     micro_batch_tokens = config.engine.micro_batch * data.seq_len
     if config.tokens_per_step % micro_batch_tokens:
         raise ConfigError(

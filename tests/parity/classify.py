@@ -133,8 +133,8 @@ padding, weight decay, clipping.
 
 - **equal**: loss, every gradient, every weight and every buffer are equal to the last bit.
 - **equal to 1e-6**: the loss is equal to the last bit, gradients differ in rounding alone. *Difference* is the largest
-  difference of an element, relative to the largest element of its parameter's gradient (or to a ten-thousandth of the
-  largest in the model, where that is more: some gradients are zero but for rounding). fp32 addition is not associative,
+  difference of an element, relative to the largest element of its parameter's gradient (or to a tenth of the largest
+  in the model, where that is more: some gradients are zero but for rounding). fp32 addition is not associative,
   and the engine adds one call of a unit at a time. The reason is tested, not guessed: plain PyTorch made to add in
   that order (or run without the cache, or on one micro-batch alone) is equal to the last bit.
 - **refused**: the engine says that it cannot train this type.

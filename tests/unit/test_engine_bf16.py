@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_engine_random import tiny_llama
 from test_engine_toys import Block, Net, batches_of, make_batch, make_engine
 from torch import Tensor, nn
 
@@ -89,16 +90,8 @@ def test_parameters_kept_in_fp32_stay_so() -> None:
         assert not torch.equal(masters(engine)[name], before.detach().float()), name
 
 
-def kept_in_fp32_llama() -> nn.Module:
-    from test_engine_random import tiny_llama
-
-    model = tiny_llama()
-    type(model)._keep_in_fp32_modules_strict = None
-    return model
-
-
 def test_rotary_tables_keep_their_precision() -> None:
-    model = kept_in_fp32_llama()
+    model = tiny_llama()
     engine = make_engine(model, precision="bf16")
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
     assert model.dtype == torch.bfloat16
@@ -182,9 +175,7 @@ def test_sum_over_micro_batches_is_rounded_once() -> None:
     total: dict[str, Tensor] = {}
     for batch, share in zip(batches, shares, strict=True):
         loss = twin(**batch).loss
-        gradients = torch.autograd.grad(
-            loss, list(twin.parameters()), torch.full_like(loss, share / sum(shares))
-        )
+        gradients = torch.autograd.grad(loss, list(twin.parameters()), torch.full_like(loss, share / sum(shares)))
         for (name, _), gradient in zip(twin.named_parameters(), gradients, strict=True):
             total[name] = total[name] + gradient.float() if name in total else gradient.float()
     engine.train_step(batches)

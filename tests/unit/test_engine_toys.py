@@ -79,16 +79,12 @@ def make_batch(seed: int, rows: int = 2, length: int = 6, masked: int = 2) -> di
 
 def batches_of(step: int, count: int) -> list[dict[str, Tensor]]:
     """Micro-batches of different shapes and target counts."""
-    return [
-        make_batch(100 * step + n, rows=1 + (n + 1) % 3, length=5 + 2 * n, masked=n) for n in range(count)
-    ]
+    return [make_batch(100 * step + n, rows=1 + (n + 1) % 3, length=5 + 2 * n, masked=n) for n in range(count)]
 
 
 def make_engine(model: nn.Module, **settings: Any) -> mt.Engine:
     optimizer = settings.pop("optimizer", mt.AdamW(lr=1e-2, weight_decay=0.1))
-    return mt.Engine(
-        model, optimizer, **({"precision": "fp32", "clip_norm": 0.5, "seed": 3, "threads": 1} | settings)
-    )
+    return mt.Engine(model, optimizer, **({"precision": "fp32", "clip_norm": 0.5, "seed": 3, "threads": 1} | settings))
 
 
 def plain_trainer(model: nn.Module, clip_norm: float | None = 0.5) -> PlainTrainer:

@@ -63,9 +63,7 @@ class Corpus:
                 yield text
         if skipped and not self._warned:
             self._warned = True
-            _log.warning(
-                "%s: skipped %d files that are not UTF-8 text, e.g. %s", self.key, len(skipped), skipped[0]
-            )
+            _log.warning("%s: skipped %d files that are not UTF-8 text, e.g. %s", self.key, len(skipped), skipped[0])
 
     def _jsonl_documents(self, path: Path) -> Iterator[str]:
         with path.open("rb") as lines:
@@ -80,9 +78,7 @@ class Corpus:
         try:
             record = json.loads(line)
         except ValueError:  # bad JSON and bad UTF-8 alike
-            raise ConfigError(
-                f"{self.key}: {where} is not JSON; a .jsonl file has one JSON object per line"
-            ) from None
+            raise ConfigError(f"{self.key}: {where} is not JSON; a .jsonl file has one JSON object per line") from None
         if not isinstance(record, dict):
             raise ConfigError(f"{self.key}: {where} is a {type(record).__name__}; expected a JSON object")
         text = record.get(self.text_field)
@@ -102,9 +98,7 @@ def stdlib_files(split: Split) -> list[Path]:
     """
     root = Path(sysconfig.get_path("stdlib"))
     files = [
-        path
-        for path in root.rglob("*.py")
-        if not (_STDLIB_SKIPPED | _INSTALLED) & set(path.relative_to(root).parts)
+        path for path in root.rglob("*.py") if not (_STDLIB_SKIPPED | _INSTALLED) & set(path.relative_to(root).parts)
     ]
     return [path for path in sorted(files) if _is_held_out(path) == (split == "eval")]
 
@@ -118,20 +112,14 @@ def _files_of(source: str, split: Split, key: str) -> list[Path]:
     if source == STDLIB:
         files = stdlib_files(split)
         if not files:
-            raise ConfigError(
-                f"{key}: stdlib has no .py sources in {sysconfig.get_path('stdlib')}; give a path"
-            )
+            raise ConfigError(f"{key}: stdlib has no .py sources in {sysconfig.get_path('stdlib')}; give a path")
         return files
     path = Path(source).expanduser()
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise ConfigError(
-            f"{key}: {source!r} does not exist; give a text file, a .jsonl file, a folder or stdlib"
-        )
-    files = sorted(
-        found for found in path.rglob("*") if found.is_file() and _is_text(found.relative_to(path))
-    )
+        raise ConfigError(f"{key}: {source!r} does not exist; give a text file, a .jsonl file, a folder or stdlib")
+    files = sorted(found for found in path.rglob("*") if found.is_file() and _is_text(found.relative_to(path)))
     if not files:
         raise ConfigError(f"{key}: folder {source!r} has no text files (such as .txt, .md, .py or .jsonl)")
     return files

@@ -40,13 +40,9 @@ def load_tokenizer(path: str, *, key: str = "model.tokenizer") -> Any:
         raise ConfigError(f"{key}: {path!r} does not exist; give a folder with a tokenizer or a hub id")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (
-        Exception
-    ) as error:  # transformers raises OSError, ValueError, KeyError or ImportError, by file and cause
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError or ImportError, by file and cause
         # about files, its messages speak of its own classes; about the hub, they say what went wrong
-        reason = (
-            "it has no tokenizer files that transformers reads" if folder.is_dir() else _first_line(error)
-        )
+        reason = "it has no tokenizer files that transformers reads" if folder.is_dir() else _first_line(error)
         raise ConfigError(f"{key}: no tokenizer in {path!r}: {reason}") from None
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"{key}: the tokenizer in {path!r} has no eos_token; documents are joined with it")

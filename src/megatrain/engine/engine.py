@@ -18,7 +18,7 @@ from megatrain.errors import ConfigError, NonFiniteGradientError
 from megatrain.memory.arena import keep_large_allocations_out_of_heap, trim_freed_memory
 from megatrain.memory.limits import host_memory_limits
 from megatrain.memory.plan import MemoryPlan, require_fit
-from megatrain.memory.store import HostStore, SlotState, gradient_buffers
+from megatrain.memory.store import TORCH_DTYPE, HostStore, SlotState, gradient_buffers
 from megatrain.model.block import install_units
 from megatrain.model.head import ChunkedHead
 from megatrain.model.partition import partition
@@ -226,7 +226,7 @@ class Engine:
         from megatrain.model.saving import save_model
 
         dtype = dtype or self.precision
-        if dtype not in ("bf16", "fp32"):
+        if dtype not in TORCH_DTYPE:
             raise ConfigError(f"dtype is {dtype!r}; it must be bf16 or fp32")
         self.flush()
         by_id = {id(slot.parameter): slot.index for slot in self.partition.slots}
@@ -236,7 +236,7 @@ class Engine:
             exact = dtype == "fp32" and index is not None and index in self.store.slots
             return self.store.read_master(index) if exact and index is not None else parameter.detach()
 
-        save_model(self.model, Path(folder), read, dtype=dtype, tokenizer=tokenizer, **options)
+        save_model(self.model, Path(folder), read, TORCH_DTYPE[dtype], tokenizer=tokenizer, **options)
 
     def optimizer_state(self) -> dict[int, dict[str, Any]]:
         """By parameter number in the param groups: step, exp_avg and exp_avg_sq (views, in the parameter's shape)."""
@@ -344,7 +344,9 @@ def _shifts_labels(model: nn.Module) -> bool:
 def _refuse_meta(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            raise ConfigError(f"model: {name} is on the meta device and has no value; load or initialise the model first")
+            raise ConfigError(
+                f"model: {name} is on the meta device and has no value; load or initialise the model first"
+            )
         if parameter.device.type != "cpu":
             raise ConfigError(f"model: {name} is on {parameter.device}; build the model on the cpu")
 
@@ -353,7 +355,9 @@ def _check_plan(model: nn.Module, optimizer: AdamW | None, settings: Mapping[str
     """Raise CapacityError for a model that exists only as shapes."""
     part = partition(model)
     _, group_of = (optimizer or AdamW()).group_slots(part.slots)
-    precision = setup.resolve_precision(settings.get("precision", "auto"), setup.make_device(settings.get("device", "auto")))
+    precision = setup.resolve_precision(
+        settings.get("precision", "auto"), setup.make_device(settings.get("device", "auto"))
+    )
     layouts = setup.lay_out_units(part, setup.weight_dtypes(model, part, precision), group_of)
     plan = setup.plan_for(layouts, settings.get("clip_norm", 1.0), settings.get("clip_scope", "global"))
     require_fit(plan, host_memory_limits().free_bytes, 0)

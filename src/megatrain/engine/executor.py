@@ -17,7 +17,11 @@ from megatrain.model.block import DirectLeaves
 from megatrain.model.micro_batches import HandOver
 from megatrain.model.partition import Partition, Unit
 
-FORWARD, HEAD, BACKWARD = 0, 1, 2  # phases of a micro-batch; none enters one before all have left the one before
+FORWARD, HEAD, BACKWARD = (
+    0,
+    1,
+    2,
+)  # phases of a micro-batch; none enters one before all have left the one before
 
 
 class Executor:
@@ -49,7 +53,9 @@ class Executor:
             unit.index: {s.index: store.slots[s.index].slot.parameter.detach() for s in unit.slots}
             for unit in part.units
         }
-        self._unit_bytes = {unit.index: sum(w.nbytes for w in self._weights[unit.index].values()) for unit in part.units}
+        self._unit_bytes = {
+            unit.index: sum(w.nbytes for w in self._weights[unit.index].values()) for unit in part.units
+        }
         self._fetched = -1
         self.fetched_bytes = 0
 

@@ -69,7 +69,13 @@ def lay_out_units(part: Partition, dtypes: dict[int, str], group_of: dict[int, i
     layouts = {}
     for unit, slots in home_layouts(part):
         requests = [
-            Request(s.index, tuple(s.parameter.shape), dtypes[s.index], group_of.get(s.index, 0), s.parameter.requires_grad)
+            Request(
+                s.index,
+                tuple(s.parameter.shape),
+                dtypes[s.index],
+                group_of.get(s.index, 0),
+                s.parameter.requires_grad,
+            )
             for s in slots
             if s.index in dtypes
         ]

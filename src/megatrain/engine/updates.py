@@ -71,7 +71,10 @@ class PendingUpdates:
 
 
 def unit_updates(
-    entries: list[SlotState], groups: list[dict[str, Any]], gradient_scale: float, gradients: dict[int, np.ndarray]
+    entries: list[SlotState],
+    groups: list[dict[str, Any]],
+    gradient_scale: float,
+    gradients: dict[int, np.ndarray],
 ) -> list[SlabUpdate]:
     """The updates of one unit for the parameters in `entries` (those that got a gradient), counting a step for each.
 

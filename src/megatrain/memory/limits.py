@@ -73,9 +73,7 @@ def peak_resident_bytes(root: Path = _ROOT) -> int:
 def reset_peak_resident(root: Path = _ROOT) -> bool:
     """Start a new peak at what is resident now. False where the system does not let us."""
     try:
-        (root / "proc/self/clear_refs").write_text(
-            "5"
-        )  # 5: reset VmHWM only, leave the referenced bits alone
+        (root / "proc/self/clear_refs").write_text("5")  # 5: reset VmHWM only, leave the referenced bits alone
     except OSError:
         return False
     return True
@@ -160,7 +158,5 @@ def _group_used(folder: Path, v2: bool) -> int | None:
         return None
     stat = read_fields(folder / "memory.stat")
     # v1's plain `inactive_file` leaves out child groups, which `usage_in_bytes` includes
-    cache = (
-        stat.get("inactive_file", 0) if v2 else stat.get("total_inactive_file", stat.get("inactive_file", 0))
-    )
+    cache = stat.get("inactive_file", 0) if v2 else stat.get("total_inactive_file", stat.get("inactive_file", 0))
     return max(0, int(text) - cache)

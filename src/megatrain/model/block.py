@@ -163,9 +163,7 @@ class UnitCall:
             self.random = None
         self.buffer_values = block.buffers.changed(values, watched)
         if any(t._version != v for t, v in zip(inputs, versions, strict=True)):
-            raise UnsupportedModelError(
-                f"{block.where}: it changed an input tensor in place; it cannot be recomputed"
-            )
+            raise UnsupportedModelError(f"{block.where}: it changed an input tensor in place; it cannot be recomputed")
         self.result = result
         return [t.detach() for t in result.tensors]
 
@@ -176,9 +174,7 @@ class UnitCall:
         block, host = self.block, self.block.host
         host.arrive(block.unit, backward=True)
         if self.generation != host.generation:
-            raise RuntimeError(
-                f"{block.where}: backward of a forward that ran before step(); its weights have changed"
-            )
+            raise RuntimeError(f"{block.where}: backward of a forward that ran before step(); its weights have changed")
         graph, self.graph = self.graph, None
         if graph is None:
             graph = self._recompute(inputs, needed)
@@ -220,9 +216,7 @@ class _Graph:
         with torch.enable_grad():
             self.result = _Result(call, call.flat, self.inputs, self.leaves, attributes)
 
-    def differentiate(
-        self, output_gradients: list[Tensor | None]
-    ) -> tuple[list[Tensor | None], dict[int, Tensor]]:
+    def differentiate(self, output_gradients: list[Tensor | None]) -> tuple[list[Tensor | None], dict[int, Tensor]]:
         """(gradient per input or None, gradient per slot index of parameters that got one)."""
         pairs = [
             (t, g)

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,12 +63,10 @@ class ChunkedHead:
         self.base = _base_of(model)
         self.reason: str | None = None
         if self.base is None:
-            self.reason = (
-                f"{type(model).__name__} has no base model, output embeddings and loss function of its own"
-            )
+            self.reason = f"{type(model).__name__} has no base model, output embeddings and loss function of its own"
             return
         self._base_forward = self.base.forward
-        self._loss_function = model.loss_function
+        self._loss_function: Callable[..., Any] = cast(Any, model.loss_function)
         self.base.forward = self._run_base  # type: ignore[assignment]
         model.loss_function = self._run_loss  # type: ignore[assignment]
         self.reason = self._probe()
@@ -127,7 +125,7 @@ class ChunkedHead:
 
     def chunk_tokens(self) -> int:
         """Tokens whose fp32 logits take about 32 MiB, in whole multiples of 64."""
-        vocabulary = max(p.shape[0] for p in self.model.get_output_embeddings().parameters())  # type: ignore[operator]
+        vocabulary: int = max(p.shape[0] for p in _output_embeddings(self.model).parameters())
         return max(64, _LOGITS_BYTES // (4 * vocabulary) // 64 * 64)
 
     # -- stand-ins --------------------------------------------------------------------------------------------
@@ -155,9 +153,7 @@ class ChunkedHead:
             return _with_hidden(mode.template, mode.hidden[:, :1].detach())
         return _with_hidden(mode.template, mode.hidden)
 
-    def _run_loss(
-        self, logits: Tensor, labels: Any = None, vocab_size: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
+    def _run_loss(self, logits: Tensor, labels: Any = None, vocab_size: Any = None, *args: Any, **kwargs: Any) -> Any:
         mode: Mode | None = getattr(self._local, "mode", None)
         if mode is None:
             return self._loss_function(logits, labels, vocab_size, *args, **kwargs)
@@ -179,16 +175,14 @@ class ChunkedHead:
         try:
             with torch.no_grad(), self.root.capturing_off():
                 return self._compare_losses()
-        except (
-            Exception
-        ) as error:  # whatever the model's own code raises on a stand-in: it needs the real thing
+        except Exception as error:  # whatever the model's own code raises on a stand-in: it needs the real thing
             return f"{type(error).__name__}: {error}".splitlines()[0]
         finally:
             self._local.mode = None
             random.restore()
 
     def _compare_losses(self) -> str | None:
-        weight = next(self.model.get_output_embeddings().parameters())  # type: ignore[operator]
+        weight = next(_output_embeddings(self.model).parameters())
         width = _hidden_size(self.model) or weight.shape[-1]
         hidden = torch.randn(1, 6, width, dtype=weight.dtype, device=self.device)
         labels = torch.randint(0, weight.shape[0], (1, 6), device=self.device)
@@ -236,15 +230,14 @@ def _with_hidden(template: Any, hidden: Tensor | None) -> Any:
 
 def _base_of(model: nn.Module) -> nn.Module | None:
     base = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
-    embeddings = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if (
-        not isinstance(base, nn.Module)
-        or base is model
-        or embeddings is None
-        or not hasattr(model, "loss_function")
-    ):
+    embeddings = _output_embeddings(model) if hasattr(model, "get_output_embeddings") else None
+    if not isinstance(base, nn.Module) or base is model or embeddings is None or not hasattr(model, "loss_function"):
         return None
     return None if getattr(model.config, "is_encoder_decoder", False) else base
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module:
+    return cast(Any, model).get_output_embeddings()  # type: ignore[no-any-return]
 
 
 def _hidden_size(model: nn.Module) -> int | None:

@@ -113,9 +113,7 @@ def build_on_meta(
     float32. Raises ConfigError where transformers refuses the configuration.
     """
     # some models read numbers out of `torch.linspace` while they are built, which meta tensors do not have
-    readable_linspace = getattr(
-        transformers_initialization, "meta_device_safe_creation_ops", contextlib.nullcontext
-    )
+    readable_linspace = getattr(transformers_initialization, "meta_device_safe_creation_ops", contextlib.nullcontext)
     with torch.device("meta"), readable_linspace():
         return _from_config(config, dtype or _config_dtype(config), attn_implementation)
 
@@ -160,9 +158,7 @@ def load_pretrained(
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _unreadable(path_or_id, error) from error
     if getattr(config, "quantization_config", None) is not None:
-        raise ConfigError(
-            f"the weights in {path_or_id} are quantized; training needs bf16, fp16 or fp32 weights"
-        )
+        raise ConfigError(f"the weights in {path_or_id} are quantized; training needs bf16, fp16 or fp32 weights")
     files = _weight_files(source, where)
     model_class = model_class_for(config)
     extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
@@ -180,9 +176,7 @@ def load_pretrained(
                 **extra,
             )
     except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
-        raise ConfigError(
-            f"cannot load {path_or_id} as {model_class.__name__}: {_one_line(error)}"
-        ) from error
+        raise ConfigError(f"cannot load {path_or_id} as {model_class.__name__}: {_one_line(error)}") from error
     _check_completeness(path_or_id, model_class.__name__, found)
     return _as_model(model)
 
@@ -219,17 +213,13 @@ def _created_in_fp32(model: PreTrainedModel, names: set[str]) -> set[str]:
         with torch.device("meta"):
             config = copy.deepcopy(model.config)
             twin = type(model)._from_config(config, dtype=torch.bfloat16)
-    except (
-        Exception
-    ) as error:  # a user's subclass may need more arguments; then only the declared names count
+    except Exception as error:  # a user's subclass may need more arguments; then only the declared names count
         logger.debug("cannot rebuild %s to see its float32 parameters: %s", type(model).__name__, error)
         return set()
     return {name for name, p in twin.named_parameters() if p.dtype == torch.float32} & names
 
 
-def _from_config(
-    config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str | None
-) -> PreTrainedModel:
+def _from_config(config: PretrainedConfig, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel:
     """transformers' `_from_config` of the right class on a copy of `config`; ConfigError where it refuses."""
     model_class = model_class_for(config)
     extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
@@ -330,9 +320,7 @@ def _header(file: Path) -> dict[str, dict[str, Any]]:
     return header
 
 
-def _check_completeness(
-    path_or_id: str | os.PathLike[str], class_name: str, found: Mapping[str, Any]
-) -> None:
+def _check_completeness(path_or_id: str | os.PathLike[str], class_name: str, found: Mapping[str, Any]) -> None:
     """Refuse wrong shapes and absent weights by name; warn of weights that the model has no place for."""
     mismatched = sorted(f"{name} ({list(a)}, not {list(b)})" for name, a, b in found["mismatched_keys"])
     if mismatched:
@@ -340,8 +328,7 @@ def _check_completeness(
     missing = sorted(found["missing_keys"])
     if missing:
         raise ConfigError(
-            f"{path_or_id} lacks {len(missing)} of the weights of {class_name} (they would be random): "
-            f"{_some(missing)}"
+            f"{path_or_id} lacks {len(missing)} of the weights of {class_name} (they would be random): {_some(missing)}"
         )
     if found.get("error_msgs"):
         raise ConfigError(f"cannot load {path_or_id}: {_one_line(found['error_msgs'][0])}")

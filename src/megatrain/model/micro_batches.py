@@ -6,7 +6,7 @@ there, whatever their shapes, and a later phase begins only when every thread ha
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -32,7 +32,7 @@ class HandOver:
         self._failure: BaseException | None = None
         self._local = threading.local()
 
-    def run(self, bodies: list[Callable[[], T]]) -> list[T]:
+    def run(self, bodies: Sequence[Callable[[], T]]) -> list[T]:
         """Run `bodies` to their ends and return their results in order; the first exception is raised again."""
         if len(bodies) == 1:
             return [bodies[0]()]  # nobody to hand over to
@@ -58,8 +58,7 @@ class HandOver:
 
         outside = RandomState(self._device)
         threads = [
-            threading.Thread(target=body, args=(n,), name=f"micro-batch-{n}", daemon=True)
-            for n in range(len(bodies))
+            threading.Thread(target=body, args=(n,), name=f"micro-batch-{n}", daemon=True) for n in range(len(bodies))
         ]
         for thread in threads:
             thread.start()

@@ -123,11 +123,7 @@ def _is_repetition(module: nn.Module) -> bool:
     # a Sequential of composite modules of one class is a stack of blocks; one of plain layers is a block
     if isinstance(module, nn.Sequential):
         elements = [e for e in module if _has_parameters(e)]
-        return (
-            len(elements) > 1
-            and len({type(e) for e in elements}) == 1
-            and any(True for _ in elements[0].children())
-        )
+        return len(elements) > 1 and len({type(e) for e in elements}) == 1 and any(True for _ in elements[0].children())
     return False
 
 

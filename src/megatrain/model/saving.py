@@ -174,9 +174,7 @@ def _tensors_to_save(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     # {tied name: name that holds the weight}, submodels included. A pair that is two tensors is written
     # twice, and so are names that share a tensor without saying so: loading would not tie them
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
-    redundant = {
-        name for name, holder in ties.items() if name in tensors and tensors.get(holder) is tensors[name]
-    }
+    redundant = {name for name, holder in ties.items() if name in tensors and tensors.get(holder) is tensors[name]}
     return {name: tensor for name, tensor in tensors.items() if name not in redundant}
 
 
@@ -218,9 +216,7 @@ class _Provenance(TorchDispatchMode):
         return result
 
 
-def _trace_conversion(
-    model: torch.nn.Module, source: _Source
-) -> tuple[dict[str, torch.Tensor], list[_Group]] | None:
+def _trace_conversion(model: torch.nn.Module, source: _Source) -> tuple[dict[str, torch.Tensor], list[_Group]] | None:
     """Weights on disk as meta tensors, and the groups that are converted together, in the order of writing.
 
     None where the conversion needs the numbers, or loses a weight on the way.
@@ -251,9 +247,7 @@ def _group_by_origin(origins: dict[str, frozenset[str]]) -> list[_Group]:
     group_of: dict[str, _Group] = {}
     for output, names in origins.items():
         merged = _Group([name for name in sorted(names) if name not in group_of], [])
-        for group in {
-            id(group_of[name]): group_of[name] for name in sorted(names) if name in group_of
-        }.values():
+        for group in {id(group_of[name]): group_of[name] for name in sorted(names) if name in group_of}.values():
             merged.sources += group.sources
             merged.outputs += group.outputs
         merged.outputs.append(output)
@@ -333,9 +327,7 @@ def _lay_out_file(plan: _FilePlan, file: str, names: list[str]) -> None:
 def _write_weights(model: torch.nn.Module, source: _Source, plan: _FilePlan, folder: Path) -> None:
     """Write every group's weights to their places; each file is flushed to disk once it is whole."""
     left = Counter(place.file for place in plan.places.values())
-    descriptors = {
-        file: _create(folder / file, plan.headers[file]) for file in plan.headers if not left[file]
-    }
+    descriptors = {file: _create(folder / file, plan.headers[file]) for file in plan.headers if not left[file]}
     try:
         for group in plan.groups:
             for name, tensor in _consume(_convert_group(model, source, plan, group)):
@@ -353,9 +345,7 @@ def _write_weights(model: torch.nn.Module, source: _Source, plan: _FilePlan, fol
             os.close(descriptor)
 
 
-def _convert_group(
-    model: torch.nn.Module, source: _Source, plan: _FilePlan, group: _Group
-) -> dict[str, torch.Tensor]:
+def _convert_group(model: torch.nn.Module, source: _Source, plan: _FilePlan, group: _Group) -> dict[str, torch.Tensor]:
     """Read one group and convert it: name on disk -> CPU tensor with the planned shape and dtype."""
     values = {name: source.read(name) for name in group.sources}
     if group.renamed_only:
@@ -450,9 +440,7 @@ def _check_target(target: Path) -> None:
         raise ConfigError(f"cannot save to {target}: it is a file; give a folder")
     entries = [entry.name for entry in target.iterdir()]
     if entries and not any(name == "config.json" or name.endswith(".safetensors") for name in entries):
-        raise ConfigError(
-            f"cannot save to {target}: it holds files but no model; give an empty or a new folder"
-        )
+        raise ConfigError(f"cannot save to {target}: it holds files but no model; give an empty or a new folder")
 
 
 @contextlib.contextmanager

@@ -68,9 +68,7 @@ class WrittenAttributes:
         if self._known is None:
             by_number = {k: v for k, v in self._scan() if before.get(k) != id(v)}
             self._known = [(self._modules[number], name) for number, name in by_number]
-        return [
-            (m, name, m.__dict__[name]) for m, name in self._known if isinstance(m.__dict__.get(name), Tensor)
-        ]
+        return [(m, name, m.__dict__[name]) for m, name in self._known if isinstance(m.__dict__.get(name), Tensor)]
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -102,10 +100,7 @@ class WrittenBuffers:
             pairs = [(m._buffers[name], m._buffers[name]) for m, name in self._known]
             return [(b, b.clone()) for b, _ in pairs if b is not None], []
         watched = [
-            (m, name, b, b._version)
-            for m in self._module.modules()
-            for name, b in m._buffers.items()
-            if b is not None
+            (m, name, b, b._version) for m in self._module.modules() for name, b in m._buffers.items() if b is not None
         ]
         return [(b, b.clone()) for _, _, b, _ in watched], watched
 
@@ -185,7 +180,5 @@ class AutocastState:
         with ExitStack() as stack:
             for kind, enabled, dtype in self._states:
                 if enabled or torch.is_autocast_enabled(kind):
-                    stack.enter_context(
-                        torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=self._cache)
-                    )
+                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=self._cache))
             yield

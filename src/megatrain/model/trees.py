@@ -139,7 +139,11 @@ def _copy_cache(node: Any, depth: int) -> Any:
         return {k: _copy_cache(v, depth) for k, v in node.items()}
     if isinstance(node, list):
         return [_copy_cache(v, depth) for v in node]
-    if depth == 0 or isinstance(node, (*_CONSTANT_TYPES, Tensor)) or not type(node).__module__.startswith("transformers"):
+    if (
+        depth == 0
+        or isinstance(node, (*_CONSTANT_TYPES, Tensor))
+        or not type(node).__module__.startswith("transformers")
+    ):
         return node
     if hasattr(node, "model_type"):
         return node

@@ -37,11 +37,16 @@ class AdamW:
         for number, group in enumerate(self.param_groups):
             unknown = set(group) - allowed
             name = f"param_groups[{number}]"
-            _check(name, dict(group), not unknown and "params" in group, f"'params' and any of {sorted(allowed)[:-1]}")
+            _check(
+                name,
+                dict(group),
+                not unknown and "params" in group,
+                f"'params' and any of {sorted(allowed)[:-1]}",
+            )
             self._with(group)  # checks the values
 
     def _with(self, group: Mapping[str, Any]) -> "AdamW":
-        values = {k: tuple(v) if k == "betas" else v for k, v in group.items() if k != "params"}
+        values: dict[str, Any] = {k: tuple(v) if k == "betas" else v for k, v in group.items() if k != "params"}
         return replace(self, param_groups=(), **values)
 
     def group_slots(self, slots: Iterable[ParameterSlot]) -> tuple[list[dict[str, Any]], dict[int, int]]:
@@ -61,8 +66,14 @@ class AdamW:
             default = len(patterns) + (0 if slot.parameter.ndim >= 2 else 1)
             members[next(named, default)].append(slot)
         for number, pattern in enumerate(patterns):
-            _check(f"param_groups[{number}].params", pattern, bool(members[number]), "patterns that match a parameter")
-        groups, group_of = [], {}
+            _check(
+                f"param_groups[{number}].params",
+                pattern,
+                bool(members[number]),
+                "patterns that match a parameter",
+            )
+        groups: list[dict[str, Any]] = []
+        group_of: dict[int, int] = {}
         for setting, chosen in zip(settings, members, strict=True):
             if chosen:
                 group_of |= {slot.index: len(groups) for slot in chosen}

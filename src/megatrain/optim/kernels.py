@@ -135,9 +135,7 @@ def _unpack(c: Any) -> Any:
 
 
 @njit(nogil=True)
-def _update_split(
-    weight: Any, remainder: Any, exp_avg: Any, exp_avg_sq: Any, grad: Any, scale: Any, row: Any
-) -> None:
+def _update_split(weight: Any, remainder: Any, exp_avg: Any, exp_avg_sq: Any, grad: Any, scale: Any, row: Any) -> None:
     c = _unpack(row)
     for i in range(weight.size):
         p = _from_bits(master_of(weight[i], remainder[i]))
@@ -175,9 +173,7 @@ def _adamw_split(
     index = _first_segment(bounds, start)
     while index < bounds.shape[0] and bounds[index, 0] < stop:
         a, b = max(start, bounds[index, 0]), min(stop, bounds[index, 1])
-        _update_split(
-            weight[a:b], remainder[a:b], exp_avg[a:b], exp_avg_sq[a:b], grad[a:b], scale, rows[index]
-        )
+        _update_split(weight[a:b], remainder[a:b], exp_avg[a:b], exp_avg_sq[a:b], grad[a:b], scale, rows[index])
         index += 1
 
 
@@ -226,14 +222,10 @@ def _segment_table(segments: Sequence[Segment], length: int) -> tuple[NDArray[np
     end = 0
     for segment in segments:
         if not end <= segment.start <= segment.stop <= length:
-            raise ValueError(
-                f"{segment} overlaps the one before it or leaves the {length} elements of the buffer"
-            )
+            raise ValueError(f"{segment} overlaps the one before it or leaves the {length} elements of the buffer")
         if segment.step < 1:
             raise ValueError(f"{segment}: the first update of an element is step 1")
-        row = _coefficients(
-            segment.lr, segment.beta1, segment.beta2, segment.eps, segment.weight_decay, segment.step
-        )
+        row = _coefficients(segment.lr, segment.beta1, segment.beta2, segment.eps, segment.weight_decay, segment.step)
         if bounds and segment.start == end and row == rows[-1]:
             bounds[-1][1] = segment.stop
         else:
@@ -278,9 +270,7 @@ def adamw(
         state = (weight, remainder, exp_avg, exp_avg_sq, _gradient(grad))
         workers.run(_adamw_split, weight.size, *state, scale, bounds, rows)
     elif remainder is None and weight.dtype == np.float32:
-        workers.run(
-            _adamw_plain, weight.size, weight, exp_avg, exp_avg_sq, _gradient(grad), scale, bounds, rows
-        )
+        workers.run(_adamw_plain, weight.size, weight, exp_avg, exp_avg_sq, _gradient(grad), scale, bounds, rows)
     else:
         held = None if remainder is None else remainder.dtype
         needed = "uint16 with int16, or float32 with None, is needed"
@@ -401,16 +391,12 @@ def copy_with_square_sum(workers: Workers, source: Grad, target: Grad) -> float:
 def _check_lengths(first: NDArray[Any], others: dict[str, NDArray[Any]]) -> None:
     for name, array in {"the first array": first, **others}.items():
         if array.shape != (first.size,) or not array.flags.c_contiguous:
-            raise ValueError(
-                f"{name} has shape {array.shape}; 1-D, contiguous and {first.size} elements are needed"
-            )
+            raise ValueError(f"{name} has shape {array.shape}; 1-D, contiguous and {first.size} elements are needed")
 
 
 def _check_dtypes(source: NDArray[Any], needed: Any, target: NDArray[Any], wanted: Any) -> None:
     if source.dtype != needed or target.dtype != wanted:
-        raise TypeError(
-            f"dtypes are {source.dtype} and {target.dtype}, not {np.dtype(needed)} and {np.dtype(wanted)}"
-        )
+        raise TypeError(f"dtypes are {source.dtype} and {target.dtype}, not {np.dtype(needed)} and {np.dtype(wanted)}")
 
 
 def _gradient(array: NDArray[Any]) -> NDArray[Any]:

@@ -89,6 +89,4 @@ def _check(master: NDArray[np.float32], weight: NDArray[np.uint16], remainder: N
         if array.dtype != dtype:
             raise TypeError(f"{name} is {array.dtype}, not {np.dtype(dtype)}")
         if array.shape != (master.size,) or not array.flags.c_contiguous:
-            raise ValueError(
-                f"{name} has shape {array.shape}; 1-D, contiguous and of length {master.size} is needed"
-            )
+            raise ValueError(f"{name} has shape {array.shape}; 1-D, contiguous and of length {master.size} is needed")

@@ -6,6 +6,7 @@ a machine's speed drifts.
 """
 
 import argparse
+import importlib
 import json
 import os
 import statistics
@@ -100,7 +101,7 @@ def _memory_worker(settings: dict[str, Any]) -> dict[str, Any]:
     from megatrain.optim.kernels import compile_kernels
 
     _prepare(settings)
-    import transformers.models.llama.modeling_llama
+    importlib.import_module("transformers.models.llama.modeling_llama")
 
     compile_kernels()
     base = resident_bytes()
@@ -134,7 +135,10 @@ def _speed(options: argparse.Namespace, peers: list[str], say: Callable[..., Non
     """Seconds per step, alternating ours (with and without kept graphs) and the peers."""
     say(f"\nSpeed, {options.precision}: {_describe(_scaled(SPEED, options.scale))}")
     base = _settings(SPEED, options)
-    systems = {"megatrain": base | {"keep_graphs": "auto"}, "megatrain, recomputing": base | {"keep_graphs": "off"}}
+    systems = {
+        "megatrain": base | {"keep_graphs": "auto"},
+        "megatrain, recomputing": base | {"keep_graphs": "off"},
+    }
     systems |= {peer: base for peer in peers}
     seconds: dict[str, list[float]] = {name: [] for name in systems}
     for _ in range(options.rounds):
@@ -160,7 +164,12 @@ def _speed_worker(settings: dict[str, Any]) -> dict[str, Any]:
     )  # fmt: skip
     engine.train_step([_batch(settings, 0)])
     engine.flush()
-    times = list(_timed(settings, lambda step: (engine.train_step([_batch(settings, step)]), engine.flush())))
+
+    def step(number: int) -> None:
+        engine.train_step([_batch(settings, number)])
+        engine.flush()
+
+    times = list(_timed(settings, step))
     return {"seconds_per_step": statistics.median(times), "kept_graphs": len(engine.executor.kept_units)}
 
 
@@ -249,7 +258,16 @@ def _describe(w: Workload) -> str:
 
 
 def _run_worker(worker: str, settings: dict[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "megatrain", "bench", "--worker", worker, "--settings", json.dumps(settings)]
+    command = [
+        sys.executable,
+        "-m",
+        "megatrain",
+        "bench",
+        "--worker",
+        worker,
+        "--settings",
+        json.dumps(settings),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()

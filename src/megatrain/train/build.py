@@ -118,9 +118,7 @@ def read_model_settings(config: Config) -> ModelSettings:
             _check_entries(entries, settings)
     except StrictDataclassError as error:  # a value of the wrong type
         raise ConfigError(f"{key}: {' '.join(str(error).split())}") from None
-    return ModelSettings(
-        settings, open_vocabulary="vocab_size" not in entries and "text_config" not in entries
-    )
+    return ModelSettings(settings, open_vocabulary="vocab_size" not in entries and "text_config" not in entries)
 
 
 def fit_to_tokenizer(settings: ModelSettings, tokenizer: Any, config: Config) -> None:
@@ -135,9 +133,7 @@ def fit_to_tokenizer(settings: ModelSettings, tokenizer: Any, config: Config) ->
     text = settings.config.get_text_config()
     if text.vocab_size < len(tokenizer):
         key = "model.path" if config.model.config is None else "model.config"
-        raise ConfigError(
-            f"{key}: vocab_size {text.vocab_size} is less than the tokenizer's {len(tokenizer)} tokens"
-        )
+        raise ConfigError(f"{key}: vocab_size {text.vocab_size} is less than the tokenizer's {len(tokenizer)} tokens")
     longest = getattr(text, "max_position_embeddings", None)
     if isinstance(longest, int) and config.data.seq_len > longest:
         raise ConfigError(
@@ -214,6 +210,4 @@ def _naming(key: str) -> Iterator[None]:
         yield
     except ConfigError as error:
         text = str(error)
-        raise ConfigError(
-            text if text.startswith(key.partition(".")[0] + ".") else f"{key}: {text}"
-        ) from None
+        raise ConfigError(text if text.startswith(key.partition(".")[0] + ".") else f"{key}: {text}") from None

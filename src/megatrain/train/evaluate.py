@@ -28,9 +28,7 @@ class Evaluation:
         return self.loss * self.target_tokens / math.log(2) / self.utf8_bytes
 
 
-def evaluate(
-    model: Any, stream: TokenStream, *, seq_len: int, micro_batch: int, device: Any = "cpu"
-) -> Evaluation:
+def evaluate(model: Any, stream: TokenStream, *, seq_len: int, micro_batch: int, device: Any = "cpu") -> Evaluation:
     """Predict every token of `stream` once, in windows of `seq_len`; nothing is carried over between windows.
 
     Windows overlap by one token, so that each token but the first (an end-of-text, which encodes no bytes) is

@@ -46,9 +46,7 @@ def generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
                 max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.eos_token_id
-                if tokenizer.pad_token_id is None
-                else tokenizer.pad_token_id,
+                pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
                 **sampling,
             )
         texts.append(prompt + str(tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True)))

@@ -43,9 +43,7 @@ class _Summary:
         seconds = self._seconds.add(line["seconds"])
         tokens = self._tokens.add(line["target_tokens"])
         loss = line["loss"]
-        shown_loss = (
-            f"loss {self._loss.add(loss):.3f}" if loss is not None and loss - loss == 0 else f"loss {loss}"
-        )
+        shown_loss = f"loss {self._loss.add(loss):.3f}" if loss is not None and loss - loss == 0 else f"loss {loss}"
         speed = f"{tokens / seconds:,.0f} target tokens/s" if seconds > 0 else ""
         left = format_seconds(seconds * (self.total_steps - line["step"]))
         return f"{shown_loss}  {speed}  host {format_bytes(line['host_peak_bytes'])}  {left} left"
