@@ -11,7 +11,8 @@ from megatrain.errors import CapacityError, ConfigError, MegaTrainError
 from megatrain.version import __version__
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
-_DEMO_PROMPTS = ("def ", "class ", "import ")
+_DEMO_PROMPTS = ("import os\n\n\ndef", "class Reader:\n    def __init__(self,")
+_DEMO_TEMPERATURE = 0.5  # a model this small wanders off at higher ones
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,11 +119,17 @@ def _demo(path: str, overrides: list[tuple[str, str]]) -> int:
     if result.loop.interrupted or not config.checkpoint.at_end:
         print(f"run folder: {result.folder}")
         return DONE
-    texts = generate(str(result.folder), list(_DEMO_PROMPTS), max_new_tokens=120, seed=config.train.seed)
+    texts = generate(
+        str(result.folder),
+        list(_DEMO_PROMPTS),
+        max_new_tokens=120,
+        seed=config.train.seed,
+        temperature=_DEMO_TEMPERATURE,
+    )
     for prompt, text in zip(_DEMO_PROMPTS, texts, strict=True):
         print(f"\n--- the model goes on from {prompt!r} ---\n{text}")
     print(f"\nmodel: {result.folder / 'model'}")
-    print(f"more:  megatrain generate {result.folder} --prompt 'import '")
+    print(f"more:  megatrain generate {result.folder} --prompt 'import'")
     return DONE
 
 

@@ -61,8 +61,9 @@ def classify(model_type: str) -> Verdict:
         return Verdict(model_type, EQUAL, units=found.units, head=head)
     with quiet():
         reason = _reason(model_type, found) or ACCEPTED.get(model_type)
-    if reason is None or found.relative > BOUND:
-        return Verdict(model_type, FAILED, f"{reason or 'no reason found'}; {found}", found.relative, found.units, head)
+    if reason is None or found.relative > BOUND or not found.only_gradients:
+        text = f"{reason or 'no reason found'}; relative difference {found.relative:.1e}; {found}"
+        return Verdict(model_type, FAILED, text, found.relative, found.units, head)
     return Verdict(model_type, ROUNDING, reason, found.relative, found.units, head)
 
 

@@ -7,8 +7,9 @@ is computed, and that an auxiliary loss (a mean) counts by its micro-batch's sha
 """
 
 import functools
+import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,13 +64,17 @@ class TiedWeights:
 
     def combine(self) -> None:
         """After the step's last backward: `.grad` of the first place is the sum, the other places have none."""
+        for first, gradients in self.ordered():
+            for gradient in gradients:
+                first.grad = gradient if first.grad is None else first.grad + gradient
+            gradients.clear()
+
+    def ordered(self) -> Iterator[tuple[nn.Parameter, list[Tensor]]]:
+        """(first place of the group, gradients of one of its places), the place that was called last first."""
         for group, found in zip(self.groups, self._collected, strict=True):
             pairs = zip(group, found, strict=True)
-            order = sorted(pairs, key=lambda pair: self._called.get(id(pair[0]), -1), reverse=True)
-            for _, gradients in order:
-                for gradient in gradients:
-                    group[0].grad = gradient if group[0].grad is None else group[0].grad + gradient
-                gradients.clear()
+            for _, gradients in sorted(pairs, key=lambda pair: self._called.get(id(pair[0]), -1), reverse=True):
+                yield group[0], gradients
 
     def spread(self) -> None:
         """After the update: all places hold the first one's value."""
@@ -241,14 +246,73 @@ class PlainTrainer:
         limit = float("inf") if self.clip_norm is None else self.clip_norm
         coefficient = torch.tensor(min(1.0, limit / (norm + 1e-6)), dtype=torch.float32)
         for parameter, padded in self.padded.items():
-            padded.grad = None if parameter.grad is None else _padded(parameter.grad * coefficient)
+            padded.grad = None if parameter.grad is None else _padded(parameter.grad.float() * coefficient)
             parameter.grad = None
         self.optimizer.step()
         with torch.no_grad():
             for parameter, padded in self.padded.items():
-                parameter.copy_(padded[: parameter.numel()].view_as(parameter))
+                value = padded[: parameter.numel()].view_as(parameter)
+                parameter.copy_(value if parameter.dtype == torch.float32 else round_half_away(value))
         self.tied.spread()
         self.step_count += 1
+
+
+class MasterTrainer(PlainTrainer):
+    """Plain PyTorch on `model`, whose fp32 weights become masters of the bf16 weights that it then computes with.
+
+    A parameter's gradients, bf16 as autograd makes them, are summed over micro-batches in fp32 and rounded once;
+    AdamW updates the master, and the weight is the master rounded to bf16, halves away from zero. `keeps_fp32` names
+    the parameters that stay in fp32.
+    """
+
+    def __init__(self, model: nn.Module, *, keeps_fp32: Callable[[str], bool], **settings: Any) -> None:
+        super().__init__(model, **settings)
+        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        for name, parameter in model.named_parameters():
+            if not keeps_fp32(name):
+                parameter.data = round_half_away(parameter.data)
+        for module in model.modules():  # tables that are not saved keep their precision
+            for name, buffer in module._buffers.items():
+                saved = name not in module._non_persistent_buffers_set
+                if buffer is not None and saved and buffer.dtype == torch.float32:
+                    module._buffers[name] = buffer.to(torch.bfloat16)
+        self._sums: dict[nn.Parameter, Tensor] = {}
+        self._untied, self.tied = self.tied, self  # type: ignore[assignment]
+
+    @property
+    def masters(self) -> dict[str, Tensor]:
+        """By parameter name, fp32."""
+        return {self._names[p]: padded[: p.numel()].view_as(p) for p, padded in self.padded.items()}
+
+    def collect(self) -> None:
+        self._untied.collect()
+        for parameter in self.padded:
+            if parameter.grad is not None:
+                self._sums[parameter] = _plus(self._sums.get(parameter), parameter.grad)
+                parameter.grad = None
+
+    def combine(self) -> None:
+        for first, gradients in self._untied.ordered():
+            for gradient in gradients:
+                self._sums[first] = _plus(self._sums.get(first), gradient)
+            gradients.clear()
+        for parameter, total in self._sums.items():
+            parameter.grad = total.to(parameter.dtype)
+        self._sums = {}
+
+    def spread(self) -> None:
+        self._untied.spread()
+
+
+def _plus(total: Tensor | None, gradient: Tensor) -> Tensor:
+    return gradient.float() if total is None else total + gradient.float()
+
+
+def round_half_away(tensor: Tensor) -> Tensor:
+    """fp32 to bf16, halves away from zero (torch's own cast rounds halves to even)."""
+    bits = tensor.detach().contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    upper = ((bits + 0x8000) >> 16) & 0xFFFF
+    return upper.to(torch.uint16).view(torch.bfloat16)
 
 
 def _padded(tensor: Tensor) -> Tensor:
@@ -263,7 +327,9 @@ def count_targets(labels: Tensor, shifted: bool = True) -> int:
 
 
 def plain_norm(model: nn.Module) -> float:
-    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
+    """In fp64: torch's own norm of a million fp32 numbers is off by 1e-6 and more."""
+    squares = [float(p.grad.double().square().sum()) for p in model.parameters() if p.grad is not None]
+    return math.sqrt(math.fsum(squares))
 
 
 def gradient_differences(plain: nn.Module, engine: Any) -> list[str]:

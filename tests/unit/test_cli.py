@@ -106,15 +106,11 @@ def test_a_mistake_is_one_line_and_exit_2_and_writes_nothing(
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])
-def test_empty_data(
-    content: str, settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_empty_data(content: str, settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text" / "a.py").write_text(content)
     assert run(settings, tmp_path) == 2
     folder = settings["data"]["train"]
-    assert (
-        f"megatrain: data.train: no text in {folder}; give files with UTF-8 text" in capsys.readouterr().err
-    )
+    assert f"megatrain: data.train: no text in {folder}; give files with UTF-8 text" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

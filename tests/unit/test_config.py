@@ -143,9 +143,7 @@ def test_keys_that_do_not_fit_together(settings: dict[str, Any], message: str) -
 
 
 def test_overrides_are_typed_and_reach_into_mappings(tmp_path: Path) -> None:
-    path = write(
-        tmp_path, "model: {config: {model_type: llama}, tokenizer: t}\ndata: {train: a}\ntrain: {steps: 9}\n"
-    )
+    path = write(tmp_path, "model: {config: {model_type: llama}, tokenizer: t}\ndata: {train: a}\ntrain: {steps: 9}\n")
     overrides = [
         ("train.steps", "null"),
         ("train.epochs", "0.5"),

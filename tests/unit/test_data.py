@@ -114,9 +114,7 @@ def test_bpe_survives_a_folder(bpe: Any, tmp_path: Path) -> None:
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"^model.tokenizer: no tokenizer in '.*': it has no tokenizer files"
-    ):
+    with pytest.raises(ConfigError, match=r"^model.tokenizer: no tokenizer in '.*': it has no tokenizer files"):
         load_tokenizer(str(tmp_path))
     with pytest.raises(ConfigError, match=r"^model.tokenizer: './none' does not exist"):
         load_tokenizer("./none")

@@ -19,7 +19,7 @@ from test_engine_toys import (
 from torch import Tensor, nn
 
 import megatrain as mt
-from megatrain.errors import CapacityError, UnsupportedModelError
+from megatrain.errors import UnsupportedModelError
 
 
 def scaled(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -250,8 +250,9 @@ def test_optimizer_is_a_torch_optimizer_over_the_models_parameters() -> None:
         return loss
 
     assert engine.optimizer.step(closure).item() == trainer.backward([make_batch(0)])
-    trainer.update(plain_norm(plain))
-    assert weight_differences(plain, engine) == [] or plain_norm(plain) == 0
+    assert gradient_differences(plain, engine) == []
+    before = Net().state_dict()
+    assert any(not torch.equal(w, before[name]) for name, w in engine.model.state_dict().items())
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
@@ -446,8 +447,3 @@ def test_statistics_of_a_step() -> None:
     stats = engine.train_step(batches)
     assert stats.target_tokens == sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
     assert stats.seconds > 0 and not stats.skipped and stats.h2d_bytes == stats.d2h_bytes == 0
-
-
-def test_errors_are_named_for_what_they_are() -> None:
-    assert issubclass(mt.ConfigError, ValueError)
-    assert mt.CapacityError is CapacityError

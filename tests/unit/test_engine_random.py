@@ -23,7 +23,6 @@ def test_dropout_under_the_callers_own_generator() -> None:
     for one in (plain, model):
         torch.manual_seed(11)
         (one(**make_batch(0)).loss + one(**make_batch(1)).loss).backward()
-    assert torch.equal(torch.rand(3), torch.rand(3)) is False
     engine.step()
     assert gradient_differences(plain, engine) == []
 

@@ -2,6 +2,7 @@
 
 import copy
 import mmap
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -463,8 +464,9 @@ def test_frozen_parameters_carry_no_state() -> None:
         parameter.requires_grad_(False)
     model.head.weight.requires_grad_(True)
     engine = make_engine(model, precision="bf16")
-    held = engine.store.bytes_by_category()
-    assert held["exp_avg"] == 4 * model.head.weight.numel() or held["exp_avg"] < 4 * model.head.weight.numel() + 256
+    held, count = engine.store.bytes_by_category(), model.head.weight.numel()
+    assert 4 * count <= held["exp_avg"] < 4 * count + 128  # whole cache lines
+    assert 2 * count <= held["remainders"] < 2 * count + 64
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -480,7 +482,7 @@ def test_parameters_are_views_of_one_page_aligned_buffer_per_unit(precision: str
         assert start % mmap.PAGESIZE == 0
         ends = sorted((s.parameter.data_ptr(), s.parameter.data_ptr() + s.parameter.nbytes) for s in unit.slots)
         assert start <= ends[0][0] and ends[-1][1] <= start + storage.nbytes()
-        assert all(b[0] >= a[1] for a, b in zip(ends, ends[1:], strict=False)), "parameters overlap"
+        assert all(b[0] >= a[1] for a, b in pairwise(ends)), "parameters overlap"
         gaps = storage.nbytes() - sum(s.parameter.nbytes for s in unit.slots)
         assert gaps < mmap.PAGESIZE + 64 * len(unit.slots)
         assert all(a[0] % 64 == 0 for a in ends)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from reference import PlainTrainer, gradient_differences, kept_gradients, plain_norm, weight_differences
 from torch import Tensor, nn
 

@@ -6,9 +6,7 @@ from megatrain.optim.schedules import learning_rate
 
 
 def test_warmup_rises_evenly_and_reaches_the_peak_in_its_last_step() -> None:
-    rates = [
-        learning_rate(step, peak=1.0, name="cosine", total_steps=10, warmup_steps=4) for step in range(5)
-    ]
+    rates = [learning_rate(step, peak=1.0, name="cosine", total_steps=10, warmup_steps=4) for step in range(5)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[4] == 1.0  # the decay starts from the peak, too
 

@@ -64,9 +64,7 @@ class StandIn:
         )
 
 
-def run_loop(
-    engine: StandIn, folder: Path, steps: int = 5, log_every: int = 1
-) -> tuple[LoopResult, list[Any], str]:
+def run_loop(engine: StandIn, folder: Path, steps: int = 5, log_every: int = 1) -> tuple[LoopResult, list[Any], str]:
     shown = io.StringIO()
     with StopOnInterrupt() as stop, MetricsFile(folder / "metrics.jsonl") as metrics:
         result = train(
@@ -154,9 +152,7 @@ def test_evaluation_counts_every_byte_once() -> None:
 
 
 def config(**train_settings: Any) -> Any:
-    return parse_config(
-        {"model": {"path": "m"}, "data": {"train": "a", "seq_len": 10}, "train": train_settings}
-    )
+    return parse_config({"model": {"path": "m"}, "data": {"train": "a", "seq_len": 10}, "train": train_settings})
 
 
 def test_number_of_steps() -> None:

@@ -58,6 +58,8 @@ class Engine:
         seed: int = 0,
         threads: int | None = None,
         keep_graphs: KeepGraphs = "auto",
+        *,
+        _mapped: bool = False,
     ) -> None:
         if "_megatrain_engine" in model.__dict__:
             raise ConfigError("model: another Engine owns it; close that one first")
@@ -85,7 +87,7 @@ class Engine:
         compile_kernels()
         self.store = HostStore(Workers(threads or torch.get_num_threads()))
         for unit, slabs in layouts.items():
-            self.store.take_over(unit, slabs, {slot.index: slot for slot in self.partition.slots})
+            self.store.take_over(unit, slabs, {slot.index: slot for slot in self.partition.slots}, mapped=_mapped)
         setup.cast_buffers(model, dtypes)
         trim_freed_memory()
         self.updates = PendingUpdates(self.store, self.partition)
@@ -114,7 +116,7 @@ class Engine:
 
         attention = settings.pop("attn_implementation", None)
         _check_plan(build_on_meta(load_config(str(path))), optimizer, settings)
-        return cls(load_pretrained(str(path), attn_implementation=attention), optimizer, **settings)
+        return cls(load_pretrained(str(path), attn_implementation=attention), optimizer, **settings, _mapped=True)
 
     # -- training ---------------------------------------------------------------------------------------------
 
@@ -187,7 +189,6 @@ class Engine:
                 unit_scale = self._clip_scale(self.gradients.unit_norm(entries)) if scale is None else scale
                 self._schedule(home, entries, unit_scale)
         self.discard_gradients()
-        self.gradients.keep = True  # a caller's own backward calls are kept until step()
         self.executor.weights_changed()
         self.step_count += 1
         return finite

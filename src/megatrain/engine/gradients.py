@@ -52,7 +52,7 @@ class GradientBook:
         self._open_calls[unit.index] = self._open_calls.get(unit.index, 0) + 1
 
     def abandoned(self, unit: Unit) -> None:
-        """A call that will have no backward."""
+        """A call that will have no further backward."""
         if self._open_calls.get(unit.index):
             self._open_calls[unit.index] -= 1
 
@@ -60,8 +60,8 @@ class GradientBook:
         """Gradients of one backward call of `unit`."""
         for slot, gradient in gradients.items():
             self.add(slot, gradient)
-        self._open_calls[unit.index] -= 1
-        if self._open_calls[unit.index] == 0 and not self._holds:
+        self.abandoned(unit)
+        if not self._open_calls.get(unit.index) and not self._holds:
             self._write_ready(sorted({slot.units[0] for slot in unit.slots}))
 
     def add(self, slot: int, gradient: Tensor) -> None:
@@ -132,6 +132,7 @@ class GradientBook:
         self._open_calls.clear()
         self.squares.clear()
         self._holds = 0
+        self.keep = True  # a caller's own backward calls are kept until step()
 
     def _homes_with_sums(self) -> set[int]:
         return {self._store.slots[slot].unit for slot in self._sums}

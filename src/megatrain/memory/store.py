@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatrain.memory.arena import allocate
+from megatrain.memory.arena import allocate, discard_pages
 from megatrain.memory.layout import Place, SlabLayout
 from megatrain.model.partition import ParameterSlot, Partition
 from megatrain.optim.split_master import merge, split
@@ -79,11 +79,14 @@ class HostStore:
     units: dict[int, UnitState] = field(default_factory=dict)
     slots: dict[int, SlotState] = field(default_factory=dict)
 
-    def take_over(self, unit: int, slabs: list[SlabLayout], slots: dict[int, ParameterSlot]) -> None:
+    def take_over(
+        self, unit: int, slabs: list[SlabLayout], slots: dict[int, ParameterSlot], *, mapped: bool = False
+    ) -> None:
         """Allocate the unit's buffers, copy its parameters in and make them views of the buffers.
 
         Each source tensor is released as soon as it is copied, so the peak is the larger of the two states plus one
-        parameter. fp32 and fp16 sources become exact masters.
+        parameter. fp32 and fp16 sources become exact masters. `mapped`: sources are pages of a checkpoint's file that
+        nobody else reads; they are given back one by one, since the mapping itself goes only with its last tensor.
         """
         state = UnitState(unit, [_allocate_slab(layout, weight) for layout, weight in _weight_views(slabs)])
         for slab in state.slabs:
@@ -91,9 +94,13 @@ class HostStore:
                 entry = SlotState(slots[place.slot], unit, slab, place)
                 self.slots[place.slot] = entry
                 parameter = entry.slot.parameter
-                self.write_master(place.slot, parameter.data)
+                source = parameter.data
+                self.write_master(place.slot, source)
                 parameter.data = entry.view(slab.weight)
                 entry.version = parameter._version
+                if mapped:
+                    discard_pages(source)
+                del source
         self.units[unit] = state
 
     def write_master(self, slot: int, source: Tensor) -> None:

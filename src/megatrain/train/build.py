@@ -161,6 +161,7 @@ def build_engine(config: Config, model_config: Any) -> "Engine":
         "device_memory": config.engine.device_memory,
         "seed": config.train.seed,
         "threads": config.engine.threads,
+        "keep_graphs": config.engine.keep_graphs,
     }
     attention = config.model.attn_implementation
     if config.model.path is not None:

@@ -23,12 +23,12 @@ def generate(
     import torch
 
     from megatrain.device.cpu import CpuDevice
-    from megatrain.model.loading import load_config, load_pretrained
+    from megatrain.model.loading import load_config
 
     source = model_folder(folder)
     load_config(source)  # no model is a clearer error than no tokenizer, and cheap to find
     tokenizer = load_tokenizer(source, key="tokenizer")
-    model: Any = load_pretrained(source)
+    model = _load(source)
     if not CpuDevice().native_bf16():
         model = model.float()  # bf16 is emulated here, several times slower
     model.eval()
@@ -61,14 +61,13 @@ def export(run: str, out: str, *, dtype: str = "bf16") -> None:
     """
     import torch
 
-    from megatrain.model.loading import load_pretrained
     from megatrain.model.saving import save_model
 
     target = Path(out).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{out!r} exists already; give a new folder")
     source = model_folder(run)
-    model = load_pretrained(source)
+    model = _load(source)
     try:
         tokenizer = load_tokenizer(source)
     except ConfigError:
@@ -80,3 +79,18 @@ def export(run: str, out: str, *, dtype: str = "bf16") -> None:
         {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype],
         tokenizer=tokenizer,
     )
+
+
+def _load(source: str) -> Any:
+    """The model in `source`, without transformers' progress bar: it is done before the bar could help."""
+    from transformers.utils import logging
+
+    from megatrain.model.loading import load_pretrained
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return load_pretrained(source)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
