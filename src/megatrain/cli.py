@@ -5,12 +5,15 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 from megatrain.config import describe, load_config
 from megatrain.errors import CapacityError, ConfigError, MegaTrainError
 from megatrain.version import __version__
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
+_DEMO_RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
 _DEMO_PROMPTS = ("import os\n\n\ndef", "class Reader:\n    def __init__(self,")
 _DEMO_TEMPERATURE = 0.5  # a model this small wanders off at higher ones
 
@@ -63,10 +66,13 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name,
             help=meaning,
-            usage=f"megatrain {name} CONFIG.yaml [--section.key value ...]",
+            usage=f"megatrain {name} {'[CONFIG.yaml]' if name == 'demo' else 'CONFIG.yaml'} [--section.key value ...]",
             allow_abbrev=False,
         )
-        command.add_argument("config", metavar="CONFIG.yaml", help="settings; `megatrain config` lists all keys")
+        optional: dict[str, Any] = {"nargs": "?", "default": str(_DEMO_RECIPE)} if name == "demo" else {}
+        command.add_argument(
+            "config", metavar="CONFIG.yaml", help="settings; `megatrain config` lists all keys", **optional
+        )
     generate = commands.add_parser("generate", help="let a model write text", allow_abbrev=False)
     generate.add_argument("folder", metavar="FOLDER", help="a run's folder or a transformers folder")
     generate.add_argument("--prompt", required=True, help="text to go on from")

@@ -6,17 +6,21 @@ per weight, and must hold the same fp32 numbers.
 """
 
 import copy
+import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytest
 import torch
 import zoo
 from compare import HYPER, LENGTHS, SEED, quiet
-from reference import MasterTrainer, gradient_differences, plain_norm, weight_differences
+from reference import MasterTrainer, gradient_differences, kept_gradients, plain_norm, weight_differences
 
 import megatrain as mt
 
 TYPES = ["llama", "gemma3_text", "qwen3_moe", "gpt2", "llava"]
+BOUND = 0.03  # error of the whole gradient, relative to its norm
 
 
 @pytest.fixture(autouse=True)
@@ -27,51 +31,86 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("model_type", TYPES)
-def test_gradients_weights_and_masters_are_equal(model_type: str) -> None:
-    plain, mine = zoo.build(model_type, dropout=True), zoo.build(model_type, dropout=True)
-    with quiet():
-        engine = mt.Engine(mine, mt.AdamW(**HYPER), precision="bf16", clip_norm=0.5, seed=SEED, threads=1)
-    trainer = MasterTrainer(
-        plain,
-        keeps_fp32=lambda name: False,  # none of these types keeps a part of itself in fp32
-        **HYPER,
-        clip_norm=0.5,
-        seed=SEED,
-        whole_loss=engine.head.reason is not None,
-    )
-    slots = {slot.name: slot.index for slot in engine.partition.slots}
-    for step in range(4):
+class Pair:
+    """A model twice: in plain PyTorch with masters, and taken over by the engine."""
+
+    def __init__(self, model_type: str, dropout: bool) -> None:
+        self.model_type = model_type
+        self.plain = zoo.build(model_type, dropout=dropout)
+        with quiet():
+            self.engine = mt.Engine(
+                zoo.build(model_type, dropout=dropout),
+                mt.AdamW(**HYPER),
+                precision="bf16",
+                clip_norm=0.5,
+                seed=SEED,
+                threads=1,
+            )
+        self.trainer = MasterTrainer(
+            self.plain,
+            keeps_fp32=lambda name: False,  # none of these types keeps a part of itself in fp32
+            **HYPER,
+            clip_norm=0.5,
+            seed=SEED,
+            whole_loss=self.engine.head.reason is not None,
+        )
+
+    def backward(self, step: int, arithmetic: AbstractContextManager[Any]) -> tuple[float, Any]:
+        """Both ways; the reference computes under `arithmetic`. Returns its loss and the engine's results."""
         batches = [
-            zoo.make_batch(plain, model_type, seed=100 * step + n, length=length, padded=n == 1)
+            zoo.make_batch(self.plain, self.model_type, seed=100 * step + n, length=length, padded=n == 1)
             for n, length in enumerate(LENGTHS)
         ]
-        loss = trainer.backward([copy.deepcopy(b) for b in batches], engine.shifts_labels)
-        stats = engine.train_step(batches)
+        with arithmetic:
+            loss = self.trainer.backward([copy.deepcopy(b) for b in batches], self.engine.shifts_labels)
+        return loss, self.engine.train_step(batches)
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_gradients_weights_and_masters_are_equal(model_type: str) -> None:
+    pair = Pair(model_type, dropout=True)
+    engine = pair.engine
+    slots = {slot.name: slot.index for slot in engine.partition.slots}
+    for step in range(4):
+        loss, stats = pair.backward(step, engine.device.computing())
         assert stats.loss == loss
-        assert gradient_differences(plain, engine) == []
-        assert stats.grad_norm == pytest.approx(plain_norm(plain), rel=1e-12)
-        trainer.update(stats.grad_norm)
-        assert weight_differences(plain, engine) == []
-        different = [n for n, m in trainer.masters.items() if not torch.equal(m, engine.store.read_master(slots[n]))]
-        assert different == []
-    assert {p.dtype for p in mine.parameters()} == {torch.bfloat16}
+        assert gradient_differences(pair.plain, engine) == []
+        assert stats.grad_norm == pytest.approx(plain_norm(pair.plain), rel=1e-12)
+        pair.trainer.update(stats.grad_norm)
+        assert weight_differences(pair.plain, engine) == []
+        masters = pair.trainer.masters.items()
+        assert [n for n, m in masters if not torch.equal(m, engine.store.read_master(slots[n]))] == []
+    assert {p.dtype for p in engine.model.parameters()} == {torch.bfloat16}
     engine.close()
 
 
+@pytest.mark.parametrize("model_type", TYPES)
+def test_torchs_own_bf16_products_are_as_far_as_bf16_is_coarse(model_type: str) -> None:
+    """Where the CPU has no bf16 arithmetic the engine computes bf16 products in fp32, and rounds them once; PyTorch's
+    own add up in another order. A product's last bit may then differ (2**-8 of it), and what follows from it."""
+    pair = Pair(model_type, dropout=False)
+    loss, stats = pair.backward(0, nullcontext())
+    assert stats.loss == pytest.approx(loss, rel=2e-3)
+    kept = kept_gradients(pair.engine)
+    pairs = [(p.grad.double(), kept[n].double()) for n, p in pair.plain.named_parameters() if n in kept]
+    error = math.sqrt(sum(float((a - b).square().sum()) for a, b in pairs))
+    assert error < BOUND * plain_norm(pair.plain)
+    pair.engine.close()
+
+
 def test_masters_move_where_bf16_weights_cannot() -> None:
-    """An update far below a bf16 weight's spacing is kept, and shows once enough of them have come together."""
+    """An update far below a bf16 weight's spacing is kept in the master."""
     model = zoo.build("llama")
     with quiet():
         engine = mt.Engine(model, mt.AdamW(lr=1e-6, weight_decay=0.0), precision="bf16", threads=1)
-    slot = engine.partition.slots[0].index
-    weight = engine.partition.slots[0].parameter
+    chosen = next(s for s in engine.partition.slots if s.name.endswith("q_proj.weight"))
+    slot, weight = chosen.index, chosen.parameter
     batches = [zoo.make_batch(model, "llama", seed=0)]
     before, master = weight.detach().clone(), engine.store.read_master(slot)
     engine.train_step(batches)
     engine.flush()
     moved = (engine.store.read_master(slot) != master).float().mean()
     changed = (weight != before).float().mean()
-    assert moved > 0.5  # rows of tokens that did not occur stay
+    assert moved > 0.9
     assert changed < 0.1
     engine.close()

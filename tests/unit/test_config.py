@@ -194,5 +194,5 @@ def test_description_names_every_key_with_its_default() -> None:
 
 
 def test_demo_settings_are_valid() -> None:
-    demo = Path(__file__).parents[2] / "examples" / "demo.yaml"
+    demo = Path(__file__).parents[2] / "src" / "megatrain" / "recipes" / "demo.yaml"
     assert load_config(demo).data.eval == ("stdlib",)

@@ -1,6 +1,7 @@
 """The public Engine: takes a model over and trains it."""
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -19,7 +20,7 @@ from megatrain.memory.arena import keep_large_allocations_out_of_heap, trim_free
 from megatrain.memory.limits import host_memory_limits
 from megatrain.memory.plan import MemoryPlan, require_fit
 from megatrain.memory.store import TORCH_DTYPE, HostStore, SlotState, gradient_buffers
-from megatrain.model.block import install_units
+from megatrain.model.block import UnitForward, install_units
 from megatrain.model.head import ChunkedHead
 from megatrain.model.partition import partition
 from megatrain.model.root import RootForward, guard, unguard
@@ -61,8 +62,8 @@ class Engine:
         *,
         _mapped: bool = False,
     ) -> None:
-        if "_megatrain_engine" in model.__dict__:
-            raise ConfigError("model: another Engine owns it; close that one first")
+        if any(isinstance(m.__dict__.get("forward"), UnitForward) for m in model.modules()):
+            raise ConfigError("model: another Engine owns it or a part of it; close that one first")
         setup.check_clipping(clip_norm, clip_scope)
         check_keep_graphs(keep_graphs)
         self.model = model
@@ -73,9 +74,13 @@ class Engine:
         self.step_count = 0
         self.last_touched: frozenset[int] = frozenset()  # slots that got a gradient in the last step
         self._clip_override: float | None = None
+        self._attached = False
+        self._warned = False
 
         self.partition = partition(model)
         groups, group_of = (optimizer or AdamW()).group_slots(self.partition.slots)
+        if not groups:
+            raise ConfigError("model: all of its parameters are frozen; at least one must require a gradient")
         dtypes = setup.weight_dtypes(model, self.partition, self.precision)
         layouts = setup.lay_out_units(self.partition, dtypes, group_of)
         self.plan: MemoryPlan = setup.plan_for(layouts, clip_norm, clip_scope)
@@ -137,7 +142,7 @@ class Engine:
     def step(self, lr: float | None = None) -> StepStats:
         """Apply the gradients of the backward calls since the last step (`engine.model(**batch).loss.backward()`)."""
         clock = StepClock(self)
-        self.begin_step(lr, drop_gradients=False)
+        self.begin_step(lr)
         self.gradients.finish()
         norm = self.gradients.norm()
         skipped = not self.decide_update(norm)
@@ -155,19 +160,23 @@ class Engine:
 
     def discard_gradients(self) -> None:
         """Forget the gradients gathered since the last step."""
-        self.gradients.clear()
+        self.gradients.forget_gradients()
         self._clip_override = None
 
     # -- parts of a step --------------------------------------------------------------------------------------
 
-    def begin_step(self, lr: float | None, *, drop_gradients: bool = True) -> None:
+    def begin_step(self, lr: float | None) -> None:
         self.store.check_addresses()
         self.store.notice_writes()
-        self.updates.settle(-1)  # stray parameters are read without being fetched
-        if drop_gradients:
-            self.discard_gradients()
         if lr is not None:
             self.optimizer.set_lr(lr)
+
+    def warn_of_whole_logits(self) -> None:
+        """Once, where a language model's head cannot be run in chunks."""
+        embeddings = getattr(self.model, "get_output_embeddings", lambda: None)()
+        if self.head.reason is not None and embeddings is not None and not self._warned:
+            self._warned = True
+            warnings.warn(f"the logits of each micro-batch exist as a whole: {self.head.reason}", stacklevel=4)
 
     def choose_kept_graphs(self, label_elements: int) -> None:
         """Decide which units keep their graphs in a step of this size."""
@@ -188,10 +197,18 @@ class Engine:
             for home, entries in sorted(self.gradients.touched().items()):
                 unit_scale = self._clip_scale(self.gradients.unit_norm(entries)) if scale is None else scale
                 self._schedule(home, entries, unit_scale)
-        self.discard_gradients()
-        self.executor.weights_changed()
+        for home in self.gradients.read_directly:  # they are read without being fetched
+            self.updates.settle(home)
+        self.end_step()
+        self.gradients.deferred = self.updates.pending_units()
         self.step_count += 1
         return finite
+
+    def end_step(self) -> None:
+        """Nothing of this step goes on: no gradient, no call whose backward is still to come."""
+        self.gradients.clear()
+        self._clip_override = None
+        self.executor.weights_changed()
 
     def _update_complete_unit(self, home: int, entries: list[SlotState]) -> None:
         """Without a global norm to wait for, a unit is updated as soon as its gradient is complete."""
@@ -277,7 +294,8 @@ class Engine:
     def _attach(self) -> None:
         model = self.model
         self._blocks = install_units(self.partition.units, self.executor)
-        self._root = RootForward(model)
+        self.executor.hand_over.carried = [block.attributes.save for block in self._blocks]
+        self._root = RootForward(model, self.flush)
         model.forward = self._root  # type: ignore[assignment]
         self._hooks: list[Any] = []
         for index, entry in self.store.slots.items():
@@ -292,7 +310,7 @@ class Engine:
         guard(model, self.device.torch_device)
         self.head = ChunkedHead(model, self._root, self.device.torch_device, self.executor.direct)
         self.shifts_labels = _shifts_labels(model)
-        model.__dict__["_megatrain_engine"] = True
+        self._attached = True
 
     def _leaf_hook(self, index: int) -> Any:
         def take(parameter: Tensor) -> None:
@@ -304,8 +322,9 @@ class Engine:
 
     def close(self) -> None:
         """Finish the updates and give the model its own forward back; its parameters keep their values."""
-        if "_megatrain_engine" not in self.model.__dict__:
+        if not self._attached:
             return
+        self._attached = False
         self.flush()
         self.head.remove()
         for block in self._blocks:
@@ -315,7 +334,6 @@ class Engine:
             hook.remove()
         unguard(self.model)
         self.store.workers.close()
-        del self.model.__dict__["_megatrain_engine"]
 
     def __enter__(self) -> Self:
         return self

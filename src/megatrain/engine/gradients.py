@@ -11,10 +11,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megatrain.errors import MegaTrainError
 from megatrain.memory.arena import allocate
 from megatrain.memory.store import HostStore, SlotState, bits, gradient_buffers
 from megatrain.model.partition import Partition, Unit
 from megatrain.optim.kernels import accumulate, copy_with_square_sum, round_to_bf16, square_sum
+
+
+class StaleReadError(MegaTrainError):
+    """A parameter was read outside its unit's forward for the first time, while its update was still pending."""
 
 
 class GradientBook:
@@ -41,7 +46,10 @@ class GradientBook:
         self._owned: set[int] = set()  # slots whose sum is ours to add into
         self._open_calls: dict[int, int] = {}
         self._holds = 0
-        self._at_end: set[int] = set()  # home units with parameters read outside their unit's forward
+        # home units with parameters that are read outside their unit's forward: complete only when the step ends,
+        # updated at once when it is decided
+        self.read_directly: set[int] = {-1}
+        self.deferred: set[int] = set()  # home units whose last update waited for their next fetch
         self._scratch: Tensor | None = None
         self.squares: dict[int, float] = {}
         self._readers = {u.index: _readers_of_home(part, u) for u in part.units}
@@ -79,9 +87,18 @@ class GradientBook:
             self._owned.add(slot)
 
     def add_from_leaf(self, slot: int, gradient: Tensor) -> None:
-        """A parameter was read outside its unit's forward and autograd reached it directly."""
-        entry = self._store.slots[slot]
-        self._at_end.add(entry.unit)
+        """A parameter was read outside its unit's forward and autograd reached it directly.
+
+        Raises StaleReadError where it may have been read before its last update was carried out.
+        """
+        home = self._store.slots[slot].unit
+        if home not in self.read_directly:
+            self.read_directly.add(home)
+            if home in self.deferred:
+                raise StaleReadError(
+                    f"parameter {self._store.slots[slot].slot.name} was read outside its module's forward while its"
+                    " last update was pending; call engine.flush() and repeat this step (the next ones are in order)"
+                )
         self.add(slot, gradient)
 
     def hold(self, count: int) -> None:
@@ -126,20 +143,24 @@ class GradientBook:
                 slab.accumulated = None
 
     def clear(self) -> None:
-        """Forget the step's gradients; kept buffers stay allocated."""
-        self._sums.clear()
-        self._owned.clear()
+        """Forget the step's gradients and calls; kept buffers stay allocated."""
+        self.forget_gradients()
         self._open_calls.clear()
-        self.squares.clear()
         self._holds = 0
         self.keep = True  # a caller's own backward calls are kept until step()
+
+    def forget_gradients(self) -> None:
+        """Forget what has been gathered; calls whose backward is still to come stay open."""
+        self._sums.clear()
+        self._owned.clear()
+        self.squares.clear()
 
     def _homes_with_sums(self) -> set[int]:
         return {self._store.slots[slot].unit for slot in self._sums}
 
     def _write_ready(self, homes: list[int]) -> None:
         for home in homes:
-            ready = home >= 0 and home not in self._at_end
+            ready = home >= 0 and home not in self.read_directly
             if ready and not any(self._open_calls.get(reader) for reader in self._readers[home]):
                 self._write(home)
 

@@ -1,7 +1,7 @@
 """One optimizer step, top to bottom."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatrain.engine.executor import BACKWARD, HEAD, backward
+from megatrain.engine.gradients import StaleReadError
 from megatrain.errors import ConfigError
 from megatrain.memory.limits import host_memory_limits, peak_resident_bytes
 from megatrain.model.head import IGNORED, shift_labels
@@ -48,17 +49,21 @@ def train_step(engine: "Engine", batches: Sequence[Batch], lr: float | None) -> 
     work = [(n, batch, count) for n, (batch, count) in enumerate(zip(batches, targets, strict=True)) if count]
 
     engine.begin_step(lr)
-    engine.gradients.begin(keep=engine.keeps_gradients)
-    engine.gradients.hold(len(work) if engine.head.reason is None else 0)
+    engine.warn_of_whole_logits()
     engine.choose_kept_graphs(sum(batch["labels"].numel() for batch in batches))
     run = _run_chunked if engine.head.reason is None else _run_whole
-    bodies = [partial(run, engine, number, batch, count, sum(targets)) for number, batch, count in work]
+    bodies: list[Callable[[], float]] = [
+        partial(run, engine, number, batch, count, sum(targets)) for number, batch, count in work
+    ]
     random = RandomState(engine.device.torch_device)
     try:
-        losses = engine.executor.hand_over.run(bodies)
-        engine.gradients.finish()
+        losses = _forward_and_backward(engine, bodies)
+    except StaleReadError:  # a parameter is read in a way not seen before: now that it is known, once more
+        engine.end_step()
+        engine.flush()
+        losses = _forward_and_backward(engine, bodies)
     except BaseException:
-        engine.discard_gradients()
+        engine.end_step()
         raise
     finally:
         random.restore()
@@ -66,6 +71,16 @@ def train_step(engine: "Engine", batches: Sequence[Batch], lr: float | None) -> 
     norm = engine.gradients.norm()
     skipped = not engine.decide_update(norm)
     return clock.stats(sum(losses), norm, sum(targets), skipped)
+
+
+def _forward_and_backward(engine: "Engine", bodies: list[Callable[[], float]]) -> list[float]:
+    """Losses of the micro-batches; afterwards all gradients of the step are complete."""
+    engine.gradients.begin(keep=engine.keeps_gradients)
+    engine.gradients.hold(len(bodies) if engine.head.reason is None else 0)
+    with torch.enable_grad():
+        losses = engine.executor.hand_over.run(bodies)
+    engine.gradients.finish()
+    return losses
 
 
 def _run_chunked(engine: "Engine", number: int, batch: Batch, count: int, total: int) -> float:

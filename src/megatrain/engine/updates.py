@@ -55,6 +55,9 @@ class PendingUpdates:
             for home in self._needed[unit.index]:
                 self.settle(home)
 
+    def pending_units(self) -> set[int]:
+        return set(self._pending)
+
     def flush(self) -> None:
         """Return when no update is pending."""
         for unit in sorted(self._pending):

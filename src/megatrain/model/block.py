@@ -20,13 +20,16 @@ from torch import Tensor, nn
 
 from megatrain.errors import UnsupportedModelError
 from megatrain.model.binding import bound
+from megatrain.model.foreign import refuse_foreign_tensors
 from megatrain.model.partition import Unit
 from megatrain.model.side_effects import (
     AutocastState,
+    BufferState,
     CapturedOutputs,
     RandomState,
     WrittenAttributes,
     WrittenBuffers,
+    no_autocast_cache,
 )
 from megatrain.model.trees import FlatTree, written_entries
 
@@ -88,8 +91,8 @@ class UnitForward:
         self.host = host
         self.forward: Callable[..., Any] = unit.module.forward
         self.where = f"unit {unit.name or type(unit.module).__name__}"
-        self.attributes = WrittenAttributes(unit.module)
-        self.buffers = WrittenBuffers(unit.module)
+        self.attributes = WrittenAttributes(unit.module, self.where)
+        self.buffers = WrittenBuffers(unit.module, self.where)
         self.anchor = torch.zeros((), requires_grad=True)
 
     def install(self) -> None:
@@ -101,18 +104,23 @@ class UnitForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.host.arrive(self.unit, backward=False)
         if not torch.is_grad_enabled():
-            return self._run_plain(args, kwargs, self.host.fetch(self.unit))
+            return self._run_plain(args, kwargs, self._leaves())
         direct = self.host.direct_leaves()
         if direct is not None:
             return self._run_plain(args, kwargs, direct.leaves_of(self.unit, self.host.fetch(self.unit)))
         flat = FlatTree((args, kwargs), self.where)
         if not self.unit.trainable and not any(t.requires_grad for t in flat.tensors):
             with torch.no_grad():  # frozen, and nothing to pass a gradient to: never recomputed
-                return self._run_plain(args, kwargs, self.host.fetch(self.unit))
+                return self._run_plain(args, kwargs, self._leaves())
         return UnitCall(self, flat).apply()
 
+    def _leaves(self) -> dict[int, Tensor]:
+        """Weights that require gradients as the parameters do: what PyTorch folds depends on it, with them off too."""
+        weights = self.host.fetch(self.unit)
+        return {s.index: _leaf(weights[s.index], s.parameter.requires_grad) for s in self.unit.slots}
+
     def _run_plain(self, args: Any, kwargs: Any, weights: dict[int, Tensor]) -> Any:
-        with self.host.computing(), bound(self.unit, weights):
+        with self.host.computing(), no_autocast_cache(), bound(self.unit, weights):
             return self.forward(*args, **kwargs)
 
 
@@ -126,7 +134,8 @@ class UnitCall:
         self.capture = CapturedOutputs()
         self.random: RandomState | None = None
         self.autocast = AutocastState(block.host.compute_device)
-        self.buffer_values: list[tuple[Tensor, Tensor]] = []
+        self.buffers: list[BufferState] = []  # that the forward changed, as it found them
+        self.numbers: list[tuple[nn.Module, str, Any]] = []
         self.graph: _Graph | None = None
         self.result: _Result | None = None
         self.open = False  # its backward is still to come
@@ -148,7 +157,7 @@ class UnitCall:
         weights = host.fetch(block.unit)
         versions = [t._version for t in inputs]
         self.random = RandomState(host.compute_device)
-        values, watched = block.buffers.before()
+        buffers = block.buffers.before()
         attributes = block.attributes.snapshot()
         if host.keeps_graph(block.unit):
             self.graph = _Graph(self, inputs, weights, attributes)
@@ -161,9 +170,14 @@ class UnitCall:
                 result = _Graph(self, inputs, weights, attributes).result
         if not self.random.drawn():
             self.random = None
-        self.buffer_values = block.buffers.changed(values, watched)
+        self.buffers = block.buffers.changed(buffers)
+        self.numbers = block.attributes.numbers(attributes)
+        if self.buffers:
+            self.graph = None  # it may have saved a buffer that the next forward changes
         if any(t._version != v for t, v in zip(inputs, versions, strict=True)):
             raise UnsupportedModelError(f"{block.where}: it changed an input tensor in place; it cannot be recomputed")
+        if self.generation < 2:  # a model does what it does from its first steps on
+            refuse_foreign_tensors(block.where, result.tensors, [*result.given])
         self.result = result
         return [t.detach() for t in result.tensors]
 
@@ -188,11 +202,10 @@ class UnitCall:
         weights = host.fetch(block.unit)
         with ExitStack() as stack:
             stack.enter_context(self.autocast.entered())
-            stack.enter_context(block.attributes.kept())
+            stack.enter_context(block.attributes.replaying(self.numbers))
             if self.random is not None:
                 stack.enter_context(self.random.replaying())
-            if self.buffer_values:
-                stack.enter_context(WrittenBuffers.replaying(self.buffer_values))
+            stack.enter_context(WrittenBuffers.replaying(self.buffers))
             return _Graph(self, inputs, weights, block.attributes.snapshot(), needed)
 
 
@@ -204,7 +217,7 @@ class _Graph:
         call: UnitCall,
         inputs: list[Tensor],
         weights: dict[int, Tensor],
-        attributes: dict[tuple[int, str], int],
+        attributes: dict[tuple[int, str], Any],
         needed: list[bool] | None = None,
     ) -> None:
         if needed is None:
@@ -249,18 +262,23 @@ class _Result:
         flat: FlatTree,
         inputs: list[Tensor],
         weights: dict[int, Tensor],
-        attributes: dict[tuple[int, str], int],
+        attributes: dict[tuple[int, str], Any],
     ) -> None:
         block = call.block
         seen = flat.build(inputs)
         args, kwargs = seen
-        with block.host.computing(), call.capture.collecting() as captured, bound(block.unit, weights):
-            returned = block.forward(*args, **kwargs)
+        with (
+            block.host.computing(),
+            no_autocast_cache(),
+            call.capture.collecting() as captured,
+            bound(block.unit, weights),
+        ):
+            returned = _without_leaf_errors(block, args, kwargs)
         entries = written_entries(flat, seen, inputs)
-        written = block.attributes.written(attributes)
+        self.attributes, assigned = block.attributes.written(attributes)
+        self.given = [*inputs, *weights.values()]
         self.owners = [(mapping, key) for mapping, key, _ in entries]
-        self.attributes = [(module, name) for module, name, _ in written]
-        tree = (returned, [value for _, _, value in entries], captured, [value for _, _, value in written])
+        tree = (returned, [value for _, _, value in entries], captured, assigned)
         self.flat = FlatTree(tree, block.where)
         self._inputs = {id(t): i for i, t in enumerate(inputs)}
         self._from_input = [self._inputs.get(id(t)) for t in self.flat.tensors]
@@ -287,7 +305,7 @@ class _UnitNode(torch.autograd.Function):
         outputs = call.run_first(list(inputs))
         ctx.call = call
         ctx.save_for_backward(*inputs)
-        ctx.mark_non_differentiable(*[t for t in outputs if not t.is_floating_point()])
+        ctx.mark_non_differentiable(*[t for t in outputs if not (t.is_floating_point() or t.is_complex())])
         ctx.set_materialize_grads(False)
         call.open = True
         call.block.host.opened(call.block.unit)
@@ -300,6 +318,15 @@ class _UnitNode(torch.autograd.Function):
         inputs = list(ctx.saved_tensors)
         needed = list(ctx.needs_input_grad[2:])
         return (None, None, *call.differentiate(inputs, needed, list(output_gradients)))
+
+
+def _without_leaf_errors(block: UnitForward, args: Any, kwargs: Any) -> Any:
+    try:
+        return block.forward(*args, **kwargs)
+    except RuntimeError as error:
+        if "leaf Variable that requires grad" not in str(error):
+            raise
+        raise UnsupportedModelError(f"{block.where}: it changes an input or a parameter in place: {error}") from error
 
 
 def _leaf(tensor: Tensor, requires_grad: bool) -> Tensor:

@@ -66,6 +66,8 @@ class ChunkedHead:
             self.reason = f"{type(model).__name__} has no base model, output embeddings and loss function of its own"
             return
         self._base_forward = self.base.forward
+        self._own_base_forward = "forward" in self.base.__dict__
+        self._own_loss_function = bool({"loss_function", "_loss_function"} & set(model.__dict__))
         self._loss_function: Callable[..., Any] = cast(Any, model.loss_function)
         self.base.forward = self._run_base  # type: ignore[assignment]
         model.loss_function = self._run_loss  # type: ignore[assignment]
@@ -76,8 +78,14 @@ class ChunkedHead:
     def remove(self) -> None:
         """Give the model its own base and loss function back."""
         if self.base is not None:
-            self.base.forward = self._base_forward  # type: ignore[assignment]
-            self.model.loss_function = self._loss_function  # type: ignore[assignment]
+            if self._own_base_forward:
+                self.base.forward = self._base_forward  # type: ignore[assignment]
+            else:
+                del self.base.__dict__["forward"]
+            if self._own_loss_function:
+                self.model.loss_function = self._loss_function  # type: ignore[assignment]
+            else:
+                self.model.__dict__.pop("_loss_function", None)
             self.base = None
 
     # -- the two runs -----------------------------------------------------------------------------------------

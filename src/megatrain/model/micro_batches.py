@@ -22,10 +22,14 @@ class Abandoned(BaseException):
 
 
 class HandOver:
-    """Runs bodies in turns. `device` is the compute device, whose random generator each thread has to itself."""
+    """Runs bodies in turns. `device` is the compute device, whose random generator each thread has to itself.
 
-    def __init__(self, device: torch.device) -> None:
+    `carried`: further state that belongs to a micro-batch; each entry saves it and returns what puts it back.
+    """
+
+    def __init__(self, device: torch.device, carried: Sequence[Callable[[], Callable[[], None]]] = ()) -> None:
         self._device = device
+        self.carried = carried
         self._turn = threading.Condition()
         self._progress: dict[int, Progress] = {}
         self._running = 0
@@ -40,14 +44,14 @@ class HandOver:
         self._progress = {number: (-1, 0) for number in range(len(bodies))}
         results: list[Any] = [None] * len(bodies)
         autocast = AutocastState(self._device)
-        compute_threads = torch.get_num_threads()
+        compute_threads, gradients_on = torch.get_num_threads(), torch.is_grad_enabled()
 
         def body(number: int) -> None:
             self._local.number = number
             torch.set_num_threads(compute_threads)  # OpenMP keeps the number per thread, and sums depend on it
             try:
                 self._wait_for_turn(number)
-                with autocast.entered():
+                with autocast.entered(), torch.set_grad_enabled(gradients_on):
                     results[number] = bodies[number]()
             except Abandoned:
                 pass
@@ -81,9 +85,12 @@ class HandOver:
             if chosen == number:
                 return
             random = RandomState(self._device)
+            restores = [save() for save in self.carried]
             self._pass_on(chosen)
             self._wait_for_turn(number)
         random.restore()
+        for restore in restores:
+            restore()
 
     def _least_advanced(self) -> int:
         return min(self._progress, key=lambda n: (self._progress[n], n))

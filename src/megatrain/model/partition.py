@@ -107,14 +107,15 @@ def _unit_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def _repeated_elements(module: nn.Module) -> Iterator[nn.Module]:
     """Elements of the outermost lists of modules below `module` that can be called one by one."""
     for child in module.children():
-        if _is_repetition(child):
-            for element in child.children():
-                if _has_forward(element) and _has_parameters(element):
-                    yield element
-                else:
-                    yield from _repeated_elements(element)
-        else:
-            yield from _repeated_elements(child)
+        yield from _elements_of(child) if _is_repetition(child) else _repeated_elements(child)
+
+
+def _elements_of(repetition: nn.Module) -> Iterator[nn.Module]:
+    for element in repetition.children():
+        if _has_forward(element) and _has_parameters(element):
+            yield element
+        else:  # a list of lists, or something that cannot be called
+            yield from _elements_of(element) if _is_repetition(element) else _repeated_elements(element)
 
 
 def _is_repetition(module: nn.Module) -> bool:

@@ -31,18 +31,21 @@ def configurations(model: nn.Module) -> list[Any]:
 class RootForward:
     """Stands in for the model's forward, for the sake of caches, which are on by default.
 
-    With gradients off they pass through, so `generate` works. With gradients on, units see empty ones (`trees`); a
+    With gradients off they pass through, so `generate` works; `flush` is called first, since such a forward may read
+    parameters in ways that training does not. With gradients on, units see empty ones (`trees`); a
     model whose caches cannot be treated so runs with `use_cache` off from its first call on.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, flush: Callable[[], None]) -> None:
         self.model = model
+        self._flush = flush
         self.forward: Callable[..., Any] = model.forward
         self._configs = configurations(model)
         self._caches_off = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
+            self._flush()
             return self.forward(*args, **kwargs)
         if not self._caches_off:
             try:

@@ -6,12 +6,15 @@ numbers drawn, and autocast.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from megatrain.errors import UnsupportedModelError
 
 
 class CapturedOutputs:
@@ -54,80 +57,159 @@ class CapturedOutputs:
 
 
 class WrittenAttributes:
-    """Tensors that the unit assigns to plain module attributes (`self.aux_loss = ...`), as outputs of its node."""
+    """Plain attributes of the unit's modules that its forward assigns.
 
-    def __init__(self, module: nn.Module) -> None:
-        self._modules = [m for m in module.modules() if not isinstance(m, (nn.ModuleList, nn.ModuleDict))]
-        self._known: list[tuple[nn.Module, str]] | None = None
+    A tensor (`self.aux_loss = ...`) becomes an output of the node, so that it keeps its gradient. A number that the
+    forward changes (a counter) is put back for recomputation. A list or dict into which tensors are put cannot be
+    followed and is refused.
+    """
 
-    def snapshot(self) -> dict[tuple[int, str], int]:
-        """Identities before the first run; later runs look only at the attributes found then."""
-        return {} if self._known is not None else {k: id(v) for k, v in self._scan()}
+    def __init__(self, module: nn.Module, where: str) -> None:
+        self._modules = list(module.modules())
+        self._where = where
+        self.known: set[tuple[int, str]] = set()  # attributes that have been seen to be assigned
 
-    def written(self, before: dict[tuple[int, str], int]) -> list[tuple[nn.Module, str, Tensor]]:
-        if self._known is None:
-            by_number = {k: v for k, v in self._scan() if before.get(k) != id(v)}
-            self._known = [(self._modules[number], name) for number, name in by_number]
-        return [(m, name, m.__dict__[name]) for m, name in self._known if isinstance(m.__dict__.get(name), Tensor)]
+    def snapshot(self) -> dict[tuple[int, str], Any]:
+        """What the attributes hold before a run; containers by their number of elements."""
+        return {key: _held(value) for key, value in self._scan()}
+
+    def written(self, before: dict[tuple[int, str], Any]) -> tuple[list[tuple[nn.Module, str]], list[Tensor]]:
+        """(places, tensors) that the run assigned. Raises UnsupportedModelError for a container it changed."""
+        places, tensors = [], []
+        for (number, name), value in self._scan():
+            was = before.get((number, name))
+            if isinstance(value, Tensor) and value is not was:
+                places.append((self._modules[number], name))
+                tensors.append(value)
+                self.known.add((number, name))
+            elif isinstance(value, (list, dict)) and _held(value) != was:
+                raise UnsupportedModelError(
+                    f"{self._where}: its forward puts tensors into the attribute {name}; recomputation would put them"
+                    " there twice. Return them, or assign a tensor to an attribute"
+                )
+        return places, tensors
+
+    def numbers(self, before: dict[tuple[int, str], Any]) -> list[tuple[nn.Module, str, Any]]:
+        """(module, name, value before) of plain numbers that the run changed."""
+        changed = []
+        for (number, name), value in self._scan():
+            was = before.get((number, name))
+            if isinstance(value, _NUMBERS) and isinstance(was, _NUMBERS) and value != was:
+                changed.append((self._modules[number], name, was))
+        return changed
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Leave the attributes as they are now: what the forward delivered, not what recomputation makes."""
-        now = [(m, name, m.__dict__.get(name)) for m, name in self._known or []]
+    def replaying(self, numbers: list[tuple[nn.Module, str, Any]]) -> Iterator[None]:
+        """Run with numbers as the forward found them, and leave every attribute as it is now."""
+        restore = self.save()
+        current = [(module, name, module.__dict__[name]) for module, name, _ in numbers]
+        for module, name, value in numbers:
+            module.__dict__[name] = value
         try:
             yield
         finally:
-            for module, name, value in now:
+            for module, name, value in current:
+                module.__dict__[name] = value
+            restore()
+
+    def save(self) -> Callable[[], None]:
+        """Remember the assigned tensors; the result puts them back (another micro-batch may run in between)."""
+        now = [(self._modules[number], name) for number, name in self.known]
+        values = [(m, name, m.__dict__[name]) for m, name in now if name in m.__dict__]
+
+        def restore() -> None:
+            for module, name, value in values:
                 module.__dict__[name] = value
 
-    def _scan(self) -> Iterator[tuple[tuple[int, str], Tensor]]:
+        return restore
+
+    def _scan(self) -> Iterator[tuple[tuple[int, str], Any]]:
         for number, module in enumerate(self._modules):
             for name, value in module.__dict__.items():
-                if isinstance(value, Tensor) and value.is_floating_point():
+                if isinstance(value, (Tensor, list, dict, *_NUMBERS)) and name not in _MODULE_ATTRIBUTES:
                     yield (number, name), value
 
 
+_NUMBERS = (int, float)
+_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
+
+
+def _held(value: Any) -> Any:
+    if isinstance(value, (list, dict)):
+        values = value.values() if isinstance(value, dict) else value
+        return tuple(id(v) for v in values if isinstance(v, Tensor))
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class BufferState:
+    """A buffer before a run: the tensor, its version, and a copy of its value (None where it is large and has not
+    been seen to change)."""
+
+    module: nn.Module
+    name: str
+    tensor: Tensor
+    version: int
+    value: Tensor | None
+
+
 class WrittenBuffers:
-    """Buffers that the unit updates in place (running statistics): updated by the forward, not again by recompute."""
+    """Buffers that the unit's forward updates (running statistics): updated once, not again by recomputation.
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._known: list[tuple[nn.Module, str]] | None = None
+    Values are compared, not only versions: batch normalisation writes its statistics past the version counter.
+    """
 
-    def before(self) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[nn.Module, str, Tensor, int]]]:
-        """(buffer, copy of its value) pairs, and what is needed to notice writes on the first run."""
-        if self._known is not None:
-            pairs = [(m._buffers[name], m._buffers[name]) for m, name in self._known]
-            return [(b, b.clone()) for b, _ in pairs if b is not None], []
-        watched = [
-            (m, name, b, b._version) for m in self._module.modules() for name, b in m._buffers.items() if b is not None
-        ]
-        return [(b, b.clone()) for _, _, b, _ in watched], watched
+    _LARGE_BYTES = 1024**2
 
-    def changed(
-        self, values: list[tuple[Tensor, Tensor]], watched: list[tuple[nn.Module, str, Tensor, int]]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Of `values`, those whose buffer the run wrote; what recomputation has to start from."""
-        if self._known is None:
-            self._known = [(m, name) for m, name, b, version in watched if b._version != version]
-            written = {id(m._buffers[name]) for m, name in self._known}
-            return [(b, value) for b, value in values if id(b) in written]
-        return values
+    def __init__(self, module: nn.Module, where: str) -> None:
+        self._owners = [m for m in module.modules() if m._buffers]
+        self._where = where
+        self._runs = 0
+        self._written: set[tuple[int, str]] = set()
+
+    def before(self) -> list[BufferState]:
+        """State of every buffer. The first run copies large ones too, to learn which of them change."""
+        self._runs += 1
+        states = []
+        for owner in self._owners:
+            for name, tensor in owner._buffers.items():
+                if tensor is not None:
+                    copied = self._runs == 1 or tensor.nbytes <= self._LARGE_BYTES or (id(owner), name) in self._written
+                    value = tensor.clone() if copied else None
+                    states.append(BufferState(owner, name, tensor, tensor._version, value))
+        return states
+
+    def changed(self, states: list[BufferState]) -> list[BufferState]:
+        """Of `states`, those that the run changed or replaced; what recomputation has to start from."""
+        found = []
+        for state in states:
+            tensor = state.module._buffers[state.name]
+            if tensor is None:
+                raise UnsupportedModelError(f"{self._where}: its forward removed the buffer {state.name}")
+            same = tensor is state.tensor and tensor._version == state.version
+            if same and (state.value is None or torch.equal(tensor, state.value)):
+                continue
+            if same and torch.isnan(tensor).any():
+                continue  # unequal to itself only
+            if state.value is None:
+                raise UnsupportedModelError(f"{self._where}: its forward changed the large buffer {state.name}")
+            self._written.add((id(state.module), state.name))
+            found.append(state)
+        return found
 
     @staticmethod
     @contextmanager
-    def replaying(values: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
-        """Run with the buffers as the forward found them, and leave them as they are now."""
-        now = [(buffer, buffer.clone()) for buffer, _ in values]
-        with torch.no_grad():
-            for buffer, value in values:
-                buffer.copy_(value)
+    def replaying(states: list[BufferState]) -> Iterator[None]:
+        """Run with copies of the buffers as the forward found them; the real ones stay as they are."""
+        now = [(state, state.module._buffers[state.name]) for state in states]
+        for state in states:
+            assert state.value is not None
+            state.module._buffers[state.name] = state.value.clone()
         try:
             yield
         finally:
-            with torch.no_grad():
-                for buffer, value in now:
-                    buffer.copy_(value)
+            for state, tensor in now:
+                state.module._buffers[state.name] = tensor
 
 
 class RandomState:
@@ -182,3 +264,14 @@ class AutocastState:
                 if enabled or torch.is_autocast_enabled(kind):
                     stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=self._cache))
             yield
+
+
+@contextmanager
+def no_autocast_cache() -> Iterator[None]:
+    """Autocast keeps a cast copy of every weight it meets until its context ends: not of weights that come and go."""
+    was = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(was)

@@ -167,27 +167,22 @@ def _build(node: Any, tensors: list[Tensor]) -> Any:
         return node.fresh()
     original = node.original
     values = [(key, _build(child, tensors)) for key, child in node.children]
-    if isinstance(original, Mapping):
-        return _rebuild_mapping(original, dict(values))
     if isinstance(original, tuple):
         items = [value for _, value in values]
         return type(original)(*items) if hasattr(original, "_fields") else tuple(items)
     if isinstance(original, list):
         return [value for _, value in values]
-    if not values:
-        return original
-    return dataclasses.replace(original, **dict(values))
-
-
-def _rebuild_mapping(original: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
     if type(original) is dict:
-        return values
-    if dataclasses.is_dataclass(original):  # a transformers ModelOutput: both a mapping and a dataclass
-        return type(original)(**values)
-    try:
-        return type(original)(values)  # type: ignore[call-arg]
-    except TypeError:
-        return values
+        return dict(values)
+    if not values and not isinstance(original, Mapping):
+        return original
+    made = copy.copy(original)  # keeps what is no element: a default factory, fields that are not arguments
+    for key, value in values:
+        if isinstance(original, Mapping):
+            made[key] = value  # type: ignore[index]
+        else:
+            object.__setattr__(made, key, value)
+    return made
 
 
 def written_entries(flat: FlatTree, seen: Any, given: list[Tensor]) -> list[tuple[Mapping[Any, Any], Any, Any]]:
@@ -224,6 +219,8 @@ def _compare(
         return
     known = dict(node.children)
     if isinstance(node.original, Mapping) and isinstance(seen, Mapping):
+        if any(key not in seen for key in known):
+            raise UnsupportedModelError(f"{where}: it deleted an entry of a mapping passed as argument")
         for key, value in seen.items():
             if key not in known or not unchanged(known[key], value):
                 found.append((node.original, key, value))
@@ -236,6 +233,13 @@ def _compare(
             )
         for i, value in enumerate(seen):
             _compare(known[i], value, where, found, unchanged)
+    elif dataclasses.is_dataclass(node.original):
+        for name, child in node.children:
+            if not unchanged(child, getattr(seen, name)):
+                raise UnsupportedModelError(
+                    f"{where}: it changed the field {name} of a {type(node.original).__name__} passed as argument;"
+                    " return the tensor instead, or use a dict"
+                )
 
 
 def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -96,7 +96,7 @@ def _memory(options: argparse.Namespace, clip_norm: float | None, say: Callable[
 
 
 def _memory_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    import megatrain
+    from megatrain.engine.engine import Engine
     from megatrain.memory.limits import peak_resident_bytes, reset_peak_resident, resident_bytes
     from megatrain.optim.kernels import compile_kernels
 
@@ -107,7 +107,7 @@ def _memory_worker(settings: dict[str, Any]) -> dict[str, Any]:
     base = resident_bytes()
     reset_peak_resident()
     started = time.perf_counter()
-    engine = megatrain.Engine(
+    engine = Engine(
         _model(settings), precision=settings["precision"], clip_norm=settings["clip_norm"],
         threads=settings["threads"], keep_graphs=settings["keep_graphs"],
     )  # fmt: skip
@@ -155,10 +155,10 @@ def _speed(options: argparse.Namespace, peers: list[str], say: Callable[..., Non
 
 def _speed_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """The second step on: the first compiles, measures graphs and touches memory."""
-    import megatrain
+    from megatrain.engine.engine import Engine
 
     _prepare(settings)
-    engine = megatrain.Engine(
+    engine = Engine(
         _model(settings), precision=settings["precision"], threads=settings["threads"],
         keep_graphs=settings["keep_graphs"],
     )  # fmt: skip
