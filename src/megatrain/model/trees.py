@@ -177,6 +177,9 @@ def _build(node: Any, tensors: list[Tensor]) -> Any:
     if not values and not isinstance(original, Mapping):
         return original
     made = copy.copy(original)  # keeps what is no element: a default factory, fields that are not arguments
+    if isinstance(original, Mapping):  # the original may have been written since it was taken apart
+        for key in [key for key in made if key not in dict(values)]:
+            del made[key]
     for key, value in values:
         if isinstance(original, Mapping):
             made[key] = value  # type: ignore[index]
