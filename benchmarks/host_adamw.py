@@ -110,9 +110,7 @@ def build_cases(workers: Workers, params: int) -> dict[str, Case]:
 
     parameter = torch.nn.Parameter(start.clone())
     parameter.grad = grad
-    optimizer = torch.optim.AdamW(
-        [parameter], lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True
-    )
+    optimizer = torch.optim.AdamW([parameter], lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True)
     zero, one = np.float32(0), np.float32(1)
     split_state = (weight, remainder, split_m, split_v, bf16_grad)
     plain_state = (plain, plain_m, plain_v, fp32_grad)

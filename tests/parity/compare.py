@@ -53,8 +53,8 @@ class Comparison:
 
     @property
     def only_gradients(self) -> bool:
-        """Whether loss, norm and buffers are equal (weights follow from gradients)."""
-        return all(re.match(r"step \d+: (gradient|weight) ", d) for d in self.differences)
+        """Whether loss and buffers are equal (norm and weights follow from gradients)."""
+        return all(re.match(r"step \d+: (norm|gradient|weight) ", d) for d in self.differences)
 
     def __str__(self) -> str:
         shown = [f"  {d}" for d in self.differences[:20]]

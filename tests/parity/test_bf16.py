@@ -20,7 +20,7 @@ from reference import MasterTrainer, gradient_differences, kept_gradients, plain
 import megatrain as mt
 
 TYPES = ["llama", "gemma3_text", "qwen3_moe", "gpt2", "llava"]
-BOUND = 0.03  # error of the whole gradient, relative to its norm
+BOUND = 0.05  # error of the whole gradient, relative to its norm; found: 0.6% to 2.1%
 
 
 @pytest.fixture(autouse=True)
