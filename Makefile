@@ -7,8 +7,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 STAMP := $(if $(VENV),$(VENV)/.installed,build/.installed-$(notdir $(PYTHON)))
+PIP := $(BIN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-long check install clean
+.PHONY: demo test test-long check install install-dev clean
 
 demo: install
 	@echo "== Training a small model from scratch on the Python standard library (a few minutes)"
@@ -18,11 +19,11 @@ test: check
 	@echo "== Tests"
 	@$(BIN) -m pytest
 
-test-long: install
+test-long: install-dev
 	@echo "== Long repetitions, with their seeds"
 	@$(BIN) -m pytest -m long -s
 
-check: install
+check: install-dev
 	@echo "== Style and types"
 	@$(BIN) -m ruff check .
 	@$(BIN) -m ruff format --check .
@@ -36,9 +37,16 @@ ifneq ($(VENV),)
 	@$(PYTHON) -m venv $(VENV)
 endif
 	@echo "== Installing (torch first: it is the large one)"
-	@$(BIN) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	@$(BIN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@$(PIP) torch
+	@$(PIP) -e .
 	@mkdir -p $(dir $(STAMP)) && touch $(STAMP)
+
+install-dev: $(STAMP)-dev
+
+$(STAMP)-dev: $(STAMP)
+	@echo "== Installing the test tools"
+	@$(PIP) -e ".[dev]"
+	@touch $(STAMP)-dev
 
 clean:
 	@rm -rf .venv build runs .pytest_cache .mypy_cache .ruff_cache

@@ -98,14 +98,14 @@ def compare_models(
     name: str = "",
     clip_norm: float | None = 0.5,
     threads: int = 1,
-    keep_graphs: bool = False,
+    keep_graphs: str | int = "off",
     fenced: bool = False,
     use_cache: bool | None = None,
 ) -> Comparison:
     """Train two equal models for `steps`, `plain` in plain PyTorch and `mine` by the engine, with weight decay.
 
     threads:     of the optimizer's kernels.
-    keep_graphs: units keep their graph from forward to backward instead of running twice.
+    keep_graphs: the engine's setting; "off" recomputes every unit, a large number none.
     fenced:      plain adds up what one call of a unit contributes before it adds different calls (`UnitInputs`).
     use_cache:   sets the plain model's configuration; None leaves it at its default.
     """
@@ -117,9 +117,10 @@ def compare_models(
             clip_norm=clip_norm,
             seed=SEED,
             threads=threads,
+            keep_graphs=keep_graphs,
         )
     try:
-        return _compare(plain, engine, batches, steps, name, clip_norm, keep_graphs, fenced, use_cache)
+        return _compare(plain, engine, batches, steps, name, clip_norm, fenced, use_cache)
     finally:
         engine.close()
 
@@ -131,15 +132,12 @@ def _compare(
     steps: int,
     name: str,
     clip_norm: float | None,
-    keep_graphs: bool,
     fenced: bool,
     use_cache: bool | None,
 ) -> Comparison:
     found = Comparison(name, sum(p.numel() for p in plain.parameters()), len(engine.partition.units))
     if engine.head.reason is not None:
         found.head = f"whole ({engine.head.reason})"
-    if keep_graphs:
-        engine.executor.kept_units |= {unit.index for unit in engine.partition.units}
     if use_cache is not None:
         for module in plain.modules():
             _set_use_cache(getattr(module, "config", None), use_cache)

@@ -70,17 +70,13 @@ _SIZES: list[tuple[int, list[str]]] = [
     ),
     (
         96,
-        [
-            r"(\w+_)?(intermediate_size(_mlp)?|ffn_dim|ffn_hidden_size|d_ff|dff|dim_ff|mlp_dim|feed_forward_size)"
-        ],
+        [r"(\w+_)?(intermediate_size(_mlp)?|ffn_dim|ffn_hidden_size|d_ff|dff|dim_ff|mlp_dim|feed_forward_size)"],
     ),
     (96, ["d_inner|n_inner"]),
     (4, ["patch_size", r"num_query_tokens|latent_query_num|\w*num_latents|\w*n_latents"]),
     (
         16,
-        [
-            "(image|img|crop|max_image|max_img)_size|resolution|num_patches|num_position_embeddings|window_size"
-        ],
+        ["(image|img|crop|max_image|max_img)_size|resolution|num_patches|num_position_embeddings|window_size"],
     ),
     (
         HIDDEN,
@@ -127,10 +123,7 @@ class Shrinker:
         many = self._layers(values)
         few = self._few(values, many)
         kwargs = {k: v if k in values else self._value(k, v, many, few) for k, v in given.items()}
-        if (
-            "mrope_section" in getattr(config, "ignore_keys_at_rope_validation", ())
-            and config.rope_parameters
-        ):
+        if "mrope_section" in getattr(config, "ignore_keys_at_rope_validation", ()) and config.rope_parameters:
             values["rope_parameters"] = {"mrope_section": [16, 24, 24], **config.rope_parameters}
         for name, value in values.items():
             if isinstance(value, PreTrainedConfig):
@@ -158,11 +151,7 @@ class Shrinker:
         """How many layers keep at least one of each kind, and two where all are of one kind."""
         kinds = 1
         for name, value in values.items():
-            if (
-                isinstance(value, list | tuple)
-                and len(value) == many
-                and name.endswith(("types", "block_type"))
-            ):
+            if isinstance(value, list | tuple) and len(value) == many and name.endswith(("types", "block_type")):
                 kinds = max(kinds, len(set(value)))
         return min(many, 2 if kinds == 1 else max(4, kinds))
 
@@ -253,9 +242,7 @@ def skip_reason(model_type: str) -> str | None:
     return zoo_overrides.SKIPPED.get(model_type)
 
 
-def build(
-    model_type: str, seed: int = 0, dtype: torch.dtype = torch.float32, dropout: bool = False
-) -> torch.nn.Module:
+def build(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float32, dropout: bool = False) -> torch.nn.Module:
     """A tiny model of this type in training mode; the same seed gives the same weights."""
     config = small_config(model_type, dropout)
     with torch.random.fork_rng(devices=[]):
