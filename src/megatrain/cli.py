@@ -22,8 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Errors are one line on standard error."""
     logging.basicConfig(format="megatrain: %(message)s", level=logging.WARNING)
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # Before torch is imported. OpenMP threads that spin while they wait take the core from whoever they wait for: beside
-    # another busy process a step on two cores took 13 times as long.
+    # Before torch is imported. OpenMP threads that spin while they wait take the core from whoever they wait for:
+    # beside another busy process a step on two cores took 13 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return _dispatch(arguments)

@@ -72,9 +72,7 @@ class TorchAdamW:
         return [tensor.numpy()[: self.length] for tensor in tensors]
 
 
-def segment(
-    length: int, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
-) -> Segment:
+def segment(length: int, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> Segment:
     return Segment(0, length, lr, *betas, eps, weight_decay, step)
 
 
@@ -176,9 +174,7 @@ def test_segments_are_updated_as_separate_tensors(workers: Workers, master: str,
                         step - first_step[i] + 1,
                     )
                 )  # fmt: skip
-        kernels.adamw(
-            workers, weight, remainder, m, v, grad if grad_dtype == "float32" else grad_bits, segments
-        )
+        kernels.adamw(workers, weight, remainder, m, v, grad if grad_dtype == "float32" else grad_bits, segments)
     result = np.empty(length, np.float32)
     if remainder is None:
         result = weight
@@ -266,9 +262,7 @@ def test_non_finite_gradients_spread_as_in_torch(workers: Workers, bad: float) -
         ([(0, 8)], 0, "step 1"),
     ],
 )
-def test_wrong_segments_are_refused(
-    workers: Workers, bounds: list[tuple[int, int]], step: int, message: str
-) -> None:
+def test_wrong_segments_are_refused(workers: Workers, bounds: list[tuple[int, int]], step: int, message: str) -> None:
     arrays = [np.zeros(8, np.float32) for _ in range(4)]
     segments = [Segment(a, b, 1e-3, 0.9, 0.99, 1e-8, 0.0, step) for a, b in bounds]
     with pytest.raises(ValueError, match=message):

@@ -22,9 +22,7 @@ def write(root: Path, files: dict[str, str]) -> None:
 def root(tmp_path: Path) -> Path:
     """A machine of 64 GiB with 40 GiB available and no control groups."""
     kib = 1024 * 1024
-    write(
-        tmp_path, {"proc/meminfo": f"MemTotal: {64 * kib} kB\nMemFree: 5 kB\nMemAvailable: {40 * kib} kB\n"}
-    )
+    write(tmp_path, {"proc/meminfo": f"MemTotal: {64 * kib} kB\nMemFree: 5 kB\nMemAvailable: {40 * kib} kB\n"})
     return tmp_path
 
 
@@ -61,9 +59,7 @@ def test_v2_group_without_limit(root: Path) -> None:
 
 def test_v2_container_sees_only_its_mount_point(root: Path) -> None:
     files = {"memory.max": f"{8 * GIB}", "memory.current": f"{GIB}"}
-    write(
-        root, {"proc/self/cgroup": "0::/../host/pod\n"} | {f"sys/fs/cgroup/{k}": v for k, v in files.items()}
-    )
+    write(root, {"proc/self/cgroup": "0::/../host/pod\n"} | {f"sys/fs/cgroup/{k}": v for k, v in files.items()})
     assert host_memory_limits(root).free_bytes == 7 * GIB
 
 
@@ -98,9 +94,7 @@ def test_missing_trees_fall_back(tmp_path: Path) -> None:
 
 
 def test_status_fields(tmp_path: Path) -> None:
-    write(
-        tmp_path, {"proc/self/status": "VmHWM:\t 9 kB\nRssAnon:\t 4 kB\nRssFile:\t 2 kB\nRssShmem:\t 1 kB\n"}
-    )
+    write(tmp_path, {"proc/self/status": "VmHWM:\t 9 kB\nRssAnon:\t 4 kB\nRssFile:\t 2 kB\nRssShmem:\t 1 kB\n"})
     assert limits.resident_bytes(tmp_path) == 7 * 1024
     assert limits.peak_resident_bytes(tmp_path) == 9 * 1024
 

@@ -72,9 +72,7 @@ def test_model_classes() -> None:
     assert name(tiny_config("llama")) == "LlamaForCausalLM"
     assert name(tiny_config("llava")) == "LlavaForConditionalGeneration"
     assert name(tiny_config("t5")) == "T5ForConditionalGeneration"
-    assert (
-        name(BertConfig(architectures=["BertForSequenceClassification"])) == "BertForSequenceClassification"
-    )
+    assert name(BertConfig(architectures=["BertForSequenceClassification"])) == "BertForSequenceClassification"
     # a bare model has no head; a class of another type or an unknown one says nothing about this type
     for architecture in ("LlamaModel", "GPT2LMHeadModel", "MyLlama", "load_tool"):
         assert name(LlamaConfig(architectures=[architecture])) == "LlamaForCausalLM"
@@ -97,9 +95,7 @@ def test_meta_twin_and_seeded_weights(name: str) -> None:
         expected = loading.model_class_for(config)._from_config(tiny_config(name))
     for one, other in zip(model.parameters(), expected.parameters(), strict=True):
         assert torch.equal(one, other)
-    assert {n: p.shape for n, p in twin.named_parameters()} == {
-        n: p.shape for n, p in model.named_parameters()
-    }
+    assert {n: p.shape for n, p in twin.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
     assert all(p.device.type == "meta" and p.dtype == torch.bfloat16 for p in twin.parameters())
 
 
@@ -214,9 +210,7 @@ def test_quantized_weights_are_refused(folder: Path) -> None:
 
 def test_remote_code_is_never_run(folder: Path, tmp_path: Path) -> None:
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-    edit_config(
-        folder, model_type="evil", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
-    )
+    edit_config(folder, model_type="evil", auto_map={"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"})
     expect_error(folder, "never run")
     assert not (tmp_path / "ran").exists()
 
@@ -254,9 +248,7 @@ def test_peak_of_loading_and_taking_over(folder: Path, tmp_path: Path, name: str
     big = loading.initialise(config, seed=0, dtype=torch.bfloat16)
     big.save_pretrained(tmp_path / "big")
     command = [sys.executable, "-c", MEMORY, str(folder), str(tmp_path / "big")]
-    can_reset, figures = subprocess.run(
-        command, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
+    can_reset, figures = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     if can_reset != "True":
         pytest.skip("the system does not let a process reset its peak")
     loaded, peak, n_bytes = map(int, figures.split())

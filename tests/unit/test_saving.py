@@ -228,9 +228,7 @@ def test_interrupted_save_leaves_the_old_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("atomic", [True, False])
-def test_complete_save_replaces_the_folder(
-    tmp_path: Path, atomic: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_complete_save_replaces_the_folder(tmp_path: Path, atomic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not atomic:
         monkeypatch.setattr(saving, "_exchange", lambda one, other: False)
     old, new = (initialise(tiny_config("llama"), seed=seed) for seed in (1, 2))
@@ -279,9 +277,7 @@ def test_wrong_values_are_refused(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_killed_saves_are_removed(tmp_path: Path) -> None:
-    dead = subprocess.run(
-        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True
-    )
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     host = saving.socket.gethostname()
     (tmp_path / f".out.saving-{host}-{dead.stdout.strip()}").mkdir()
     (tmp_path / f".out.saving-{host}-{os.getppid()}").mkdir()

@@ -48,9 +48,7 @@ MODELS: dict[str, Callable[[], PretrainedConfig]] = {
     "llama": lambda: _llama(False),
     "llama-tied": lambda: _llama(True),
     "mixtral": lambda: MixtralConfig(**TEXT, num_local_experts=4),
-    "qwen3_moe": lambda: Qwen3MoeConfig(
-        **TEXT, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
-    ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(**TEXT, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
     "gemma3_text": lambda: Gemma3TextConfig(**TEXT, sliding_window=4),
     "gpt2": lambda: GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64),
     "llava": _llava,

@@ -16,7 +16,7 @@ from megatrain.engine.kept_graphs import KeepGraphs, KeptGraphs, check_keep_grap
 from megatrain.engine.step import Batch, StepClock, StepStats, train_step
 from megatrain.engine.updates import PendingUpdates, gradient_arrays, unit_updates
 from megatrain.errors import ConfigError, NonFiniteGradientError
-from megatrain.memory.arena import keep_large_allocations_out_of_heap, trim_freed_memory
+from megatrain.memory.arena import keep_large_allocations_out_of_heap, reuse_freed_memory, trim_freed_memory
 from megatrain.memory.limits import host_memory_limits
 from megatrain.memory.plan import MemoryPlan, require_fit
 from megatrain.memory.store import TORCH_DTYPE, HostStore, SlotState, gradient_buffers
@@ -95,6 +95,7 @@ class Engine:
             self.store.take_over(unit, slabs, {slot.index: slot for slot in self.partition.slots}, mapped=_mapped)
         setup.cast_buffers(model, dtypes)
         trim_freed_memory()
+        reuse_freed_memory()
         self.updates = PendingUpdates(self.store, self.partition)
         self.gradients = GradientBook(
             self.store, self.partition, settle=self.updates.settle, complete=self._update_complete_unit
@@ -309,6 +310,7 @@ class Engine:
             self._hooks.append(module.register_load_state_dict_post_hook(lambda *_: self.store.notice_writes()))
         guard(model, self.device.torch_device)
         self.head = ChunkedHead(model, self._root, self.device.torch_device, self.executor.direct)
+        self.executor.forget_order()
         self.shifts_labels = _shifts_labels(model)
         self._attached = True
 

@@ -111,6 +111,10 @@ class Executor:
         """Wait until every micro-batch has come this far."""
         self.hand_over.boundary((phase, -len(self._rank) - 1))
 
+    def forget_order(self) -> None:
+        """What was called so far was no step (the probe of the head): rank units by the next calls."""
+        self._rank.clear()
+
     def weights_changed(self) -> None:
         """From here on a backward of an earlier forward is an error."""
         self.generation += 1

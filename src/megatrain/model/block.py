@@ -138,6 +138,7 @@ class UnitCall:
         self.numbers: list[tuple[nn.Module, str, Any]] = []
         self.graph: _Graph | None = None
         self.result: _Result | None = None
+        self.own_outputs: list[bool] = []  # whether each output requires a gradient
         self.open = False  # its backward is still to come
 
     def __del__(self) -> None:
@@ -179,6 +180,7 @@ class UnitCall:
         if self.generation < 2:  # a model does what it does from its first steps on
             refuse_foreign_tensors(block.where, result.tensors, [*result.given])
         self.result = result
+        self.own_outputs = [t.requires_grad for t in result.tensors]
         return [t.detach() for t in result.tensors]
 
     def differentiate(
@@ -305,7 +307,8 @@ class _UnitNode(torch.autograd.Function):
         outputs = call.run_first(list(inputs))
         ctx.call = call
         ctx.save_for_backward(*inputs)
-        ctx.mark_non_differentiable(*[t for t in outputs if not (t.is_floating_point() or t.is_complex())])
+        # as in plain PyTorch, what depends on no weight and no input with a gradient requires none
+        ctx.mark_non_differentiable(*[t for t, own in zip(outputs, call.own_outputs, strict=True) if not own])
         ctx.set_materialize_grads(False)
         call.open = True
         call.block.host.opened(call.block.unit)

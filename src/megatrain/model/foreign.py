@@ -7,6 +7,10 @@ from torch import Tensor
 from megatrain.errors import UnsupportedModelError
 
 
+class ForeignTensorError(UnsupportedModelError):
+    """A unit reads a tensor with a gradient that is not among its arguments."""
+
+
 def refuse_foreign_tensors(where: str, outputs: list[Tensor], given: list[Tensor]) -> None:
     """Raise UnsupportedModelError where the graph of `outputs` leads to a tensor that requires a gradient and is
     neither an input nor a weight of the unit (`given`): something the model left on a module, or a weight of another.
@@ -24,7 +28,7 @@ def refuse_foreign_tensors(where: str, outputs: list[Tensor], given: list[Tensor
         variable = getattr(node, "variable", None)  # only AccumulateGrad, where a graph ends, has one
         if (variable is not None and id(variable) not in own) or node.name() == "_UnitNodeBackward":
             what = f"a tensor of shape {tuple(variable.shape)}" if variable is not None else "another unit's output"
-            raise UnsupportedModelError(
+            raise ForeignTensorError(
                 f"{where}: it reads {what} that is not among its arguments and would get no gradient from it;"
                 " pass it as an argument"
             )

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from megatrain.errors import UnsupportedModelError
+from megatrain.model.foreign import ForeignTensorError
 from megatrain.model.trees import CacheError
 
 _CAPTURE_FLAGS = ("output_router_logits", "output_hidden_states", "output_attentions")
@@ -47,10 +48,10 @@ class RootForward:
         if not torch.is_grad_enabled():
             self._flush()
             return self.forward(*args, **kwargs)
-        if not self._caches_off:
+        if not self._caches_off and any(c.__dict__.get("use_cache") for c in self._configs):
             try:
                 return self.forward(*args, **kwargs)
-            except CacheError:
+            except (CacheError, ForeignTensorError):  # or states that it keeps on its modules, for a cache
                 if any(kwargs.get(name) is not None for name in ("past_key_values", "cache_params")):
                     raise  # the caller's own cache
                 self._caches_off = True
