@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_BLOCK_BYTES = 32 * 1024**2  # of a widened operand
+_BLOCK_BYTES = 16 * 1024**2  # of a widened operand
 _aten = torch.ops.aten
 
 

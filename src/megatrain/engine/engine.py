@@ -94,8 +94,6 @@ class Engine:
         for unit, slabs in layouts.items():
             self.store.take_over(unit, slabs, {slot.index: slot for slot in self.partition.slots}, mapped=_mapped)
         setup.cast_buffers(model, dtypes)
-        trim_freed_memory()
-        reuse_freed_memory()
         self.updates = PendingUpdates(self.store, self.partition)
         self.gradients = GradientBook(
             self.store, self.partition, settle=self.updates.settle, complete=self._update_complete_unit
@@ -110,6 +108,8 @@ class Engine:
             self.partition, self.store, self.device, self.updates, self.gradients, self.kept_graphs
         )
         self._attach()
+        trim_freed_memory()  # of taking the model over and probing its head
+        reuse_freed_memory()
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], optimizer: AdamW | None = None, **settings: Any) -> Self:

@@ -12,11 +12,13 @@ from megatrain.device.base import ComputeDevice
 from megatrain.engine.gradients import GradientBook
 from megatrain.engine.kept_graphs import KeptGraphs
 from megatrain.engine.updates import PendingUpdates
+from megatrain.memory.arena import trim_freed_memory
 from megatrain.memory.store import HostStore
 from megatrain.model.block import DirectLeaves
 from megatrain.model.micro_batches import HandOver
 from megatrain.model.partition import Partition, Unit
 
+_LARGE_UNIT_BYTES = 64 * 1024**2
 FORWARD, HEAD, BACKWARD = (
     0,
     1,
@@ -71,6 +73,8 @@ class Executor:
         self._updates.wait_for(unit)
         if self._fetched != unit.index:  # the next micro-batch finds the weights still there
             self._fetched = unit.index
+            if self._unit_bytes[unit.index] >= _LARGE_UNIT_BYTES:
+                trim_freed_memory()  # small blocks lie free in the heap; its gradient needs large ones of its own
             self.fetched_bytes += self._unit_bytes[unit.index]
         return self._device.fetch(unit.index, self._weights[unit.index])
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from megatrain.engine.executor import BACKWARD, HEAD, backward
 from megatrain.engine.gradients import StaleReadError
 from megatrain.errors import ConfigError
-from megatrain.memory.arena import trim_freed_memory
 from megatrain.memory.limits import host_memory_limits, peak_resident_bytes
 from megatrain.model.head import IGNORED, shift_labels
 from megatrain.model.side_effects import RandomState
@@ -90,7 +89,6 @@ def _run_chunked(engine: "Engine", number: int, batch: Batch, count: int, total:
     hidden, template, auxiliary_loss = engine.head.run_base(batch)
 
     engine.executor.enter_phase(HEAD)
-    trim_freed_memory()  # the forward's small blocks lie free in the heap; the head needs large ones of its own
     loss, hidden_gradient = 0.0, torch.zeros_like(hidden)
     for part, labels, where in engine.head.chunks(hidden.detach(), batch["labels"]):
         leaf = part.detach().requires_grad_()
@@ -106,7 +104,6 @@ def _run_chunked(engine: "Engine", number: int, batch: Batch, count: int, total:
                 engine.gradients.add(slot, weight.grad)
         del chunk_loss, leaf, weights
     engine.gradients.release_hold()
-    trim_freed_memory()
 
     engine.executor.enter_phase(BACKWARD)
     ends: list[Tensor] = [hidden] if hidden.requires_grad else []

@@ -24,7 +24,7 @@ from megatrain.model.root import RootForward
 from megatrain.model.side_effects import RandomState
 
 IGNORED = -100  # transformers' label for "no target here"
-_LOGITS_BYTES = 32 * 1024**2  # of one chunk in fp32
+_LOGITS_BYTES = 16 * 1024**2  # of one chunk in fp32
 
 
 @dataclass(slots=True)
@@ -132,7 +132,7 @@ class ChunkedHead:
                 yield flat[:, part], targets[:, part], part
 
     def chunk_tokens(self) -> int:
-        """Tokens whose fp32 logits take about 32 MiB, in whole multiples of 64."""
+        """Tokens whose fp32 logits take about 16 MiB, in whole multiples of 64."""
         vocabulary: int = max(p.shape[0] for p in _output_embeddings(self.model).parameters())
         return max(64, _LOGITS_BYTES // (4 * vocabulary) // 64 * 64)
 
