@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatrain.config import describe, load_config
 from megatrain.errors import CapacityError, ConfigError, MegaTrainError
@@ -34,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # such as `megatrain config | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except Exception as error:  # not foreseen: still one line, and the whole story on request
+        if os.environ.get("MEGATRAIN_DEBUG"):
+            raise
+        return _fail(f"{type(error).__name__}: {error} (MEGATRAIN_DEBUG=1 shows where)", FAILED)
     except KeyboardInterrupt:  # outside of training there is nothing to save
         return INTERRUPTED
 
@@ -44,12 +48,12 @@ def _dispatch(arguments: list[str]) -> int:
 
         return int(bench(arguments[1:]))
     parser = _parser()
-    known, rest = parser.parse_known_args(arguments)
+    overrides: list[tuple[str, str]] = []
+    if arguments[:1] in (["train"], ["demo"]):
+        arguments, overrides = _take_overrides(arguments)
+    known = parser.parse_args(arguments)
     if known.command in ("train", "demo"):
-        overrides = _overrides(rest)
         return _demo(known.config, overrides) if known.command == "demo" else _train(known.config, overrides)
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if known.command == "generate":
         return _generate(known)
     if known.command == "export":
@@ -58,8 +62,15 @@ def _dispatch(arguments: list[str]) -> int:
     return DONE
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megatrain", description="Exact full-precision training of large models.")
+    parser = OneLineParser(prog="megatrain", description="Exact full-precision training of large models.")
     parser.add_argument("--version", action="version", version=f"megatrain {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, meaning in (
@@ -91,21 +102,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _overrides(rest: list[str]) -> list[tuple[str, str]]:
-    """`--section.key value` and `--section.key=value` as pairs."""
-    pairs = []
-    words = iter(rest)
+def _take_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """(other arguments, pairs of `--section.key value` or `--section.key=value`), wherever they stand."""
+    others, pairs = [], []
+    words = iter(arguments)
     for word in words:
-        if not word.startswith("--") or len(word) == 2:
-            raise ConfigError(f"{word!r} is wrong; expected --section.key value, such as --train.steps 100")
         name, equals, value = word[2:].partition("=")
+        if not word.startswith("--") or name in ("", "help"):
+            others.append(word)
+            continue
         if not equals:
             following = next(words, None)
             if following is None:
                 raise ConfigError(f"{word} has no value; expected --section.key value, such as --train.steps 100")
             value = following
         pairs.append((name, value))
-    return pairs
+    return others, pairs
 
 
 def _train(path: str, overrides: list[tuple[str, str]]) -> int:
@@ -194,7 +206,7 @@ def _temperature(text: str) -> float:
     return value
 
 
-def _fail(error: Exception, code: int) -> int:
+def _fail(error: Exception | str, code: int) -> int:
     print(f"megatrain: {' '.join(str(error).split())}", file=sys.stderr)
     return code
 

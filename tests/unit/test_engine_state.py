@@ -14,7 +14,7 @@ from test_engine_toys import WIDTH, Block, Net, batches_of, make_batch, make_eng
 from torch import nn
 
 import megatrain as mt
-from megatrain.errors import UnsupportedModelError
+from megatrain.errors import IntegrityError, UnsupportedModelError
 from megatrain.memory.limits import HostLimits
 
 # -- reading sees finished updates -----------------------------------------------------------------------------------
@@ -80,11 +80,12 @@ def test_wrong_save_dtype_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["model", "submodule", "in place"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training_goes_on_from_loaded_weights(how: str, precision: str) -> None:
-    """Moments, step counts and low master bits belonged to the old values."""
+    """Low master bits belonged to the old values; moments and step counts stay, as in PyTorch."""
     engine = make_engine(Net(), precision=precision)
     fresh = make_engine(Net(seed=5).to(torch.bfloat16), precision=precision)
     for step in range(2):
         engine.train_step(batches_of(step, 2))
+    fresh.optimizer.load_state_dict(engine.optimizer.state_dict())
     source = {name: w.clone() for name, w in fresh.model.state_dict().items()}
     if how == "model":
         engine.model.load_state_dict(source)
@@ -104,17 +105,50 @@ def test_training_goes_on_from_loaded_weights(how: str, precision: str) -> None:
         one.flush()
     for index, entry in engine.store.slots.items():
         assert torch.equal(engine.store.read_master(index), fresh.store.read_master(index)), entry.slot.name
-        assert entry.steps == 2
+        assert entry.steps == 4
 
 
 def test_loading_part_of_the_weights_leaves_the_rest() -> None:
+    engine = make_engine(Net(), precision="bf16")
+    engine.train_step(batches_of(0, 2))
+    engine.flush()
+    masters = {e.slot.name: engine.store.read_master(i) for i, e in engine.store.slots.items()}
+    engine.model.load_state_dict({"head.weight": torch.zeros(29, WIDTH)}, strict=False)
+    for index, entry in engine.store.slots.items():
+        expected = torch.zeros(29, WIDTH) if entry.slot.name == "head.weight" else masters[entry.slot.name]
+        assert torch.equal(engine.store.read_master(index), expected), entry.slot.name
+
+
+def test_write_before_the_pending_update_is_refused() -> None:
     engine = make_engine(Net())
     engine.train_step(batches_of(0, 2))
-    engine.model.load_state_dict({"head.weight": torch.zeros(29, WIDTH)}, strict=False)
-    steps = {entry.slot.name: entry.steps for entry in engine.store.slots.values()}
-    engine.train_step(batches_of(1, 2))
-    steps = {entry.slot.name: entry.steps for entry in engine.store.slots.values()}
-    assert steps["head.weight"] == 1 and steps["embed.weight"] == 2
+    with torch.no_grad():
+        engine.model.head.weight.clamp_(-0.01, 0.01)
+    with pytest.raises(IntegrityError, match=r"head.weight .*flush"):
+        engine.train_step(batches_of(1, 2))
+
+
+def test_hook_on_a_parameter_and_unfreezing_are_refused() -> None:
+    model = Net()
+    model.embed.weight.requires_grad_(False)
+    engine = make_engine(model)
+    handle = model.head.weight.register_hook(lambda g: g * 0)
+    with pytest.raises(IntegrityError, match=r"head.weight .*hook"):
+        engine.train_step(batches_of(0, 2))
+    handle.remove()
+    model.embed.weight.requires_grad_(True)
+    with pytest.raises(IntegrityError, match=r"embed.weight .*trainable"):
+        engine.train_step(batches_of(0, 2))
+
+
+def test_zero_grad_of_the_model_discards_gradients() -> None:
+    engine, plain = make_engine(Net()), Net()
+    engine.model(**make_batch(0)).loss.backward()
+    engine.model.zero_grad()
+    engine.step()
+    engine.flush()
+    for (name, mine), (_, own) in zip(engine.model.named_parameters(), plain.named_parameters(), strict=True):
+        assert torch.equal(mine, own), name
 
 
 def test_update_in_waiting_does_not_overwrite_loaded_weights() -> None:

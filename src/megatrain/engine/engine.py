@@ -14,6 +14,7 @@ from megatrain.engine.executor import Executor
 from megatrain.engine.gradients import GradientBook
 from megatrain.engine.kept_graphs import KeepGraphs, KeptGraphs, check_keep_graphs
 from megatrain.engine.step import Batch, StepClock, StepStats, train_step
+from megatrain.engine.targets import labels_are_shifted
 from megatrain.engine.updates import PendingUpdates, gradient_arrays, unit_updates
 from megatrain.errors import ConfigError, NonFiniteGradientError
 from megatrain.memory.arena import keep_large_allocations_out_of_heap, reuse_freed_memory, trim_freed_memory
@@ -65,6 +66,7 @@ class Engine:
         if any(isinstance(m.__dict__.get("forward"), UnitForward) for m in model.modules()):
             raise ConfigError("model: another Engine owns it or a part of it; close that one first")
         setup.check_clipping(clip_norm, clip_scope)
+        setup.check_threads(threads)
         check_keep_graphs(keep_graphs)
         self.model = model
         self.precision = setup.resolve_precision(precision, setup.make_device(device))
@@ -102,7 +104,7 @@ class Engine:
             for state in self.store.units.values():
                 for slab, buffer in zip(state.slabs, gradient_buffers(state.slabs), strict=True):
                     slab.gradient = buffer
-        self.optimizer = EngineOptimizer(groups, self)
+        self.optimizer = EngineOptimizer(groups, optimizer or AdamW(), self)
         self.kept_graphs = KeptGraphs(keep_graphs, self.partition.units)
         self.executor = Executor(
             self.partition, self.store, self.device, self.updates, self.gradients, self.kept_graphs
@@ -121,8 +123,16 @@ class Engine:
         from megatrain.model.loading import build_on_meta, load_config, load_pretrained
 
         attention = settings.pop("attn_implementation", None)
-        _check_plan(build_on_meta(load_config(str(path))), optimizer, settings)
-        return cls(load_pretrained(str(path), attn_implementation=attention), optimizer, **settings, _mapped=True)
+        device = setup.make_device(settings.get("device", "auto"))
+        # in fp32 the model is made in fp32, so that what it computes from its dtype (tables, scales) is too
+        exact = setup.resolve_precision(settings.get("precision", "auto"), device) == "fp32"
+        check_plan(build_on_meta(load_config(str(path))), optimizer, settings)
+        return cls(
+            load_pretrained(str(path), attn_implementation=attention, dtype=torch.float32 if exact else None),
+            optimizer,
+            **settings,
+            _mapped=True,
+        )
 
     # -- training ---------------------------------------------------------------------------------------------
 
@@ -168,9 +178,12 @@ class Engine:
 
     def begin_step(self, lr: float | None) -> None:
         self.store.check_addresses()
-        self.store.notice_writes()
+        self._notice_writes()
         if lr is not None:
             self.optimizer.set_lr(lr)
+
+    def _notice_writes(self) -> None:
+        self.store.notice_writes(self.updates.is_pending)
 
     def warn_of_whole_logits(self) -> None:
         """Once, where a language model's head cannot be run in chunks."""
@@ -198,10 +211,7 @@ class Engine:
             for home, entries in sorted(self.gradients.touched().items()):
                 unit_scale = self._clip_scale(self.gradients.unit_norm(entries)) if scale is None else scale
                 self._schedule(home, entries, unit_scale)
-        for home in self.gradients.read_directly:  # they are read without being fetched
-            self.updates.settle(home)
         self.end_step()
-        self.gradients.deferred = self.updates.pending_units()
         self.step_count += 1
         return finite
 
@@ -307,11 +317,15 @@ class Engine:
         for module in model.modules():
             self._hooks.append(module.register_state_dict_pre_hook(lambda *_: self.flush()))
             self._hooks.append(module.register_load_state_dict_pre_hook(lambda *_: self.flush()))
-            self._hooks.append(module.register_load_state_dict_post_hook(lambda *_: self.store.notice_writes()))
+            self._hooks.append(
+                module.register_load_state_dict_post_hook(lambda *_: self.store.notice_writes(self.updates.is_pending))
+            )
         guard(model, self.device.torch_device)
         self.head = ChunkedHead(model, self._root, self.device.torch_device, self.executor.direct)
         self.executor.forget_order()
-        self.shifts_labels = _shifts_labels(model)
+        # a head that was shown to run in chunks of shifted labels does shift them
+        self.shifts_labels = self.head.reason is None or labels_are_shifted(model)
+        model.__dict__["zero_grad"] = lambda set_to_none=True: self.discard_gradients()
         self._attached = True
 
     def _leaf_hook(self, index: int) -> Any:
@@ -332,6 +346,7 @@ class Engine:
         for block in self._blocks:
             block.remove()
         self.model.__dict__.pop("forward", None)
+        self.model.__dict__.pop("zero_grad", None)
         for hook in self._hooks:
             hook.remove()
         unguard(self.model)
@@ -356,12 +371,6 @@ def stream_seed(seed: int, step: int, micro_batch: int) -> int:
     return value >> 1  # torch takes signed 64 bits
 
 
-def _shifts_labels(model: nn.Module) -> bool:
-    """Whether 2-D labels are targets of the position before: decoders with an output embedding do that."""
-    config = getattr(model, "config", None)
-    return not getattr(config, "is_encoder_decoder", False)
-
-
 def _refuse_meta(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -372,8 +381,8 @@ def _refuse_meta(model: nn.Module) -> None:
             raise ConfigError(f"model: {name} is on {parameter.device}; build the model on the cpu")
 
 
-def _check_plan(model: nn.Module, optimizer: AdamW | None, settings: Mapping[str, Any]) -> None:
-    """Raise CapacityError for a model that exists only as shapes."""
+def check_plan(model: nn.Module, optimizer: AdamW | None, settings: Mapping[str, Any]) -> None:
+    """Raise CapacityError where a model that exists only as shapes (on the meta device) would not fit."""
     part = partition(model)
     _, group_of = (optimizer or AdamW()).group_slots(part.slots)
     precision = setup.resolve_precision(

@@ -11,15 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatrain.errors import MegaTrainError
 from megatrain.memory.arena import allocate
 from megatrain.memory.store import HostStore, SlotState, bits, gradient_buffers
 from megatrain.model.partition import Partition, Unit
 from megatrain.optim.kernels import accumulate, copy_with_square_sum, round_to_bf16, square_sum
-
-
-class StaleReadError(MegaTrainError):
-    """A parameter was read outside its unit's forward for the first time, while its update was still pending."""
 
 
 class GradientBook:
@@ -46,11 +41,8 @@ class GradientBook:
         self._owned: set[int] = set()  # slots whose sum is ours to add into
         self._open_calls: dict[int, int] = {}
         self._holds = 0
-        # home units with parameters that are read outside their unit's forward: complete only when the step ends,
-        # updated at once when it is decided
-        self.read_directly: set[int] = {-1}
-        self.deferred: set[int] = set()  # home units whose last update waited for their next fetch
-        self._scratch: Tensor | None = None
+        # home units with parameters that are read outside their unit's forward: complete only when the step ends
+        self._read_directly: set[int] = {-1}
         self.squares: dict[int, float] = {}
         self._readers = {u.index: _readers_of_home(part, u) for u in part.units}
 
@@ -87,18 +79,8 @@ class GradientBook:
             self._owned.add(slot)
 
     def add_from_leaf(self, slot: int, gradient: Tensor) -> None:
-        """A parameter was read outside its unit's forward and autograd reached it directly.
-
-        Raises StaleReadError where it may have been read before its last update was carried out.
-        """
-        home = self._store.slots[slot].unit
-        if home not in self.read_directly:
-            self.read_directly.add(home)
-            if home in self.deferred:
-                raise StaleReadError(
-                    f"parameter {self._store.slots[slot].slot.name} was read outside its module's forward while its"
-                    " last update was pending; call engine.flush() and repeat this step (the next ones are in order)"
-                )
+        """A parameter was read outside its unit's forward and autograd reached it directly."""
+        self._read_directly.add(self._store.slots[slot].unit)
         self.add(slot, gradient)
 
     def hold(self, count: int) -> None:
@@ -160,7 +142,7 @@ class GradientBook:
 
     def _write_ready(self, homes: list[int]) -> None:
         for home in homes:
-            ready = home >= 0 and home not in self.read_directly
+            ready = home >= 0 and home not in self._read_directly
             if ready and not any(self._open_calls.get(reader) for reader in self._readers[home]):
                 self._write(home)
 
@@ -208,18 +190,14 @@ class GradientBook:
                 if slab.gradient is None and slab.accumulated is None:
                     (slab.gradient,) = gradient_buffers([slab])
         else:
-            self._lend_scratch(unit)
+            self._lend_buffers(unit)
 
-    def _lend_scratch(self, unit: int) -> None:
-        """One buffer, as large as the largest unit's gradients, serves each unit in turn."""
-        if self._scratch is None:
-            sizes = [sum(s.layout.gradient_bytes for s in u.slabs) for u in self._store.units.values()]
-            self._scratch = allocate(max(sizes))
-        start = 0
-        for slab in self._store.units[unit].slabs:
-            n_bytes = slab.layout.gradient_bytes
-            slab.gradient = self._scratch[start : start + n_bytes].view(slab.weight.dtype)
-            start += n_bytes
+    def _lend_buffers(self, unit: int) -> None:
+        """A buffer for as long as it takes to write and apply the unit's gradient."""
+        slabs = self._store.units[unit].slabs
+        if all(slab.gradient is None for slab in slabs):
+            for slab, buffer in zip(slabs, gradient_buffers(slabs), strict=True):
+                slab.gradient = buffer
 
 
 def _store_gradient(store: HostStore, target: Tensor, gradient: Tensor) -> float:

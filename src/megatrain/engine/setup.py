@@ -1,5 +1,6 @@
 """From what the user asked for to what the engine works with: device, precision, layouts, plan."""
 
+import os
 from typing import Any
 
 import torch
@@ -38,6 +39,12 @@ def check_clipping(norm: float | None, scope: str) -> None:
         raise ConfigError(f"train.clip_norm is {norm!r}; it must be a number > 0, or None for no clipping")
     if scope not in CLIP_SCOPES:
         raise ConfigError(f"train.clip_scope is {scope!r}; it must be one of {', '.join(CLIP_SCOPES)}")
+
+
+def check_threads(threads: int | None) -> None:
+    most = 4 * (os.cpu_count() or 1)
+    if threads is not None and not 1 <= threads <= most:
+        raise ConfigError(f"engine.threads is {threads}; it must be a number from 1 to {most} on this machine")
 
 
 def weight_dtypes(model: nn.Module, part: Partition, precision: str) -> dict[int, str]:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from megatrain.engine.executor import BACKWARD, HEAD, backward
-from megatrain.engine.gradients import StaleReadError
+from megatrain.engine.targets import count_targets
 from megatrain.errors import ConfigError
 from megatrain.memory.limits import host_memory_limits, peak_resident_bytes
-from megatrain.model.head import IGNORED, shift_labels
+from megatrain.model.head import IGNORED
 from megatrain.model.side_effects import RandomState
 
 if TYPE_CHECKING:
@@ -57,10 +57,6 @@ def train_step(engine: "Engine", batches: Sequence[Batch], lr: float | None) -> 
     ]
     random = RandomState(engine.device.torch_device)
     try:
-        losses = _forward_and_backward(engine, bodies)
-    except StaleReadError:  # a parameter is read in a way not seen before: now that it is known, once more
-        engine.end_step()
-        engine.flush()
         losses = _forward_and_backward(engine, bodies)
     except BaseException:
         engine.end_step()
@@ -140,11 +136,6 @@ def loss_of(result: Any) -> Tensor:
     if not isinstance(loss, Tensor):
         raise ConfigError(f"the model returned {type(result).__name__} without a loss; pass labels in every batch")
     return loss
-
-
-def count_targets(labels: Tensor, shifted: bool) -> int:
-    """Labels that count in the loss; where the model shifts them, the first of each sequence is nobody's target."""
-    return int(((shift_labels(labels) if shifted and labels.ndim > 1 else labels) != IGNORED).sum())
 
 
 class StepClock:

@@ -55,8 +55,8 @@ class PendingUpdates:
             for home in self._needed[unit.index]:
                 self.settle(home)
 
-    def pending_units(self) -> set[int]:
-        return set(self._pending)
+    def is_pending(self, unit: int) -> bool:
+        return unit in self._pending
 
     def flush(self) -> None:
         """Return when no update is pending."""

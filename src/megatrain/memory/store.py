@@ -5,13 +5,14 @@ Each unit's weights are one contiguous page-aligned buffer, and the model's own 
 half of its fp32 master; `remainder` holds the rest (2 + 2 + 4 + 4 = 12 bytes per parameter with both moments).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from megatrain.errors import IntegrityError
 from megatrain.memory.arena import allocate, discard_pages
 from megatrain.memory.layout import Place, SlabLayout
 from megatrain.model.partition import ParameterSlot, Partition
@@ -130,13 +131,6 @@ class HostStore:
         merge(self.workers, bits(entry.slab.weight)[where], remainder[where], master.numpy())
         return master.view(entry.place.shape)
 
-    def reset_state(self, slot: int) -> None:
-        """Forget moments, step count and low master bits, after someone has written the weight itself."""
-        self.reset_moments(slot)
-        entry = self.slots[slot]
-        if entry.place.trainable and entry.slab.remainder is not None:
-            entry.slab.remainder[entry.slab.range_of(entry.place)] = 0
-
     def reset_moments(self, slot: int) -> None:
         """Forget moments and step count; the master stays."""
         entry = self.slots[slot]
@@ -146,14 +140,24 @@ class HostStore:
             entry.slab.exp_avg[where] = 0
             entry.slab.exp_avg_sq[where] = 0
 
-    def notice_writes(self) -> None:
-        """Find parameters that someone wrote in place (`load_state_dict`, a callback): their low master bits and
-        moments belong to the old values. The kernels write past torch's version counters, so a changed counter is
-        somebody else's doing."""
-        for index, entry in self.slots.items():
-            if entry.version != entry.slot.parameter._version:
-                entry.version = entry.slot.parameter._version
-                self.reset_state(index)
+    def notice_writes(self, pending: Callable[[int], bool]) -> None:
+        """Find parameters that someone wrote in place (`load_state_dict`, a callback).
+
+        Their low master bits belong to the old values and go; moments and step counts stay, as in PyTorch. The kernels
+        write past torch's version counters, so a changed counter is somebody else's doing. Raises IntegrityError for
+        a write before a decided update was carried out (`pending(unit)`): it would come on top of the write.
+        """
+        for entry in self.slots.values():
+            parameter = entry.slot.parameter
+            if entry.version != parameter._version:
+                if pending(entry.unit):
+                    raise IntegrityError(
+                        f"parameter {entry.slot.name} was written in place before its last update was carried out;"
+                        " call engine.flush() before writing into parameters"
+                    )
+                entry.version = parameter._version
+                if entry.place.trainable and entry.slab.remainder is not None:
+                    entry.slab.remainder[entry.slab.range_of(entry.place)] = 0
 
     def weight_bytes(self, unit: int) -> int:
         return sum(slab.layout.weight_bytes for slab in self.units[unit].slabs)
@@ -174,8 +178,6 @@ class HostStore:
     def check_addresses(self) -> None:
         """Every parameter must still be the view it was made: `load_state_dict(assign=True)`, `.data =` and casts
         detach it silently, and training would go on with weights that nobody reads. Raises IntegrityError."""
-        from megatrain.errors import IntegrityError
-
         for entry in self.slots.values():
             slot, expected = entry.slot, entry.slab.weight.data_ptr()
             expected += entry.place.start * entry.slab.weight.element_size()
@@ -184,6 +186,16 @@ class HostStore:
                 raise IntegrityError(
                     f"parameter {slot.name} was replaced or moved after the engine took the model over; write into it"
                     " in place (load_state_dict without assign=True), or make a new Engine"
+                )
+            if slot.parameter.requires_grad != entry.place.trainable:
+                now = "trainable" if slot.parameter.requires_grad else "frozen"
+                raise IntegrityError(
+                    f"parameter {slot.name} was made {now} after the engine took over; make a new Engine"
+                )
+            if slot.parameter._backward_hooks:
+                raise IntegrityError(
+                    f"parameter {slot.name} has a gradient hook (register_hook), which the engine would never call;"
+                    " remove it"
                 )
 
 

@@ -141,8 +141,9 @@ def load_pretrained(
     attn_implementation: str | None = None,
     local_files_only: bool = False,
     revision: str | None = None,
+    dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
-    """A model from a transformers folder or hub id, on the CPU, in the dtype that its weights are stored in.
+    """A model from a transformers folder or hub id, on the CPU, in `dtype` or as its weights are stored.
 
     The dtype that holds most bytes of the checkpoint counts, not what `config.json` says: float32 weights
     under a configuration that says bfloat16 stay float32. Parameters that the model pins to float32 are
@@ -167,7 +168,7 @@ def load_pretrained(
             model, found = model_class.from_pretrained(
                 source,
                 config=config,
-                dtype=_stored_dtype(files),
+                dtype=dtype or _stored_dtype(files),
                 use_safetensors=True,
                 output_loading_info=True,
                 # mismatched shapes come back in `found` instead of as a page of text

@@ -32,8 +32,7 @@ def configurations(model: nn.Module) -> list[Any]:
 class RootForward:
     """Stands in for the model's forward, for the sake of caches, which are on by default.
 
-    With gradients off they pass through, so `generate` works; `flush` is called first, since such a forward may read
-    parameters in ways that training does not. With gradients on, units see empty ones (`trees`); a
+    With gradients off they pass through, so `generate` works. With gradients on, units see empty ones (`trees`); a
     model whose caches cannot be treated so runs with `use_cache` off from its first call on.
     """
 
@@ -45,8 +44,8 @@ class RootForward:
         self._caches_off = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._flush()  # the model's own code may read any parameter, not only through the unit that owns it
         if not torch.is_grad_enabled():
-            self._flush()
             return self.forward(*args, **kwargs)
         if not self._caches_off and any(c.__dict__.get("use_cache") for c in self._configs):
             try:

@@ -439,7 +439,8 @@ def _check_target(target: Path) -> None:
     if not target.is_dir():
         raise ConfigError(f"cannot save to {target}: it is a file; give a folder")
     entries = [entry.name for entry in target.iterdir()]
-    if entries and not any(name == "config.json" or name.endswith(".safetensors") for name in entries):
+    model_files = ("config.json", ".safetensors", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
+    if entries and not any(name.endswith(model_files) for name in entries):
         raise ConfigError(f"cannot save to {target}: it holds files but no model; give an empty or a new folder")
 
 

@@ -121,9 +121,10 @@ class EngineOptimizer(torch.optim.Optimizer):
 
     _is_accelerate_prepared = True  # accelerate would otherwise move the state to its device
 
-    def __init__(self, groups: list[dict[str, Any]], host: OptimizerHost) -> None:
+    def __init__(self, groups: list[dict[str, Any]], setting: AdamW, host: OptimizerHost) -> None:
         self._host = host
-        super().__init__(groups, defaults={})
+        defaults = {"lr": setting.lr, "betas": setting.betas, "eps": setting.eps, "weight_decay": setting.weight_decay}
+        super().__init__(groups, defaults)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         loss = None

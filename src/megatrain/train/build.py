@@ -143,8 +143,8 @@ def fit_to_tokenizer(settings: ModelSettings, tokenizer: Any, config: Config) ->
 
 def build_engine(config: Config, model_config: Any) -> "Engine":
     """The engine with its model, loaded or new. Raises ConfigError or CapacityError."""
-    from megatrain.engine.engine import Engine
-    from megatrain.model.loading import initialise
+    from megatrain.engine.engine import Engine, check_plan
+    from megatrain.model.loading import build_on_meta, initialise
     from megatrain.optim.adamw import AdamW
 
     optimizer = AdamW(
@@ -170,6 +170,7 @@ def build_engine(config: Config, model_config: Any) -> "Engine":
                 config.model.path, optimizer=optimizer, attn_implementation=attention, **settings
             )
     with _naming("model.config"):
+        check_plan(build_on_meta(model_config), optimizer, settings)
         model = initialise(model_config, config.train.seed, attn_implementation=attention)
     return Engine(model, optimizer=optimizer, **settings)
 
