@@ -1,7 +1,6 @@
 """From what the user asked for to what the engine works with: device, precision, layouts, plan."""
 
 import os
-from typing import Any
 
 import torch
 from torch import nn
@@ -115,15 +114,3 @@ def cast_buffers(model: nn.Module, dtypes: dict[int, str]) -> None:
 def _all_bf16(module: nn.Module) -> bool:
     dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
     return dtypes == {torch.bfloat16}
-
-
-def describe(part: Partition) -> list[dict[str, Any]]:
-    """Name, class and parameter count of each unit, for reports."""
-    return [
-        {
-            "name": unit.name,
-            "class": type(unit.module).__name__,
-            "parameters": sum(slot.parameter.numel() for slot in part.homes(unit)),
-        }
-        for unit in part.units
-    ]

@@ -6,8 +6,8 @@ outside, it asks of a `UnitHost`: weights to bind, where gradients go, when othe
     forward   host.arrive -> host.fetch -> bind -> run on detached inputs -> unbind      keeps: inputs, RNG, autocast
     backward  host.arrive -> host.fetch -> bind -> run with grad on detached inputs -> autograd.grad -> host.receive
 
-With `keeps_graph` the first run's graph is kept and backward skips the second (memory for time; same bits). Between
-`begin_direct` and `end_direct` units join the surrounding graph with leaf weights: the head, whose backward follows
+With `keeps_graph` the first run's graph is kept and backward skips the second (memory for time; same bits). Inside
+`Executor.direct()` units join the surrounding graph with leaf weights: the head, whose backward follows
 its forward at once.
 """
 
@@ -342,7 +342,3 @@ def install_units(units: list[Unit], host: UnitHost) -> list[UnitForward]:
     for block in blocks:
         block.install()
     return blocks
-
-
-def modules_of(units: list[Unit]) -> set[nn.Module]:
-    return {m for unit in units for m in unit.module.modules()}
