@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from megatrain.memory.arena import allocate
 from megatrain.optim import kernels
 from megatrain.optim.workers import Workers, kernel
 
@@ -83,36 +84,36 @@ def _limit_plain(start: int, stop: int, weight: Any, m: Any, v: Any, grad: Any, 
         v[i] = v[i] * one
 
 
-def buffer(params: int, dtype: torch.dtype, values: torch.Tensor | None = None) -> torch.Tensor:
-    """A touched tensor (torch aligns to 64 bytes, numpy to 16)."""
-    made = torch.zeros(params, dtype=dtype)
-    if values is not None:
-        made.copy_(values)
-    return made
-
-
 def build_cases(workers: Workers, params: int) -> dict[str, Case]:
     """All implementations over three sets of arrays: 16-bit split, fp32 of ours, fp32 of torch."""
     generator = torch.Generator().manual_seed(0)
-    grad = torch.randn(params, generator=generator)
-    start = torch.randn(params, generator=generator)
-    float32, segment = torch.float32, [kernels.Segment(0, params, LR, *BETAS, EPS, WEIGHT_DECAY, 10)]
+    start, grad = (torch.randn(params, generator=generator) for _ in range(2))
+    segment = [kernels.Segment(0, params, LR, *BETAS, EPS, WEIGHT_DECAY, 10)]
 
-    def arrays(count: int) -> list[NDArray[np.float32]]:
-        return [start.clone().numpy()] + [buffer(params, float32).numpy() for _ in range(count)]
+    def array(dtype: torch.dtype, values: torch.Tensor | None = None) -> torch.Tensor:
+        """Memory of its own, as the engine holds its state: zeros, or a copy."""
+        n_bytes = params * dtype.itemsize
+        made = allocate(n_bytes)[:n_bytes].view(dtype)
+        return made if values is None else made.copy_(values)
 
-    weight = start.to(torch.bfloat16).view(torch.uint16).numpy()
-    remainder = buffer(params, torch.int16).numpy()
-    bf16_grad = grad.to(torch.bfloat16).view(torch.uint16).numpy()
-    _, split_m, split_v = arrays(2)
-    plain, plain_m, plain_v = arrays(2)
-    fp32_grad = grad.numpy()
+    def numbers(dtype: torch.dtype, values: torch.Tensor | None = None) -> NDArray[Any]:
+        made = array(dtype, values)
+        return (made.view(torch.uint16) if dtype is torch.bfloat16 else made).numpy()
 
-    parameter = torch.nn.Parameter(start.clone())
-    parameter.grad = grad
+    def moments() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        return numbers(torch.float32), numbers(torch.float32)
+
+    parameter = torch.nn.Parameter(array(torch.float32, start))
+    parameter.grad = array(torch.float32, grad)
     optimizer = torch.optim.AdamW([parameter], lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY, fused=True)
+    state = optimizer.state[parameter]
+    state["step"] = torch.tensor(9.0)
+    state["exp_avg"], state["exp_avg_sq"] = array(torch.float32), array(torch.float32)
     zero, one = np.float32(0), np.float32(1)
-    split_state = (weight, remainder, split_m, split_v, bf16_grad)
+    weight, remainder = numbers(torch.bfloat16, start), numbers(torch.int16)
+    split_state = (weight, remainder, *moments(), numbers(torch.bfloat16, grad))
+    plain, plain_m, plain_v = numbers(torch.float32, start), *moments()
+    fp32_grad = numbers(torch.float32, grad)
     plain_state = (plain, plain_m, plain_v, fp32_grad)
     return {
         "limit, 14 read + 12 written": Case(
