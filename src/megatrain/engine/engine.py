@@ -21,7 +21,7 @@ from megatrain.memory.arena import keep_large_allocations_out_of_heap, reuse_fre
 from megatrain.memory.limits import host_memory_limits
 from megatrain.memory.plan import MemoryPlan, require_fit
 from megatrain.memory.store import TORCH_DTYPE, HostStore, SlotState, gradient_buffers
-from megatrain.model.block import UnitForward, install_units
+from megatrain.model.block import LOOK_STEPS, UnitForward, install_units
 from megatrain.model.head import ChunkedHead
 from megatrain.model.partition import partition
 from megatrain.model.root import RootForward, guard, unguard
@@ -198,6 +198,12 @@ class Engine:
         if chosen is not None:
             self.executor.kept_units = chosen
 
+    def watch_attributes(self) -> None:
+        """In the first steps, notice what micro-batches in turns would read of one another."""
+        if self.executor.generation < LOOK_STEPS:
+            for block in self._blocks:
+                block.attributes.watch()
+
     def seed_micro_batch(self, number: int) -> None:
         """Give the calling thread the random stream of micro-batch `number` of this step."""
         torch.manual_seed(stream_seed(self.seed, self.step_count, number))
@@ -306,6 +312,7 @@ class Engine:
         model = self.model
         self._blocks = install_units(self.partition.units, self.executor)
         self.executor.hand_over.carried = [block.attributes.save for block in self._blocks]
+        self.executor.watched = [block.attributes for block in self._blocks]
         self._root = RootForward(model, self.flush)
         model.forward = self._root  # type: ignore[assignment]
         self._hooks: list[Any] = []

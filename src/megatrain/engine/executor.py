@@ -14,9 +14,10 @@ from megatrain.engine.kept_graphs import KeptGraphs
 from megatrain.engine.updates import PendingUpdates
 from megatrain.memory.arena import trim_freed_memory
 from megatrain.memory.store import HostStore
-from megatrain.model.block import DirectLeaves
+from megatrain.model.block import LOOK_STEPS, DirectLeaves
 from megatrain.model.micro_batches import HandOver
 from megatrain.model.partition import Partition, Unit
+from megatrain.model.side_effects import WrittenAttributes
 
 _LARGE_UNIT_BYTES = 64 * 1024**2
 FORWARD, HEAD, BACKWARD = (
@@ -45,6 +46,7 @@ class Executor:
         self.compute_device = device.torch_device
         self.hand_over = HandOver(device.torch_device)
         self.kept_units: set[int] = set()
+        self.watched: list[WrittenAttributes] = []
         self._device = device
         self._updates = updates
         self._gradients = gradients
@@ -66,8 +68,14 @@ class Executor:
     def arrive(self, unit: Unit, *, backward: bool) -> None:
         if self.direct_leaves() is not None:
             return  # the head runs through without changing places
+        if not backward and self.takes_turns():
+            for attributes in self.watched:
+                attributes.refuse_shared(first=self.hand_over.number == 0)
         rank = self._rank.setdefault(unit.index, len(self._rank))
         self.hand_over.boundary((BACKWARD, -rank) if backward else (FORWARD, rank))
+
+    def takes_turns(self) -> bool:
+        return self.generation < LOOK_STEPS and self.hand_over.takes_turns()
 
     def fetch(self, unit: Unit) -> dict[int, Tensor]:
         self._updates.wait_for(unit)

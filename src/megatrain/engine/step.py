@@ -50,6 +50,7 @@ def train_step(engine: "Engine", batches: Sequence[Batch], lr: float | None) -> 
 
     engine.begin_step(lr)
     engine.warn_of_whole_logits()
+    engine.watch_attributes()
     engine.choose_kept_graphs(sum(batch["labels"].numel() for batch in batches))
     run = _run_chunked if engine.head.reason is None else _run_whole
     bodies: list[Callable[[], float]] = [

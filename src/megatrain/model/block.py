@@ -16,13 +16,14 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatrain.errors import UnsupportedModelError
 from megatrain.model.binding import bound
 from megatrain.model.foreign import refuse_foreign_tensors
 from megatrain.model.partition import Unit
 from megatrain.model.side_effects import (
+    Attributes,
     AutocastState,
     BufferState,
     CapturedOutputs,
@@ -33,6 +34,8 @@ from megatrain.model.side_effects import (
 )
 from megatrain.model.trees import FlatTree, written_entries
 
+LOOK_STEPS = 2  # a model does what it does from its first steps on: costly checks are made in these
+
 
 class UnitHost(Protocol):
     """What units need from the engine. `generation` changes when weights do; `compute_device` is where they run."""
@@ -42,6 +45,9 @@ class UnitHost(Protocol):
 
     def arrive(self, unit: Unit, *, backward: bool) -> None:
         """The unit is about to run: the one place where another micro-batch's thread may take over."""
+
+    def takes_turns(self) -> bool:
+        """Whether several micro-batches run in turns, in a step early enough to look for what they share."""
 
     def fetch(self, unit: Unit) -> dict[int, Tensor]:
         """Current weights of the unit on the compute device, by slot index, without gradient history."""
@@ -103,6 +109,13 @@ class UnitForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.host.arrive(self.unit, backward=False)
+        if not self.host.takes_turns():
+            return self._call(args, kwargs)
+        result = self._call(args, kwargs)
+        self.attributes.ran()
+        return result
+
+    def _call(self, args: Any, kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self._run_plain(args, kwargs, self._leaves())
         direct = self.host.direct_leaves()
@@ -135,7 +148,7 @@ class UnitCall:
         self.random: RandomState | None = None
         self.autocast = AutocastState(block.host.compute_device)
         self.buffers: list[BufferState] = []  # that the forward changed, as it found them
-        self.numbers: list[tuple[nn.Module, str, Any]] = []
+        self.attributes: Attributes = {}  # as the forward found them
         self.graph: _Graph | None = None
         self.result: _Result | None = None
         self.own_outputs: list[bool] = []  # whether each output requires a gradient
@@ -172,12 +185,12 @@ class UnitCall:
         if not self.random.drawn():
             self.random = None
         self.buffers = block.buffers.changed(buffers)
-        self.numbers = block.attributes.numbers(attributes)
+        self.attributes = block.attributes.worth_keeping(attributes)
         if self.buffers:
             self.graph = None  # it may have saved a buffer that the next forward changes
         if any(t._version != v for t, v in zip(inputs, versions, strict=True)):
             raise UnsupportedModelError(f"{block.where}: it changed an input tensor in place; it cannot be recomputed")
-        if self.generation < 2:  # a model does what it does from its first steps on
+        if self.generation < LOOK_STEPS:
             refuse_foreign_tensors(block.where, result.tensors, [*result.given])
         self.result = result
         self.own_outputs = [t.requires_grad for t in result.tensors]
@@ -204,7 +217,7 @@ class UnitCall:
         weights = host.fetch(block.unit)
         with ExitStack() as stack:
             stack.enter_context(self.autocast.entered())
-            stack.enter_context(block.attributes.replaying(self.numbers))
+            stack.enter_context(block.attributes.replaying(self.attributes))
             if self.random is not None:
                 stack.enter_context(self.random.replaying())
             stack.enter_context(WrittenBuffers.replaying(self.buffers))
@@ -219,7 +232,7 @@ class _Graph:
         call: UnitCall,
         inputs: list[Tensor],
         weights: dict[int, Tensor],
-        attributes: dict[tuple[int, str], Any],
+        attributes: Attributes,
         needed: list[bool] | None = None,
     ) -> None:
         if needed is None:
@@ -264,7 +277,7 @@ class _Result:
         flat: FlatTree,
         inputs: list[Tensor],
         weights: dict[int, Tensor],
-        attributes: dict[tuple[int, str], Any],
+        attributes: Attributes,
     ) -> None:
         block = call.block
         seen = flat.build(inputs)

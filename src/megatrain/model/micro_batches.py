@@ -76,7 +76,7 @@ class HandOver:
 
     def boundary(self, progress: Progress) -> None:
         """Say how far this thread is and let the least advanced one run; returns when it is this one's turn again."""
-        number = getattr(self._local, "number", None)
+        number = self.number
         if number is None or number not in self._progress:
             return  # a single micro-batch, or a call from outside a step
         with self._turn:
@@ -91,6 +91,15 @@ class HandOver:
         random.restore()
         for restore in restores:
             restore()
+
+    def takes_turns(self) -> bool:
+        """Whether the calling thread is one of several micro-batches."""
+        return len(self._progress) > 1 and self.number is not None
+
+    @property
+    def number(self) -> int | None:
+        """Of the calling thread's micro-batch; None where it is not one of several."""
+        return getattr(self._local, "number", None)
 
     def _least_advanced(self) -> int:
         return min(self._progress, key=lambda n: (self._progress[n], n))

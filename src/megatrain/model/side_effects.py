@@ -56,24 +56,56 @@ class CapturedOutputs:
             self._outer[key].extend(values)
 
 
-class WrittenAttributes:
-    """Plain attributes of the unit's modules that its forward assigns.
+Attributes = dict[tuple[int, str], Any]  # by number of the module in the unit and name
 
-    A tensor (`self.aux_loss = ...`) becomes an output of the node, so that it keeps its gradient. A number that the
-    forward changes (a counter) is put back for recomputation. A list or dict into which tensors are put cannot be
-    followed and is refused.
+
+class WrittenAttributes:
+    """Plain attributes of the unit's modules: those its forward assigns, and those that others set for it.
+
+    A tensor that the forward assigns (`self.aux_loss = ...`) becomes an output of the node, so that it keeps its
+    gradient. A list or dict into which it puts tensors cannot be followed and is refused. Whatever else it finds on
+    its modules (a counter of its own, a flag or a mask that the model sets on them, training or evaluation mode),
+    recomputation finds as it was.
     """
 
     def __init__(self, module: nn.Module, where: str) -> None:
         self._modules = list(module.modules())
         self._where = where
-        self.known: set[tuple[int, str]] = set()  # attributes that have been seen to be assigned
+        self._left: Attributes = {}  # by the last run or the model, while it is watched
+        self._set_by_model: set[tuple[int, str]] = set()
+        self._kept: Attributes = {}
+        self.known: set[tuple[int, str]] = set()  # attributes whose tensors the forward assigns
 
-    def snapshot(self) -> dict[tuple[int, str], Any]:
-        """What the attributes hold before a run; containers by their number of elements."""
+    def snapshot(self) -> Attributes:
+        """What the attributes hold; containers by their tensors' identities."""
         return {key: _held(value) for key, value in self._scan()}
 
-    def written(self, before: dict[tuple[int, str], Any]) -> tuple[list[tuple[nn.Module, str]], list[Tensor]]:
+    def watch(self) -> None:
+        """A step with several micro-batches begins."""
+        self._left = self.snapshot()
+        self._set_by_model.clear()
+
+    def ran(self) -> None:
+        """What is there now, the unit has left."""
+        self._left = self.snapshot()
+
+    def refuse_shared(self, first: bool) -> None:
+        """Raise UnsupportedModelError if the model has set an attribute: of micro-batches that run in turns, each
+        would read the other's. The `first` one may set each once: a model may set constants in its first forward."""
+        for key, value in self.snapshot().items():
+            if key in self.known or not _differ(value, self._left.get(key)):
+                continue
+            if key in self._set_by_model or not first:
+                number, name = key
+                raise UnsupportedModelError(
+                    f"{self._where}: the model sets {type(self._modules[number]).__name__}.{name} while it runs, and"
+                    " micro-batches that run in turns would read one another's; pass it as an argument, or give each"
+                    " step one micro-batch"
+                )
+            self._set_by_model.add(key)
+            self._left[key] = value
+
+    def written(self, before: Attributes) -> tuple[list[tuple[nn.Module, str]], list[Tensor]]:
         """(places, tensors) that the run assigned. Raises UnsupportedModelError for a container it changed."""
         places, tensors = [], []
         for (number, name), value in self._scan():
@@ -89,27 +121,29 @@ class WrittenAttributes:
                 )
         return places, tensors
 
-    def numbers(self, before: dict[tuple[int, str], Any]) -> list[tuple[nn.Module, str, Any]]:
-        """(module, name, value before) of plain numbers that the run changed."""
-        changed = []
-        for (number, name), value in self._scan():
-            was = before.get((number, name))
-            if isinstance(value, _NUMBERS) and isinstance(was, _NUMBERS) and value != was:
-                changed.append((self._modules[number], name, was))
-        return changed
+    def worth_keeping(self, found: Attributes) -> Attributes:
+        """Of what a run found: not the tensors that the forward assigns, which hold other calls' graphs. Most calls
+        find the same, and share one record of it."""
+        kept = {k: v for k, v in found.items() if isinstance(v, (*_PLAIN, Tensor)) and k not in self.known}
+        if kept.keys() != self._kept.keys() or any(_differ(value, self._kept[k]) for k, value in kept.items()):
+            self._kept = kept
+        return self._kept
 
     @contextmanager
-    def replaying(self, numbers: list[tuple[nn.Module, str, Any]]) -> Iterator[None]:
-        """Run with numbers as the forward found them, and leave every attribute as it is now."""
+    def replaying(self, found: Attributes) -> Iterator[None]:
+        """Run with the attributes as the forward found them, and leave every one as it is now."""
         restore = self.save()
-        current = [(module, name, module.__dict__[name]) for module, name, _ in numbers]
-        for module, name, value in numbers:
-            module.__dict__[name] = value
+        current = []
+        for (number, name), value in found.items():
+            attributes = self._modules[number].__dict__
+            if name in attributes and _differ(attributes[name], value):
+                current.append((attributes, name, attributes[name]))
+                attributes[name] = value
         try:
             yield
         finally:
-            for module, name, value in current:
-                module.__dict__[name] = value
+            for attributes, name, value in current:
+                attributes[name] = value
             restore()
 
     def save(self) -> Callable[[], None]:
@@ -126,12 +160,19 @@ class WrittenAttributes:
     def _scan(self) -> Iterator[tuple[tuple[int, str], Any]]:
         for number, module in enumerate(self._modules):
             for name, value in module.__dict__.items():
-                if isinstance(value, (Tensor, list, dict, *_NUMBERS)) and name not in _MODULE_ATTRIBUTES:
+                if isinstance(value, _FOLLOWED) and name not in _MODULE_ATTRIBUTES:
                     yield (number, name), value
 
 
-_NUMBERS = (int, float)
-_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__)
+_PLAIN = (int, float, str)
+_FOLLOWED = (Tensor, list, dict, *_PLAIN)
+_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__) - {"training"}
+
+
+def _differ(value: Any, other: Any) -> bool:
+    if isinstance(value, Tensor) or isinstance(other, Tensor):
+        return value is not other
+    return bool(value != other)
 
 
 def _held(value: Any) -> Any:
