@@ -24,7 +24,8 @@ import torch
 from numpy.typing import NDArray
 
 from megatrain.memory.arena import allocate
-from megatrain.optim import kernels
+from megatrain.optim.adamw_kernels import Segment, adamw
+from megatrain.optim.compilation import compile_kernels
 from megatrain.optim.workers import Workers, kernel
 
 LR, BETAS, EPS, WEIGHT_DECAY = 1e-5, (0.9, 0.95), 1e-8, 0.1
@@ -88,7 +89,7 @@ def build_cases(workers: Workers, params: int) -> dict[str, Case]:
     """All implementations over three sets of arrays: 16-bit split, fp32 of ours, fp32 of torch."""
     generator = torch.Generator().manual_seed(0)
     start, grad = (torch.randn(params, generator=generator) for _ in range(2))
-    segment = [kernels.Segment(0, params, LR, *BETAS, EPS, WEIGHT_DECAY, 10)]
+    segment = [Segment(0, params, LR, *BETAS, EPS, WEIGHT_DECAY, 10)]
 
     def array(dtype: torch.dtype, values: torch.Tensor | None = None) -> torch.Tensor:
         """Memory of its own, as the engine holds its state: zeros, or a copy."""
@@ -122,7 +123,7 @@ def build_cases(workers: Workers, params: int) -> dict[str, Case]:
             lambda: workers.run(_limit_split, params, *split_state, np.uint16(0), np.int16(0), one),
         ),
         "megatrain, bf16 + remainder": Case(
-            26, "limit, 14 read + 12 written", lambda: kernels.adamw(workers, *split_state, segment)
+            26, "limit, 14 read + 12 written", lambda: adamw(workers, *split_state, segment)
         ),
         "limit, 16 read + 12 written": Case(
             28,
@@ -132,7 +133,7 @@ def build_cases(workers: Workers, params: int) -> dict[str, Case]:
         "megatrain, fp32": Case(
             28,
             "limit, 16 read + 12 written",
-            lambda: kernels.adamw(workers, plain, None, plain_m, plain_v, fp32_grad, segment),
+            lambda: adamw(workers, plain, None, plain_m, plain_v, fp32_grad, segment),
         ),
         "torch fused AdamW, fp32": Case(28, "limit, 16 read + 12 written", optimizer.step),
     }
@@ -199,7 +200,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     options = parser.parse_args()
 
-    kernels.compile_kernels()
+    compile_kernels()
     rows = []
     for threads in options.threads:
         rows += measure(threads, options.params, options.rounds)

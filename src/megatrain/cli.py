@@ -1,14 +1,18 @@
 """The `megatrain` command. Exit codes: 0 done, 1 failed, 2 bad usage or settings, 130 interrupted twice."""
 
 import argparse
+import contextlib
 import logging
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from megatrain.config import describe, load_config
+from megatrain.config_kinds import PATH
 from megatrain.errors import CapacityError, ConfigError, MegaTrainError
 from megatrain.version import __version__
 
@@ -39,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(f"{type(error).__name__}: {error} (MEGATRAIN_DEBUG=1 shows where)", FAILED)
     except KeyboardInterrupt:  # outside of training there is nothing to save
-        return INTERRUPTED
+        return _fail("interrupted", INTERRUPTED)
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -88,14 +92,14 @@ def _parser() -> argparse.ArgumentParser:
             "config", metavar="CONFIG.yaml", help="settings; `megatrain config` lists all keys", **optional
         )
     generate = commands.add_parser("generate", help="let a model write text", allow_abbrev=False)
-    generate.add_argument("folder", metavar="FOLDER", help="a run's folder or a transformers folder")
-    generate.add_argument("--prompt", required=True, help="text to go on from")
+    generate.add_argument("folder", type=_path, metavar="FOLDER", help="a run's folder or a transformers folder")
+    generate.add_argument("--prompt", required=True, type=_text, help="text to go on from")
     generate.add_argument("--max-new-tokens", type=_at_least(1), default=200, metavar="N")
     generate.add_argument("--seed", type=_at_least(0), default=0, metavar="S")
     generate.add_argument("--temperature", type=_temperature, default=0.8, help="0: always the likeliest token")
     export = commands.add_parser("export", help="write a run's model as a transformers folder", allow_abbrev=False)
-    export.add_argument("run", metavar="RUN", help="a run's folder or a transformers folder")
-    export.add_argument("out", metavar="OUT", help="a new folder")
+    export.add_argument("run", type=_path, metavar="RUN", help="a run's folder or a transformers folder")
+    export.add_argument("out", type=_path, metavar="OUT", help="a new folder")
     export.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     commands.add_parser("config", help="print every key, its default and its meaning")
     commands.add_parser("bench", help="measure speed and memory", add_help=False)
@@ -137,7 +141,7 @@ def _demo(path: str, overrides: list[tuple[str, str]]) -> int:
 
     result = run(config, replace=True)
     _report(result.loop.steps, result.evaluation)
-    if result.loop.interrupted or not config.checkpoint.at_end:
+    if result.interrupted or not config.checkpoint.at_end:
         print(f"run folder: {result.folder}")
         return DONE
     texts = generate(
@@ -150,8 +154,23 @@ def _demo(path: str, overrides: list[tuple[str, str]]) -> int:
     for prompt, text in zip(_DEMO_PROMPTS, texts, strict=True):
         print(f"\n--- the model goes on from {prompt!r} ---\n{text}")
     print(f"\nmodel: {result.folder / 'model'}")
-    print(f"more:  megatrain generate {result.folder} --prompt 'import'")
+    print(f"more:  {_own_command()} generate {shlex.quote(str(result.folder))} --prompt 'import'")
     return DONE
+
+
+def _own_command() -> str:
+    """What a shell calls this program by: as it was called, or the script beside the Python that runs it."""
+    script = Path(sys.executable).with_name("megatrain")
+    if Path(sys.argv[0]).name == script.name:
+        script = Path(sys.argv[0])
+    if not script.is_file():
+        return f"{shlex.quote(sys.executable)} -m megatrain"
+    on_path = shutil.which(script.name)
+    if on_path is not None and os.path.samefile(on_path, script):
+        return script.name
+    with contextlib.suppress(ValueError):  # not below the current folder: the whole path
+        script = script.absolute().relative_to(Path.cwd())
+    return shlex.quote(str(script))
 
 
 def _report(steps: int, evaluation: object) -> None:
@@ -188,22 +207,38 @@ def _export(known: argparse.Namespace) -> int:
 
 
 def _at_least(minimum: int) -> Callable[[str], int]:
-    """An argparse type: whole numbers from `minimum` up."""
+    """An argparse type: whole numbers from `minimum` up to what 63 bits hold."""
 
     def parse(text: str) -> int:
-        value = int(text)
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"{text!r} is wrong; expected a whole number of at least {minimum}")
-        return value
+        with contextlib.suppress(ValueError):
+            if minimum <= int(text) < 1 << 63:
+                return int(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is wrong; expected a whole number of at least {minimum}")
 
     return parse
 
 
 def _temperature(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is wrong; expected a number of at least 0")
-    return value
+    with contextlib.suppress(ValueError):
+        # logits divided by less than this may overflow
+        if float(text) == 0 or 1e-4 <= float(text) < float("inf"):
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is wrong; expected 0 or a number of at least 0.0001")
+
+
+def _path(text: str) -> str:
+    try:
+        return str(PATH.parse(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is wrong; expected a path") from None
+
+
+def _text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is wrong; expected text in UTF-8") from None
+    return text
 
 
 def _fail(error: Exception | str, code: int) -> int:

@@ -6,6 +6,7 @@ checks every key and value before anything else happens.
 
 import dataclasses
 import difflib
+import reprlib
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,19 +23,22 @@ from megatrain.config_kinds import (
     BPE,
     BYTES,
     DEVICE,
+    GROUPS,
     MAPPING,
     PATH,
     RATIO,
     SOURCES,
     TEXT,
     Kind,
+    WrongPartError,
     choice,
     either,
     or_null,
+    real,
     whole,
 )
 from megatrain.errors import ConfigError
-from megatrain.yaml_file import UniqueKeyLoader, read_yaml
+from megatrain.yaml_file import PlainDumper, parse_yaml, read_yaml
 
 
 def _about(kind: Kind, meaning: str) -> dict[str, Any]:
@@ -46,7 +50,8 @@ class ModelConfig:
     """What is trained: a pretrained model (`path`) or a new one (`config`)."""
 
     path: str | None = field(
-        default=None, metadata=_about(or_null(PATH), "pretrained model: a transformers folder or hub id")
+        default=None,
+        metadata=_about(or_null(PATH), "pretrained model: a transformers folder, a run's folder or a hub id"),
     )
     config: str | dict[str, Any] | None = field(
         default=None,
@@ -107,6 +112,14 @@ class OptimizerConfig:
     betas: tuple[float, float] = field(default=(0.9, 0.95), metadata=_about(BETAS, "decay rates of the two moments"))
     eps: float = field(default=1e-8, metadata=_about(ABOVE_0, "added to the root of the second moment"))
     weight_decay: float = field(default=0.1, metadata=_about(AT_LEAST_0, "decoupled weight decay"))
+    param_groups: tuple[dict[str, Any], ...] = field(
+        default=(),
+        metadata=_about(
+            GROUPS,
+            "parameters with settings of their own, such as [{match: 'norm|bias', lr: 1e-6}]: those whose name a "
+            "regular expression of match finds; the first group counts; what a group leaves out is as for the rest",
+        ),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +147,13 @@ class TrainConfig:
     """How long to train, on how much per step. Give one of steps, epochs and tokens."""
 
     steps: int | None = field(default=None, metadata=_about(or_null(whole(1)), "optimizer steps"))
-    epochs: float | None = field(default=None, metadata=_about(or_null(ABOVE_0), "or passes over data.train"))
+    epochs: float | None = field(
+        default=None,
+        metadata=_about(
+            or_null(real("a number above 0, at most 1e9", lambda number: 0 < number <= 1e9)),
+            "or passes over data.train",
+        ),
+    )
     tokens: int | None = field(default=None, metadata=_about(or_null(whole(1)), "or tokens, rounded up to whole steps"))
     tokens_per_step: int | None = field(
         default=None,
@@ -158,7 +177,10 @@ class TrainConfig:
 class EngineConfig:
     """Where and how the computation runs."""
 
-    device: str = field(default="auto", metadata=_about(DEVICE, "where the model computes"))
+    device: str = field(
+        default="auto",
+        metadata=_about(DEVICE, "where the model computes; auto: a GPU where there is one; lagged: for tests"),
+    )
     precision: str = field(
         default="auto",
         metadata=_about(
@@ -169,6 +191,10 @@ class EngineConfig:
     micro_batch: int = field(default=1, metadata=_about(whole(1), "sequences that pass through the model together"))
     device_memory: int | None = field(
         default=None, metadata=_about(or_null(BYTES), "device memory to use at most; null: what is free")
+    )
+    slots: int | None = field(
+        default=None,
+        metadata=_about(or_null(whole(1)), "units (layers) whose weights may be on a GPU at once; null: 2"),
     )
     threads: int | None = field(
         default=None, metadata=_about(or_null(whole(1)), "host threads of the optimizer; null: one per core")
@@ -212,6 +238,13 @@ class Config:
     def tokens_per_step(self) -> int:
         """Tokens per optimizer step, also where `train.tokens_per_step` is null."""
         return self.train.tokens_per_step or self.engine.micro_batch * self.data.seq_len
+
+    @property
+    def planned_steps(self) -> int | None:
+        """Optimizer steps, where they do not depend on how much text there is."""
+        if self.train.tokens is not None:
+            return -(-self.train.tokens // self.tokens_per_step)
+        return self.train.steps
 
 
 _SECTIONS: dict[str, type[Any]] = {
@@ -260,7 +293,9 @@ def _parse_section(section: str, settings: Any) -> Any:
     if settings is None:  # a section whose keys are all commented out
         settings = {}
     if not isinstance(settings, Mapping):
-        raise ConfigError(f"{section}: {settings!r} is wrong; expected a section with keys, see `megatrain config`")
+        raise ConfigError(
+            f"{section}: {shown(settings)} is wrong; expected a section with keys, see `megatrain config`"
+        )
     fields = {spec.name: spec for spec in dataclasses.fields(_SECTIONS[section])}
     for name in settings:
         if name not in fields:
@@ -273,9 +308,26 @@ def _parse_value(key: str, spec: dataclasses.Field[Any], value: Any) -> Any:
     kind: Kind = spec.metadata["kind"]
     try:
         return kind.parse(value)
-    except (ValueError, TypeError, OverflowError):
-        shown = "null" if value is None else repr(value)
-        raise ConfigError(f"{key}: {shown} is wrong; expected {kind.expected}") from None
+    except WrongPartError as part:
+        raise ConfigError(f"{key}{part.place}: {shown(part.value)} is wrong; expected {part.expected}") from None
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        raise ConfigError(f"{key}: {shown(value)} is wrong; expected {kind.expected}") from None
+
+
+def shown(value: Any) -> str:
+    """`value` as YAML's user knows it, on one line, shortened where it is long."""
+    return "null" if value is None else _SHORT.repr(value)
+
+
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxdict, self.maxlist = 3, 12, 12
+        self.maxstring = self.maxother = 200
+        self.maxlong = 60
+
+
+_SHORT = _Short()
 
 
 def _unknown_key(name: str) -> ConfigError:
@@ -290,7 +342,7 @@ def _unknown_key(name: str) -> ConfigError:
         near = [key for key in known if key.rpartition(".")[2] == last]
         near = near or difflib.get_close_matches(name, known, 1, 0.5)
     hint = f"did you mean {near[0]}?" if near else "`megatrain config` lists all keys"
-    return ConfigError(f"{name}: unknown key; {hint}")
+    return ConfigError(f"{name or repr(name)}: unknown key; {hint}")
 
 
 def _check_together(config: Config) -> None:
@@ -319,12 +371,24 @@ def _check_together(config: Config) -> None:
             f"engine.micro_batch * data.seq_len = {micro_batch_tokens}"
         )
 
+    if config.planned_steps is not None:
+        check_warmup(config, config.planned_steps)
+
+
+def check_warmup(config: Config, steps: int) -> None:
+    """Raise ConfigError where the learning rate would still be rising when the run of `steps` ends."""
+    if config.schedule.warmup_steps > steps:
+        raise ConfigError(
+            f"schedule.warmup_steps: {config.schedule.warmup_steps} is wrong; expected at most the "
+            f"{steps} steps of the run"
+        )
+
 
 def _override(settings: dict[str, Any], name: str, text: str) -> None:
     """Put the value written as `text` at dotted `name`, which may reach into mappings (model.config)."""
     try:
-        value = yaml.load(text, UniqueKeyLoader)
-    except yaml.YAMLError:
+        value = parse_yaml(text)
+    except ValueError:
         value = text  # such as `a: b: c`: a plain text
     *parents, last = name.split(".")
     place = settings
@@ -332,14 +396,15 @@ def _override(settings: dict[str, Any], name: str, text: str) -> None:
         if place.get(parent) is None:
             place[parent] = {}
         if not isinstance(place[parent], dict):
-            raise ConfigError(f"{name}: cannot be set, {'.'.join(parents[: depth + 1])} is {place[parent]!r}")
+            raise ConfigError(f"{name}: cannot be set, {'.'.join(parents[: depth + 1])} is {shown(place[parent])}")
         place = place[parent]
     place[last] = value
 
 
 def to_yaml(config: Config) -> str:
     """The complete settings as YAML that `load_config` reads back to an equal Config."""
-    return str(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True))
+    settings = _plain(dataclasses.asdict(config))
+    return str(yaml.dump(settings, Dumper=PlainDumper, sort_keys=False, allow_unicode=True))
 
 
 def describe() -> str:

@@ -1,6 +1,9 @@
 """What a setting accepts: how its value is read, and how an error says what would be right."""
 
+import json
 import math
+import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +19,16 @@ class Kind:
     parse: Callable[[Any], Any]
 
 
+class WrongPartError(ValueError):
+    """A part of a value is wrong: `place` in it, such as `[0].lr`, and what was expected there."""
+
+    def __init__(self, place: str, value: Any, expected: str) -> None:
+        super().__init__(place)
+        self.place, self.value, self.expected = place, value, expected
+
+
 def parse_number(value: Any) -> float:
     """A finite number; a bool is none. Raises ValueError."""
-    # PyYAML follows YAML 1.1, where 1e-5 (no point) is a string: what looks like a number is one
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError
     number = float(value)
@@ -40,12 +50,14 @@ def real(expected: str, accepts: Callable[[float], bool]) -> Kind:
 
 
 def whole(minimum: int) -> Kind:
-    """Whole numbers from `minimum` up; 1e9 is one."""
+    """Whole numbers from `minimum` up to what a signed 64-bit integer holds; 1e9 is one."""
 
     def parse(value: Any) -> int:
-        number = parse_number(value)
+        number = value if type(value) is int else parse_number(value)  # a float would round a large int
         if number != int(number) or number < minimum:
             raise ValueError
+        if number >= 1 << 63:
+            raise WrongPartError("", value, "a whole number below 2**63")
         return int(number)
 
     return Kind(f"a whole number of at least {minimum}", parse)
@@ -93,8 +105,16 @@ def _parse_text(value: Any) -> str:
     return value
 
 
+def _parse_path(value: Any) -> str:
+    text = _parse_text(value)
+    text.encode()  # a ValueError for bytes that are no UTF-8: not all that write files can write such a name
+    if "\0" in text or (text.startswith("~") and os.path.expanduser(text) == text):  # a home that does not exist
+        raise ValueError
+    return text
+
+
 def _parse_sources(value: Any) -> tuple[str, ...]:
-    sources = tuple(_parse_text(item) for item in (value if isinstance(value, (list, tuple)) else [value]))
+    sources = tuple(_parse_path(item) for item in (value if isinstance(value, (list, tuple)) else [value]))
     if not sources:
         raise ValueError
     return sources
@@ -108,6 +128,7 @@ def _parse_betas(value: Any) -> tuple[float, float]:
 def _parse_mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise ValueError
+    json.dumps(value)  # it is saved with the model: a ValueError or TypeError for dates and circles
     return {str(name): item for name, item in value.items()}
 
 
@@ -117,16 +138,72 @@ def _parse_bpe(value: Any) -> dict[str, Any]:
     return {"train": "bpe", "vocab_size": whole(259).parse(value["vocab_size"])}
 
 
+def _parse_size(value: Any) -> int:
+    size = parse_bytes(value)
+    if size < 1:
+        raise ValueError
+    return size
+
+
+def _parse_groups(value: Any) -> tuple[dict[str, Any], ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError
+    return tuple(_parse_group(group, f"[{number}]") for number, group in enumerate(value))
+
+
+def _parse_group(group: Any, place: str) -> dict[str, Any]:
+    if not isinstance(group, Mapping) or "match" not in group or not set(group) <= set(_GROUP_KINDS):
+        raise WrongPartError(place, group, _GROUP)
+    values = {}
+    for name, value in group.items():
+        kind = _GROUP_KINDS[name]
+        try:
+            values[name] = kind.parse(value)
+        except WrongPartError as part:
+            raise WrongPartError(f"{place}.{name}{part.place}", part.value, part.expected) from None
+        except (ValueError, TypeError, OverflowError):
+            raise WrongPartError(f"{place}.{name}", value, kind.expected) from None
+    return values
+
+
+def _parse_patterns(value: Any) -> tuple[str, ...]:
+    patterns = tuple(_parse_text(item) for item in (value if isinstance(value, (list, tuple)) else [value]))
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise WrongPartError("", pattern, f"a regular expression ({error})") from None
+    if not patterns:
+        raise ValueError
+    return patterns
+
+
 AT_LEAST_0 = real("a number of at least 0", lambda number: number >= 0)
 ABOVE_0 = real("a number above 0", lambda number: number > 0)
 FRACTION = real("a number from 0 up to but not 1", lambda number: 0 <= number < 1)
 RATIO = real("a number from 0 to 1", lambda number: 0 <= number <= 1)
 BOOL = Kind("true or false", _parse_bool)
 TEXT = Kind("a text", _parse_text)
-PATH = Kind("a path", _parse_text)
+PATH = Kind("a path", _parse_path)
 SOURCES = Kind("a path, stdlib, or a list of these", _parse_sources)
 BETAS = Kind("two numbers from 0 up to but not 1, such as [0.9, 0.95]", _parse_betas)
 MAPPING = Kind("a mapping with model_type", _parse_mapping)
 BPE = Kind("{train: bpe, vocab_size: N} with N of at least 259", _parse_bpe)
-DEVICE = choice("auto", "cpu")
-BYTES = Kind("a size such as 24GiB", parse_bytes)
+def _parse_device(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|lagged|cuda(:\d{1,3})?", value):
+        raise ValueError
+    return value
+
+
+DEVICE = Kind("one of auto, cpu, cuda, cuda:0 (or another number), lagged", _parse_device)
+BYTES = Kind("a size such as 24GiB", _parse_size)
+PATTERNS = Kind("a regular expression, or a list of these", _parse_patterns)
+_GROUP_KINDS = {
+    "match": PATTERNS,
+    "lr": AT_LEAST_0,
+    "betas": BETAS,
+    "eps": ABOVE_0,
+    "weight_decay": AT_LEAST_0,
+}
+_GROUP = f"a mapping with match and any of {', '.join(_GROUP_KINDS)[len('match, ') :]}"
+GROUPS = Kind(f"a list, each {_GROUP}", _parse_groups)

@@ -130,7 +130,7 @@ def test_the_same_settings_train_the_same_model(
     assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-4)
     # go on from the saved model: the pretrained path, with its own tokenizer
     onward = {
-        "model": {"path": str(tmp_path / "again" / "model")},
+        "model": {"path": str(tmp_path / "again")},
         "data": {"train": str(tmp_path / "text" / "train.py"), "seq_len": 32},
         "train": {"tokens": 96},
         "engine": {"precision": "fp32"},
@@ -163,6 +163,23 @@ def test_interrupted_once_the_step_is_finished_and_the_model_saved(tmp_path: Pat
     assert "finishing this step" in err and "Traceback" not in err
     assert (run / "model" / "config.json").exists() and (run / "model" / "tokenizer.json").exists()
     assert f"trained {len(metrics_of(run))} steps" in out
+
+
+def test_interrupted_while_measuring_the_run_is_kept(tmp_path: Path) -> None:
+    settings = write_settings(tmp_path, train={"steps": 2})
+    (tmp_path / "text" / "held_out.py").write_text("def f(x):\n    return x + 1\n\n\n" * 50_000)
+    process = start("train", settings.name, cwd=tmp_path)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "measuring" in line:
+            break
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "ending the measurement" in err and "Traceback" not in err
+    assert "trained 2 steps" in out and "bits per byte" not in out
+    assert (tmp_path / "runs" / "tiny" / "model" / "config.json").exists()
 
 
 def test_interrupted_twice_it_is_out_at_once(tmp_path: Path) -> None:

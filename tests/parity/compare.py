@@ -101,6 +101,7 @@ def compare_models(
     keep_graphs: str | int = "off",
     fenced: bool = False,
     use_cache: bool | None = None,
+    device: Any = "cpu",
 ) -> Comparison:
     """Train two equal models for `steps`, `plain` in plain PyTorch and `mine` by the engine, with weight decay.
 
@@ -108,11 +109,13 @@ def compare_models(
     keep_graphs: the engine's setting; "off" recomputes every unit, a large number none.
     fenced:      plain adds up what one call of a unit contributes before it adds different calls (`UnitInputs`).
     use_cache:   sets the plain model's configuration; None leaves it at its default.
+    device:      the engine's.
     """
     with quiet():
         engine = mt.Engine(
             mine,
             mt.AdamW(**HYPER),
+            device=device,
             precision="fp32",
             clip_norm=clip_norm,
             seed=SEED,

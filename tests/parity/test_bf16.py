@@ -7,7 +7,6 @@ per weight, and must hold the same fp32 numbers.
 
 import copy
 import math
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -21,14 +20,6 @@ import megatrain as mt
 
 TYPES = ["llama", "gemma3_text", "qwen3_moe", "gpt2", "llava"]
 BOUND = 0.05  # error of the whole gradient, relative to its norm; found: 0.6% to 2.1%
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Pair:

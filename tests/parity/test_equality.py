@@ -4,7 +4,6 @@ Models are called the default way (caches stay on), with masked labels, padding,
 where the model has it.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,20 +12,21 @@ import zoo
 from compare import Batches, compare, compare_models
 from torch import Tensor, nn
 
+from megatrain.device.lagged import LaggedDevice
+
 ALL = 1000  # units that keep their graph: more than any of these models has
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("model_type", zoo.NAMED)
 def test_named_types_are_equal(model_type: str) -> None:
     found = compare(model_type, steps=5, micro_batches=3)
+    assert found.equal, str(found)
+
+
+@pytest.mark.parametrize("model_type", zoo.NAMED)
+def test_named_types_are_equal_where_copies_are_late(model_type: str) -> None:
+    device = LaggedDevice("fp32", longest_delay_seconds=0.0005)
+    found = compare(model_type, steps=3, micro_batches=3, keep_graphs="auto", device=device)
     assert found.equal, str(found)
 
 
@@ -120,10 +120,12 @@ def text(step: int, shapes: tuple[tuple[int, int], ...] = ((2, 12), (3, 17), (1,
     return batches
 
 
+@pytest.mark.parametrize("device", ["cpu", "lagged"])
 @pytest.mark.parametrize("keep_graphs", ["off", ALL])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_module_of_ones_own_is_equal(tied: bool, keep_graphs: str | int) -> None:
-    found = compare_models(written(tied=tied), written(tied=tied), text, steps=5, keep_graphs=keep_graphs)
+def test_a_module_of_ones_own_is_equal(tied: bool, keep_graphs: str | int, device: str) -> None:
+    models = written(tied=tied), written(tied=tied)
+    found = compare_models(*models, text, steps=5, keep_graphs=keep_graphs, device=device)
     assert found.units == 7  # two embeddings, three blocks, norm and output
     assert found.equal, str(found)
 

@@ -4,7 +4,6 @@ import warnings
 
 import classify
 import pytest
-import torch
 import zoo
 
 TRAINS = (classify.EQUAL, classify.ROUNDING)
@@ -12,12 +11,7 @@ TRAINS = (classify.EQUAL, classify.ROUNDING)
 
 @pytest.mark.parametrize("model_type", zoo.MODEL_TYPES)
 def test_type(model_type: str) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        found = classify.classify(model_type)
-    finally:
-        torch.set_num_threads(before)
+    found = classify.classify(model_type)
     assert found.status != classify.FAILED, found.reason
     written = classify.read_table()[model_type]
     if {found.status, written} == set(TRAINS):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatrain.memory import arena
-from megatrain.memory.arena import PAGE_BYTES, allocate
+from megatrain.memory.arena import PAGE_BYTES, allocate, allocate_elements
 from megatrain.memory.limits import resident_bytes
 
 linux_only = pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc")
@@ -34,7 +34,14 @@ def test_edges() -> None:
         allocate(-1)
     with pytest.raises(MemoryError, match="refused"):
         allocate(1 << 60)
-    assert allocate(4 << 20, huge_pages=True).numel() == 4 << 20
+
+
+def test_elements_are_exact_and_of_their_dtype() -> None:
+    for dtype in (torch.int16, torch.bfloat16, torch.float32):
+        elements = allocate_elements(1003, dtype)
+        assert elements.shape == (1003,) and elements.dtype == dtype and not elements.any()
+        assert elements.data_ptr() % PAGE_BYTES == 0
+    assert allocate_elements(0, torch.float32).shape == (0,)
 
 
 @linux_only

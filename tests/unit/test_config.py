@@ -1,6 +1,7 @@
 """Settings: every error is one line that names the key, the value and what would be right."""
 
 import dataclasses
+import datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import yaml
 
 from megatrain.config import Config, describe, load_config, parse_config, to_yaml
 from megatrain.errors import ConfigError
+from megatrain.yaml_file import read_yaml
 
 MINIMAL = {"model": {"path": "some/model"}, "data": {"train": "stdlib", "seq_len": 64}, "train": {"steps": 3}}
 
@@ -85,10 +87,19 @@ def test_unknown_key_is_an_error_with_the_nearest_name(name: str, hint: str) -> 
         ("data.seq_len", 1, "a whole number of at least 2"),
         ("model.tokenizer", {"train": "wordpiece", "vocab_size": 300}, "{train: bpe, vocab_size: N}"),
         ("model.tokenizer", {"train": "bpe", "vocab_size": 10}, "at least 259"),
-        ("engine.device", "gpu", "one of auto, cpu"),
+        ("engine.device", "gpu", "one of auto, cpu, cuda"),
+        ("engine.device", "cuda:x", "one of auto, cpu, cuda"),
+        ("engine.slots", 0, "a whole number"),
         ("engine.precision", "fp16", "one of auto, bf16, fp32"),
         ("engine.device_memory", "lots", "a size such as 24GiB"),
         ("output", 7, "a path"),
+        ("output", "a\0b", "a path"),
+        ("output", "\udcff", "a path"),
+        ("train.steps", 1e300, "a whole number below 2**63"),
+        ("train.epochs", 1e300, "at most 1e9"),
+        ("engine.device_memory", -1, "a size"),
+        ("model.config", {"model_type": "llama", "x": datetime.date(2020, 1, 1)}, "a mapping with model_type"),
+        ("optimizer.param_groups", {"match": "x"}, "a list, each a mapping with match and any of lr, betas"),
     ],
 )
 def test_wrong_value_names_key_value_and_what_is_right(name: str, value: Any, expected: str) -> None:
@@ -100,9 +111,51 @@ def test_wrong_value_names_key_value_and_what_is_right(name: str, value: Any, ex
     assert expected in message and "\n" not in message
 
 
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        (3, "[1]: 3 is wrong; expected a mapping with match and any of lr, betas, eps, weight_decay"),
+        ({"lr": 1}, "[1]: {'lr': 1} is wrong; expected a mapping with match"),
+        ({"match": "x", "lrr": 1}, "[1]: {'lrr': 1, 'match': 'x'} is wrong; expected a mapping with match"),
+        ({"match": "x", "lr": "fast"}, "[1].lr: 'fast' is wrong; expected a number of at least 0"),
+        ({"match": "x", "betas": [1, 1]}, "[1].betas: [1, 1] is wrong; expected two numbers"),
+        ({"match": "x", "eps": None}, "[1].eps: null is wrong; expected a number above 0"),
+        ({"match": ["x", "("]}, "[1].match: '(' is wrong; expected a regular expression (missing )"),
+        ({"match": []}, "[1].match: [] is wrong; expected a regular expression, or a list of these"),
+    ],
+)
+def test_wrong_parameter_groups(group: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(with_key("optimizer.param_groups", [{"match": "ok"}, group]))
+    assert str(caught.value).startswith(f"optimizer.param_groups{message}")
+
+
+def test_large_whole_numbers_are_exact() -> None:
+    assert parse_config(with_key("train.seed", (1 << 63) - 1)).train.seed == (1 << 63) - 1
+
+
+def test_an_error_shows_no_more_than_a_line_of_a_value() -> None:
+    value: Any = "x"
+    for _ in range(60):  # YAML's aliases can write this in 60 lines
+        value = [value, value]
+    with pytest.raises(ConfigError) as caught:
+        parse_config(with_key("train.steps", value))
+    assert len(str(caught.value)) < 1000
+
+
+def test_warmup_longer_than_the_run_where_that_is_known() -> None:
+    for train in ({"steps": 4}, {"tokens": 4 * 64}):
+        settings = {**MINIMAL, "train": train}
+        assert parse_config({**settings, "schedule": {"warmup_steps": 4}}).planned_steps == 4
+        with pytest.raises(ConfigError, match=r"^schedule.warmup_steps: 5 is wrong; expected at most the 4 steps"):
+            parse_config({**settings, "schedule": {"warmup_steps": 5}})
+    unknown = parse_config({**MINIMAL, "train": {"epochs": 1}, "schedule": {"warmup_steps": 10**6}})
+    assert unknown.planned_steps is None
+
+
 def test_numbers_as_yaml_1_1_reads_them(tmp_path: Path) -> None:
     text = """
-    model: {path: m}
+    model: {config: {model_type: llama, rms_norm_eps: 1e-5, x: [1.5e5, .5E-3, 1e5x]}, tokenizer: t}
     data: {train: [a.txt, b/], seq_len: 1_000}
     optimizer: {lr: 1e-5, eps: 1e-8}
     train: {tokens: 1e6, clip_norm: null}
@@ -114,6 +167,7 @@ def test_numbers_as_yaml_1_1_reads_them(tmp_path: Path) -> None:
     assert config.data.seq_len == 1000 and config.data.train == ("a.txt", "b/")
     assert config.engine.device_memory == 2 * 1024**3
     assert config.output == "runs/mine"
+    assert config.model.config == {"model_type": "llama", "rms_norm_eps": 1e-5, "x": [1.5e5, 0.5e-3, "1e5x"]}
 
 
 @pytest.mark.parametrize(
@@ -168,12 +222,35 @@ def test_overrides_are_typed_and_reach_into_mappings(tmp_path: Path) -> None:
         ("train: [", "not valid YAML"),
         ("- a\n- b\n", "expected a mapping of settings, found a list"),
         ("train: {steps: 1}\ntrain: {steps: 2}\n", "'train' is given twice, line 2"),
+        ("train: {steps: 1\n", "not valid YAML: expected ',' or '}', but got '<stream end>', line 2, column 1"),
+        ("train: 2020-13-45", "not valid YAML: month must be in 1..12"),
+        ("[" * 50_000, "not valid YAML: nested too deeply"),
+        ("x: \0", "not valid YAML: unacceptable character"),
     ],
 )
 def test_files_that_are_no_settings(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(write(tmp_path, text))
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_merged_mappings(tmp_path: Path) -> None:
+    text = "model: &m {path: m}\ndata: {<<: {train: a, seq_len: 8}, seq_len: 64}\ntrain: {steps: 3}\n"
+    assert load_config(write(tmp_path, text)).data.seq_len == 64
+
+
+def test_json_is_read_as_json(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    path.write_text('{\n\t"a": 1e-05\n}')
+    assert read_yaml(path) == {"a": 1e-5}
+    for text, message in [
+        ('{"a": 1, "a": 2}', "'a' is given twice"),
+        ("{", "not valid JSON"),
+        ("[" * 99_999, "nested"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            read_yaml(path)
 
 
 def test_missing_file() -> None:
@@ -185,8 +262,11 @@ def test_resolved_settings_read_back_equal(tmp_path: Path) -> None:
     config = parse_config(with_key("optimizer.lr", 3e-4))
     text = to_yaml(config)
     assert parse_config(yaml.safe_load(text)) == config
-    config = dataclasses.replace(config, output="here")
-    assert load_config(write(tmp_path, to_yaml(config))) == config
+    groups = [{"match": ["norm", "b$"], "lr": 1e-6, "betas": [0.5, 0.9]}]
+    config = parse_config(with_key("optimizer.param_groups", groups))
+    for output in ("here", "1e5", "1.5e5", "null", "~/x y: é"):  # texts that look like something else
+        config = dataclasses.replace(config, output=output)
+        assert load_config(write(tmp_path, to_yaml(config))) == config
 
 
 def test_description_names_every_key_with_its_default() -> None:

@@ -13,7 +13,7 @@ from megatrain.data import packing
 from megatrain.data.batches import StepBatches
 from megatrain.data.packing import tokenize
 from megatrain.data.sources import Corpus, stdlib_files
-from megatrain.data.tokenizer import load_tokenizer, save_tokenizer, train_bpe
+from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS, load_tokenizer, save_tokenizer, train_bpe
 from megatrain.errors import ConfigError
 
 TEXTS = [f"def f{n}(x):\n    return x + {n}  # añadir\n\n\n" for n in range(40)]
@@ -66,6 +66,12 @@ def test_jsonl_gives_one_document_per_line(tmp_path: Path) -> None:
         ('{"text": 3}', "data.text_field: {path} line 1 has no text in field 'text'; its fields are: text"),
         ("[1]", "data.train: {path} line 1 is a list; expected a JSON object"),
         ("{", "data.train: {path} line 1 is not JSON; a .jsonl file has one JSON object per line"),
+        ("[" * 99_999, "data.train: {path} line 1 is not JSON; a .jsonl file has one JSON object per line"),
+        (
+            '{"text": "\\ud83d\\ude00 and \\ud800"}',
+            "data.train: {path} line 1 has \\ud800 by itself in field 'text', which is half of a surrogate pair and no "
+            "character; write both halves or remove it",
+        ),
     ],
 )
 def test_wrong_jsonl_lines(tmp_path: Path, line: str, message: str) -> None:
@@ -81,6 +87,19 @@ def test_missing_path_and_folder_without_text(tmp_path: Path) -> None:
         corpus(tmp_path / "none")
     with pytest.raises(ConfigError, match=r"data.train: folder '.*' has no text files"):
         corpus(tmp_path)
+    with pytest.raises(ConfigError, match=r"data.train: '/dev/null' is neither a file nor a folder"):
+        corpus("/dev/null")
+    with pytest.raises(ConfigError, match=r"data.train: 'x+' does not exist"):
+        corpus("x" * 300)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.jsonl"):
+        (tmp_path / name).write_text("x")
+        found = corpus(tmp_path / name)
+        (tmp_path / name).unlink()
+        with pytest.raises(ConfigError, match=rf"data.train: cannot read '.*{name}': No such file"):
+            list(found.documents())
 
 
 def test_stdlib_splits_without_overlap() -> None:
@@ -110,7 +129,7 @@ def test_bpe_survives_a_folder(bpe: Any, tmp_path: Path) -> None:
     save_tokenizer(bpe, tmp_path)
     loaded = load_tokenizer(str(tmp_path))
     assert loaded(TEXTS[3])["input_ids"] == bpe(TEXTS[3])["input_ids"]
-    assert (loaded.eos_token_id, loaded.bos_token_id, loaded.pad_token_id) == (1, 0, 2)
+    assert {name: getattr(loaded, name) for name in BPE_SPECIAL_TOKENS} == BPE_SPECIAL_TOKENS
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:
@@ -132,6 +151,23 @@ def test_documents_are_joined_with_end_of_text(bpe: Any) -> None:
     rows = stream.sequences(7)
     assert rows.shape == (len(stream.tokens) // 7, 7) and np.shares_memory(rows, stream.tokens)
     assert rows.ravel().tolist() == stream.tokens.tolist()[: rows.size]
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_text_that_speaks_of_special_tokens_is_text(bpe: Any, loaded: bool, tmp_path: Path) -> None:
+    save_tokenizer(bpe, tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path)) if loaded else bpe
+    text = "a<|eos|>b <|bos|> <|pad|>"
+    tokens = tokenize([text], tokenizer).tokens.tolist()
+    assert not set(tokens[1:-1]) & {0, 1, 2}
+    assert tokenizer.decode(tokens[1:-1]) == text
+
+
+def test_a_tokenizer_that_reads_special_tokens_in_text_goes_on_doing_so(bpe: Any, tmp_path: Path) -> None:
+    bpe.save_pretrained(tmp_path, split_special_tokens=False)
+    theirs = load_tokenizer(str(tmp_path))
+    theirs.split_special_tokens = False
+    assert tokenize(["a<|eos|>b"], theirs).tokens.tolist().count(1) == 3
 
 
 def test_a_long_document_is_tokenized_in_parts_that_join(bpe: Any, monkeypatch: pytest.MonkeyPatch) -> None:

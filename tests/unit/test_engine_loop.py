@@ -207,6 +207,19 @@ def test_learning_rate_of_one_step() -> None:
     assert weight_differences(plain, engine) == []
 
 
+def test_a_group_without_a_decay_of_its_own_keeps_vectors_from_decaying() -> None:
+    groups = [{"params": "blocks.0.*", "lr": 1e-3}, {"params": "blocks.1.*", "weight_decay": 0.3}]
+    _, engine = both(optimizer=mt.AdamW(lr=1e-2, weight_decay=0.1, param_groups=groups))
+    decays = {
+        (name, group["weight_decay"])
+        for group in engine.optimizer.param_groups
+        for name, parameter in engine.model.named_parameters()
+        if any(parameter is p for p in group["params"])
+    }
+    assert {("blocks.0.up.weight", 0.1), ("blocks.0.up.bias", 0.0), ("blocks.0.norm.weight", 0.0)} <= decays
+    assert {("blocks.1.up.weight", 0.3), ("blocks.1.up.bias", 0.3), ("embed.weight", 0.1)} <= decays
+
+
 def test_learning_rate_keeps_the_groups_proportions() -> None:
     groups = [{"params": "embed.*", "lr": 1e-3}]
     _, engine = both(optimizer=mt.AdamW(lr=1e-2, param_groups=groups))

@@ -1,7 +1,11 @@
 """Taking a model over, reading and writing its state, giving it back; and the memory that it takes."""
 
 import copy
+import gc
 import mmap
+import threading
+import time
+import weakref
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -558,3 +562,23 @@ def test_gradients_of_one_engine_do_not_reach_another() -> None:
     second.step()
     assert gradient_differences(plain, second) == []
     assert weight_differences(Net(), first) == []
+
+
+def test_an_engine_dropped_without_close_is_collected_with_its_threads() -> None:
+    def names() -> set[str]:
+        return {t.name for t in threading.enumerate() if t.name.startswith(("micro-batch", "megatrain"))}
+
+    def use() -> "weakref.ref[mt.Engine]":
+        engine = make_engine(Net(), threads=2)
+        engine.train_step(batches_of(0, 2))
+        return weakref.ref(engine)
+
+    gc.collect()
+    before = names()
+    dropped = use()
+    gc.collect()
+    assert dropped() is None
+    deadline = time.monotonic() + 5
+    while names() - before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert names() <= before

@@ -18,26 +18,31 @@ MAY_IMPORT: dict[str, set[str]] = {
     "recipes": set(),
     "errors": set(),
     "sizes": set(),
+    "threads": set(),
     "yaml_file": {"errors"},
     "config_kinds": {"errors", "sizes"},
     "config": {"errors", "sizes", "yaml_file", "config_kinds"},
     "schedule": set(),
-    "model": {"errors", "sizes"},
-    "optim": {"errors", "sizes", "model.partition"},
+    "model": {"errors", "sizes", "threads"},
+    "optim": {"errors", "sizes", "threads", "model.partition"},
     "memory": {"errors", "sizes", "model.partition", "optim"},
     "device": {"errors", "sizes", "memory"},
-    "engine": {"errors", "sizes", "schedule", "model", "optim", "memory", "device"},
+    "engine": {"errors", "sizes", "threads", "schedule", "model", "optim", "memory", "device"},
     "data": {"errors", "sizes"},
     "train": {"errors", "sizes", "yaml_file", "config", "data", "model", "optim", "memory", "device", "engine"},
-    "cli": {"version", "errors", "sizes", "config", "train"},
+    "cli": {"version", "errors", "sizes", "config", "config_kinds", "train"},
     "__main__": {"cli"},
     "": {"version", "errors", "engine.engine", "optim.adamw"},  # the package itself: its public names
 }
 
 CORE = {"torch", "numpy", "numba"}
 # beyond the core: llvmlite is numba's own, psutil reads memory where there is no /proc
-ALSO_CORE = {"optim.kernels": {"llvmlite"}, "memory.limits": {"psutil"}}
-READS_AND_WRITES_CHECKPOINTS = {"model.loading", "model.saving"}
+ALSO_CORE = {
+    "optim.adamw_kernels": {"llvmlite"},
+    "memory.limits": {"psutil"},
+    "model.folder_swap": {"psutil"},
+}
+READS_AND_WRITES_CHECKPOINTS = {"model.loading", "model.saving", "model.saved_weights"}
 
 
 def modules() -> dict[str, Path]:

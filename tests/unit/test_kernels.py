@@ -17,8 +17,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from megatrain.optim import kernels
-from megatrain.optim.kernels import Segment
+from megatrain.optim import adamw_kernels, gradient_kernels
+from megatrain.optim.adamw_kernels import Segment, adamw
+from megatrain.optim.compilation import compile_kernels
+from megatrain.optim.gradient_kernels import accumulate, copy_with_square_sum, round_to_bf16, square_sum
 from megatrain.optim.split_master import merge, split
 from megatrain.optim.workers import Workers
 
@@ -28,7 +30,7 @@ BITS_OF = {np.dtype(np.float32): np.uint32, np.dtype(np.uint16): np.uint16, np.d
 
 @pytest.fixture(scope="module")
 def workers() -> Iterator[Workers]:
-    kernels.compile_kernels()
+    compile_kernels()
     with Workers(2) as pool:
         yield pool
 
@@ -106,7 +108,7 @@ def test_bits_of_torchs_fused_adamw(workers: Workers, options: dict[str, Any], l
     m, v = np.zeros_like(weight), np.zeros_like(weight)
     for step, grad in enumerate(gradients(length, 24), start=1):
         reference.update(grad)
-        kernels.adamw(workers, weight, None, m, v, grad, [segment(length, step, **options)], 1.0)
+        adamw(workers, weight, None, m, v, grad, [segment(length, step, **options)], 1.0)
         for name, ours, torchs in zip("pmv", (weight, m, v), reference.arrays(), strict=True):
             assert same_bits(ours, torchs), f"{name} at step {step}"
 
@@ -120,7 +122,7 @@ def test_torchs_own_tail_agrees_to_the_last_bits(workers: Workers) -> None:
     for step in range(1, 21):
         grad = normal(length, seed=step)
         reference.update(grad)
-        kernels.adamw(workers, weight, None, m, v, grad, [segment(length, step, **options)], 1.0)
+        adamw(workers, weight, None, m, v, grad, [segment(length, step, **options)], 1.0)
     head = length - length % 16
     for ours, torchs in zip((weight, m, v), reference.arrays(), strict=True):
         assert same_bits(ours[:head], torchs[:head])
@@ -136,7 +138,7 @@ def test_late_steps(workers: Workers, start: int) -> None:
     for step in range(start + 1, start + 4):
         grad = normal(length, seed=step)
         reference.update(grad)
-        kernels.adamw(workers, weight, None, m, v, grad, [segment(length, step, **options)], 1.0)
+        adamw(workers, weight, None, m, v, grad, [segment(length, step, **options)], 1.0)
     for ours, torchs in zip((weight, m, v), reference.arrays(), strict=True):
         assert same_bits(ours, torchs)
 
@@ -174,7 +176,7 @@ def test_segments_are_updated_as_separate_tensors(workers: Workers, master: str,
                         step - first_step[i] + 1,
                     )
                 )  # fmt: skip
-        kernels.adamw(workers, weight, remainder, m, v, grad if grad_dtype == "float32" else grad_bits, segments)
+        adamw(workers, weight, remainder, m, v, grad if grad_dtype == "float32" else grad_bits, segments)
     result = np.empty(length, np.float32)
     if remainder is None:
         result = weight
@@ -201,7 +203,7 @@ def test_grad_scale_multiplies_in_float32(workers: Workers, scale: float, grad_d
             grad = bf16_bits(grad)
         values = grad if grad.dtype == np.float32 else floats_of(grad)
         reference.update(values * np.float32(scale))
-        kernels.adamw(workers, weight, None, m, v, grad, [segment(length, step, **options)], scale)
+        adamw(workers, weight, None, m, v, grad, [segment(length, step, **options)], scale)
     for ours, torchs in zip((weight, m, v), reference.arrays(), strict=True):
         assert same_bits(ours, torchs)
 
@@ -224,7 +226,7 @@ def test_update_does_not_depend_on_threads(split_master: bool) -> None:
                 bits, remainder = np.empty(length, np.uint16), np.empty(length, np.int16)
                 split(pool, weight, bits, remainder)
                 weight = bits
-            kernels.adamw(pool, weight, remainder, m, v, bf16_bits(normal(length, seed=3)), segments, 0.5)
+            adamw(pool, weight, remainder, m, v, bf16_bits(normal(length, seed=3)), segments, 0.5)
         results.append([weight, m, v] + ([] if remainder is None else [remainder]))
     assert not same_bits(results[0][1], normal(length, seed=1))
     for other in results[1:]:
@@ -234,7 +236,7 @@ def test_update_does_not_depend_on_threads(split_master: bool) -> None:
 def test_many_tiny_segments_of_one_setting_are_one_table_row() -> None:
     shared = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "step": 1}
     segments = [Segment(i, i + 1, weight_decay=0.1 * (i >= 150), **shared) for i in range(300)]
-    bounds, rows = kernels._segment_table(segments, 300)
+    bounds, rows = adamw_kernels._segment_table(segments, 300)
     assert bounds.tolist() == [[0, 150], [150, 300]] and rows.shape == (2, 8)
 
 
@@ -247,7 +249,7 @@ def test_non_finite_gradients_spread_as_in_torch(workers: Workers, bad: float) -
     grad = normal(length, seed=2)
     grad[[0, 500, 1002]] = bad
     reference.update(grad)
-    kernels.adamw(workers, weight, None, m, v, grad, [segment(length, 1, **options)], 1.0)
+    adamw(workers, weight, None, m, v, grad, [segment(length, 1, **options)], 1.0)
     assert np.flatnonzero(np.isnan(weight)).tolist() == [0, 500, 1002]
     for ours, torchs in zip((weight, m, v), reference.arrays(), strict=True):
         np.testing.assert_array_equal(ours, torchs)
@@ -266,28 +268,28 @@ def test_wrong_segments_are_refused(workers: Workers, bounds: list[tuple[int, in
     arrays = [np.zeros(8, np.float32) for _ in range(4)]
     segments = [Segment(a, b, 1e-3, 0.9, 0.99, 1e-8, 0.0, step) for a, b in bounds]
     with pytest.raises(ValueError, match=message):
-        kernels.adamw(workers, arrays[0], None, *arrays[1:], segments)
+        adamw(workers, arrays[0], None, *arrays[1:], segments)
 
 
 def test_wrong_arrays_are_refused(workers: Workers) -> None:
     floats, bits, low = np.zeros(8, np.float32), np.zeros(8, np.uint16), np.zeros(8, np.int16)
     with pytest.raises(TypeError, match="weight is float32 with remainder int16"):
-        kernels.adamw(workers, floats, low, floats, floats, floats, [])
+        adamw(workers, floats, low, floats, floats, floats, [])
     with pytest.raises(TypeError, match="weight is uint16 with remainder None"):
-        kernels.adamw(workers, bits, None, floats, floats, floats, [])
-    with pytest.raises(TypeError, match="moments"):
-        kernels.adamw(workers, floats, None, floats, bits, floats, [])
+        adamw(workers, bits, None, floats, floats, floats, [])
+    with pytest.raises(TypeError, match="exp_avg_sq is uint16"):
+        adamw(workers, floats, None, floats, bits, floats, [])
     with pytest.raises(TypeError, match="gradients are int16"):
-        kernels.square_sum(workers, low)
-    with pytest.raises(TypeError, match="dtypes"):
-        kernels.copy_with_square_sum(workers, floats, bits)
+        square_sum(workers, low)
+    with pytest.raises(TypeError, match="target is uint16, not float32"):
+        copy_with_square_sum(workers, floats, bits)
     with pytest.raises(ValueError, match="grad has shape"):
-        kernels.accumulate(workers, floats, bits[:4])
+        accumulate(workers, floats, bits[:4])
     with pytest.raises(ValueError, match="contiguous"):
-        kernels.square_sum(workers, floats[::2])
+        square_sum(workers, floats[::2])
 
 
-SUM_LENGTHS = [0, 1, 1000, kernels.BLOCK, kernels.BLOCK + 1, 150_001]
+SUM_LENGTHS = [0, 1, 1000, gradient_kernels.BLOCK, gradient_kernels.BLOCK + 1, 150_001]
 
 
 def exact_square_sum(values: Floats) -> float:
@@ -300,27 +302,27 @@ def test_square_sums_are_float64_sums(workers: Workers, length: int) -> None:
     values = normal(length, seed=length, scale=1e-3)
     bits = bf16_bits(values)
     close = {"rel": 1e-14, "abs": 0.0}
-    assert kernels.square_sum(workers, values) == pytest.approx(exact_square_sum(values), **close)
-    assert kernels.square_sum(workers, bits) == pytest.approx(exact_square_sum(floats_of(bits)), **close)
+    assert square_sum(workers, values) == pytest.approx(exact_square_sum(values), **close)
+    assert square_sum(workers, bits) == pytest.approx(exact_square_sum(floats_of(bits)), **close)
 
 
 def test_squares_leave_the_range_of_float32(workers: Workers) -> None:
     values = np.array([3e38, 1e-45, -3e38], np.float32)
-    assert kernels.square_sum(workers, values) == pytest.approx(2 * float(np.float32(3e38)) ** 2, rel=1e-15)
-    assert kernels.square_sum(workers, values[1:2]) == float(values[1]) ** 2 > 0
+    assert square_sum(workers, values) == pytest.approx(2 * float(np.float32(3e38)) ** 2, rel=1e-15)
+    assert square_sum(workers, values[1:2]) == float(values[1]) ** 2 > 0
 
 
 def every_sum(pool: Workers, values: Floats) -> list[float]:
     bits = bf16_bits(values)
     empty = np.empty_like(values), np.empty_like(bits)
     return [
-        kernels.square_sum(pool, values),
-        kernels.square_sum(pool, bits),
-        kernels.accumulate(pool, normal(values.size, seed=9), values),
-        kernels.accumulate(pool, normal(values.size, seed=9), bits),
-        kernels.round_to_bf16(pool, values, empty[1]),
-        kernels.copy_with_square_sum(pool, values, empty[0]),
-        kernels.copy_with_square_sum(pool, bits, empty[1]),
+        square_sum(pool, values),
+        square_sum(pool, bits),
+        accumulate(pool, normal(values.size, seed=9), values),
+        accumulate(pool, normal(values.size, seed=9), bits),
+        round_to_bf16(pool, values, empty[1]),
+        copy_with_square_sum(pool, values, empty[0]),
+        copy_with_square_sum(pool, bits, empty[1]),
     ]
 
 
@@ -352,7 +354,7 @@ def test_accumulate_adds_in_float32(workers: Workers, length: int, grad_dtype: s
     if grad_dtype == "bfloat16":
         grad = bf16_bits(grad)
     expected = total + (grad if grad.dtype == np.float32 else floats_of(grad))
-    squares = kernels.accumulate(workers, total, grad)
+    squares = accumulate(workers, total, grad)
     assert same_bits(total, expected)
     assert squares == pytest.approx(exact_square_sum(expected), rel=1e-14, abs=0.0)
 
@@ -363,7 +365,7 @@ def test_rounding_is_torchs_at_every_edge(workers: Workers) -> None:
     lows = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
     values = (highs[:, None] + lows).reshape(-1).view(np.float32)
     rounded = np.empty(values.size, np.uint16)
-    kernels.round_to_bf16(workers, values, rounded)
+    round_to_bf16(workers, values, rounded)
     expected = bf16_bits(values)
     nan = np.isnan(values)
     assert np.array_equal(rounded[~nan], expected[~nan])
@@ -373,7 +375,7 @@ def test_rounding_is_torchs_at_every_edge(workers: Workers) -> None:
 def test_the_sum_of_a_rounding_is_that_of_the_rounded_values(workers: Workers) -> None:
     values = normal(100_001, seed=5)
     rounded = np.empty(values.size, np.uint16)
-    squares = kernels.round_to_bf16(workers, values, rounded)
+    squares = round_to_bf16(workers, values, rounded)
     exact = exact_square_sum(floats_of(rounded))
     assert squares == pytest.approx(exact, rel=1e-14)
     # the sums before and after rounding differ enough for the line above to mean it
@@ -386,7 +388,7 @@ def test_copy(workers: Workers, dtype: Any) -> None:
     if dtype == np.uint16:
         source = bf16_bits(source)
     target = np.zeros_like(source)
-    squares = kernels.copy_with_square_sum(workers, source, target)
+    squares = copy_with_square_sum(workers, source, target)
     assert same_bits(source, target)
     values = source if source.dtype == np.float32 else floats_of(source)
     assert squares == pytest.approx(exact_square_sum(values), rel=1e-14)
@@ -403,7 +405,7 @@ def test_machine_code_is_vectorised(split_master: bool) -> None:
     single, word = numba.float32, numba.uint16
     state = (word, numba.int16, single, single, word) if split_master else (single, single, single, word)
     tables = (numba.types.Array(numba.int64, 2, "C"), numba.types.Array(single, 2, "C"))
-    cached = kernels._adamw_split if split_master else kernels._adamw_plain
+    cached = adamw_kernels._adamw_split if split_master else adamw_kernels._adamw_plain
     fresh = numba.njit(nogil=True)(cached.py_func)  # numba cannot show the code of a cached function
     fresh.compile((numba.int64, numba.int64, *map(array, state), single, *tables))
     code = fresh.inspect_asm(fresh.signatures[0])
@@ -420,10 +422,10 @@ def run_python(code: str, cache: Path) -> str:
 
 SUM_OF_ONES = """
 import numpy as np
-from megatrain.optim import kernels
+from megatrain.optim.gradient_kernels import square_sum
 from megatrain.optim.workers import Workers
 with Workers(1) as workers:
-    print(kernels.square_sum(workers, np.ones(8, np.float32)))
+    print(square_sum(workers, np.ones(8, np.float32)))
 """
 
 
@@ -443,9 +445,11 @@ def save(self, key, data):
     saves.append(key)
     raise OSError(28, "No space left on device")
 caching.IndexDataCacheFile.save = save
-from megatrain.optim import kernels
-kernels._first_call(kernels._in_order, kernels.np.zeros(1))
-kernels._first_call(kernels._square_sums, 0, 8, kernels.np.zeros(8, "f4"), kernels.np.zeros(1))
+import numpy as np
+from megatrain.optim.compilation import _first_call
+from megatrain.optim.gradient_kernels import _square_sums, in_order
+_first_call(in_order, np.zeros(1))
+_first_call(_square_sums, 0, 8, np.zeros(8, "f4"), np.zeros(1))
 assert len(saves) == 2
 """
     assert run_python(full_disk + SUM_OF_ONES, tmp_path) == "8.0"

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import MODELS, logits_of, tiny_config
-from transformers import AutoModelForCausalLM, BertConfig, CLIPConfig, LlamaConfig, MambaConfig
+from transformers import AutoModelForCausalLM, BertConfig, CLIPConfig, Llama4Config, LlamaConfig, MambaConfig
+from transformers.utils import logging as transformers_logging
 
 from megatrain.errors import ConfigError
 from megatrain.model import loading
@@ -52,12 +53,32 @@ def test_config_from_folder_file_and_mapping(folder: Path) -> None:
         ("/no/such/folder", "is not a folder"),
         ({"hidden_size": 3}, "needs an entry model_type"),
         ({"model_type": "lama"}, "did you mean llama"),
+        ({"model_type": ["llama"]}, "is unknown to transformers"),
+        ({"model_type": "llama", "vocab_size": "x"}, "^Field 'vocab_size' expected int, got str"),
+        ({"model_type": "llama", "num_attention_heads": 0}, "division or modulo by zero"),
+        ({"model_type": "llama", "dtype": "float99"}, "no attribute 'float99'"),
+        ("~nobody-here/x", "is not a folder"),
+        ("x" * 300, "is no folder here"),
     ],
 )
 def test_bad_config(source: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         loading.load_config(source)
     assert "\n" not in str(caught.value)
+
+
+def test_entries_are_not_written_to() -> None:
+    entries = {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2.0}}
+    loading.load_config(entries)
+    assert entries["rope_scaling"] == {"type": "linear", "factor": 2.0}
+
+
+def test_a_folder_with_wrong_settings(folder: Path) -> None:
+    edit_config(folder, vocab_size="x")
+    for load in (loading.load_config, loading.load_pretrained):
+        with pytest.raises(ConfigError, match=r"from .*llama: Field 'vocab_size' expected int") as caught:
+            load(folder)
+        assert "\n" not in str(caught.value)
 
 
 def test_unknown_override(folder: Path) -> None:
@@ -76,6 +97,8 @@ def test_model_classes() -> None:
     # a bare model has no head; a class of another type or an unknown one says nothing about this type
     for architecture in ("LlamaModel", "GPT2LMHeadModel", "MyLlama", "load_tool"):
         assert name(LlamaConfig(architectures=[architecture])) == "LlamaForCausalLM"
+    # one that also sees is built whole, though its text part has a class, too
+    assert name(Llama4Config()) == "Llama4ForConditionalGeneration"
     with pytest.raises(ConfigError, match="'clip'"):
         loading.model_class_for(CLIPConfig())
 
@@ -113,6 +136,12 @@ def test_bad_settings_are_config_errors() -> None:
     config = tiny_config("llama")
     with pytest.raises(ConfigError, match="cannot build LlamaForCausalLM"):
         loading.initialise(config, seed=0, attn_implementation="none_such")
+    for name, value in (("hidden_act", "bogus"), ("num_key_value_heads", 0), ("pad_token_id", 999)):
+        wrong = tiny_config("llama")
+        setattr(wrong, name, value)
+        with pytest.raises(ConfigError, match=r"^cannot build LlamaForCausalLM: ") as caught:
+            loading.build_on_meta(wrong)
+        assert "\n" not in str(caught.value)
 
 
 def test_parameters_kept_in_fp32() -> None:
@@ -201,6 +230,24 @@ def test_missing_files(folder: Path, tmp_path: Path) -> None:
     expect_error(folder, "lacks model-00001-of-00002.safetensors")
     (folder / "config.json").write_text("{")
     expect_error(folder, "is not JSON")
+
+
+def test_weights_are_checked_without_loading_them(folder: Path) -> None:
+    loading.check_weights(folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match="bytes where its header describes"):
+        loading.check_weights(folder)
+    weights.unlink()
+    with pytest.raises(ConfigError, match="only safetensors weights are read"):
+        loading.check_weights(folder)
+
+
+def test_loading_shows_no_bar(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shown = transformers_logging.is_progress_bar_enabled()
+    loading.load_pretrained(folder)
+    assert capfd.readouterr().err == ""
+    assert transformers_logging.is_progress_bar_enabled() == shown
 
 
 def test_quantized_weights_are_refused(folder: Path) -> None:

@@ -1,6 +1,10 @@
 """Hand-over: one body at a time, the least advanced first, and nothing left behind by a failure."""
 
+import _thread
+import contextvars
 import threading
+import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -60,11 +64,25 @@ def test_single_body_runs_in_the_callers_thread() -> None:
     assert hand_over.run([threading.get_ident]) == [threading.get_ident()]
 
 
-def test_boundary_outside_a_run_does_nothing() -> None:
-    hand_over = HandOver(CPU)
-    hand_over.boundary((0, 0))
-    hand_over.run([lambda: None, lambda: None])
-    hand_over.boundary((5, 0))
+def test_boundary_on_another_thread_returns_at_once_and_takes_no_turn() -> None:
+    hand_over, log = HandOver(CPU), []
+
+    def body(name: int) -> Callable[[], None]:
+        def run() -> None:
+            for stop in range(2):
+                outsider = threading.Thread(target=hand_over.boundary, args=((9, 9),), daemon=True)
+                outsider.start()
+                outsider.join(5)
+                hand_over.boundary((0, stop))
+                log.append((name, stop, outsider.is_alive()))
+
+        return run
+
+    step = threading.Thread(target=hand_over.run, args=([body(0), body(1)],), daemon=True)
+    step.start()
+    step.join(30)
+    assert not step.is_alive()
+    assert log == [(name, stop, False) for stop in range(2) for name in range(2)]
 
 
 class Stop(BaseException):
@@ -92,6 +110,7 @@ def test_first_exception_is_raised_and_the_others_unwind(failing: int, stop: int
 
         return run
 
+    hand_over.run([lambda: None] * 3)
     before = threading.active_count()
     with pytest.raises(type(error)) as raised:
         hand_over.run([body(n) for n in range(3)])
@@ -102,6 +121,69 @@ def test_first_exception_is_raised_and_the_others_unwind(failing: int, stop: int
     log: list[Any] = []
     assert hand_over.run([walk(hand_over, log, n, [(0, 0), (0, 1)]) for n in range(3)]) == [0, 1, 2]
     assert log == [(n, (0, s)) for s in range(2) for n in range(3)]
+
+
+def test_interrupt_of_the_caller_ends_all_bodies_first() -> None:
+    """Ctrl-C reaches the thread that waits, not the ones that run the model."""
+    hand_over, interrupted = HandOver(CPU), threading.Event()
+    running = 0
+
+    def body() -> None:
+        nonlocal running
+        running += 1
+        try:
+            if not interrupted.is_set():
+                interrupted.set()
+                _thread.interrupt_main()
+            for stop in range(1000):
+                hand_over.boundary((0, stop))
+                time.sleep(0.01)
+        finally:
+            running -= 1
+
+    with pytest.raises(KeyboardInterrupt):
+        hand_over.run([body] * 3)
+    assert running == 0
+    assert hand_over.run([lambda: 1, lambda: 2]) == [1, 2]
+
+
+def test_threads_are_kept_and_end_with_their_owner() -> None:
+    hand_over = HandOver(CPU)
+    first = hand_over.run([threading.current_thread] * 3)
+    assert hand_over.run([threading.current_thread] * 2) == first[:2]
+    assert len(set(first)) == 3 and all(thread.daemon for thread in first)
+    del hand_over
+    for thread in first:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in first)
+
+
+def test_kept_threads_begin_as_new_ones() -> None:
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="nothing")
+
+    def look() -> tuple[str, bool, bool]:
+        return variable.get(), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+
+    def leave_everything_changed() -> None:
+        variable.set("something")
+        torch.set_grad_enabled(False)
+        torch.set_autocast_enabled("cpu", True)
+
+    hand_over = HandOver(CPU)
+    hand_over.run([leave_everything_changed] * 2)
+    assert hand_over.run([look] * 2) == [("nothing", True, False)] * 2
+
+
+def test_nothing_of_a_run_is_held_after_it() -> None:
+    class Batch:
+        def use(self) -> None:
+            pass
+
+    hand_over, batches = HandOver(CPU), [Batch(), Batch()]
+    held = [weakref.ref(batch) for batch in batches]
+    hand_over.run([batch.use for batch in batches])
+    batches.clear()
+    assert [ref() for ref in held] == [None, None]
 
 
 def test_failure_before_the_others_began() -> None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import socket
 import subprocess
 import sys
 import weakref
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from tiny_models import MODELS, logits_of, tiny_config
 
 from megatrain.errors import ConfigError
-from megatrain.model import saving
+from megatrain.model import folder_swap, saved_weights
 from megatrain.model.loading import initialise, load_pretrained, model_class_for
 from megatrain.model.saving import save_model
 
@@ -191,13 +192,13 @@ def test_one_group_is_held_at_a_time(tmp_path: Path) -> None:
 def test_conversion_that_needs_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = initialise(tiny_config("mixtral"), seed=3)
     save_model(model, tmp_path / "lazy", as_is, torch.bfloat16)
-    own = saving.revert_weight_conversion
+    own = saved_weights.revert_weight_conversion
 
     def needs_numbers(model: Any, tensors: dict[str, torch.Tensor]) -> Any:
         assert all(float(tensor.sum().item()) is not None for tensor in tensors.values())
         return own(model, tensors)
 
-    monkeypatch.setattr(saving, "revert_weight_conversion", needs_numbers)
+    monkeypatch.setattr(saved_weights, "revert_weight_conversion", needs_numbers)
     save_model(model, tmp_path / "eager", as_is, torch.bfloat16, max_shard_bytes=7000)
     lazy, eager = weights_of(tmp_path / "lazy"), weights_of(tmp_path / "eager")
     assert lazy.keys() == eager.keys()
@@ -230,7 +231,7 @@ def test_interrupted_save_leaves_the_old_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("atomic", [True, False])
 def test_complete_save_replaces_the_folder(tmp_path: Path, atomic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not atomic:
-        monkeypatch.setattr(saving, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(folder_swap, "_exchange", lambda one, other: False)
     old, new = (initialise(tiny_config("llama"), seed=seed) for seed in (1, 2))
     target = tmp_path / "model"
     save_model(old, target, as_is, torch.float32, max_shard_bytes=20_000)
@@ -278,7 +279,7 @@ def test_wrong_values_are_refused(tmp_path: Path) -> None:
 
 def test_leftovers_of_killed_saves_are_removed(tmp_path: Path) -> None:
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    host = saving.socket.gethostname()
+    host = socket.gethostname()
     (tmp_path / f".out.saving-{host}-{dead.stdout.strip()}").mkdir()
     (tmp_path / f".out.saving-{host}-{os.getppid()}").mkdir()
     save_model(torch.nn.Linear(2, 2), tmp_path / "out", as_is, torch.float32)

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,17 +13,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import zoo
+from tiny_models import MODELS, tiny_config
 
-from megatrain.config import parse_config
+from megatrain.config import ModelConfig, OptimizerConfig, ScheduleConfig, parse_config
 from megatrain.data.packing import TokenStream
-from megatrain.errors import ConfigError
+from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS
+from megatrain.errors import CapacityError, ConfigError, MegaTrainError
+from megatrain.model.partition import ParameterSlot
 from megatrain.train import build
 from megatrain.train.evaluate import evaluate
 from megatrain.train.interrupt import StopOnInterrupt
 from megatrain.train.loop import LoopResult, train
 from megatrain.train.metrics import MetricsFile
+from megatrain.train.model_settings import Vocabulary, read_model_settings
+from megatrain.train.param_groups import make_optimizer
 from megatrain.train.progress import BarProgress, LineProgress, show_progress
-from megatrain.train.run_folder import RunFolder
+from megatrain.train.run_folder import RunFolder, check_writable
+from megatrain.train.trial import try_out
 
 FIELDS = [
     "step",
@@ -151,6 +159,32 @@ def test_evaluation_counts_every_byte_once() -> None:
     assert model.training
 
 
+def test_an_interrupted_evaluation_measures_nothing() -> None:
+    class Interrupted(torch.nn.Module):
+        calls = 0
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+            self.calls += 1
+            signal.raise_signal(signal.SIGINT)
+            return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 16))
+
+    model = Interrupted().train()
+    stream = TokenStream(np.arange(30, dtype=np.uint16), utf8_bytes=30)
+    with StopOnInterrupt() as stop:
+        assert evaluate(model, stream, seq_len=5, micro_batch=1, stop=stop) is None
+    assert model.calls == 1 and model.training
+
+
+def test_a_first_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
+    class Broken(StandIn):
+        def train_step(self, batches: Any, lr: float | None = None) -> Any:
+            return SimpleNamespace(**{**vars(super().train_step(batches, lr)), "loss": math.nan})
+
+    with pytest.raises(MegaTrainError, match=r"^the loss of the first step is nan"):
+        run_loop(Broken(), tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
 def config(**train_settings: Any) -> Any:
     return parse_config({"model": {"path": "m"}, "data": {"train": "a", "seq_len": 10}, "train": train_settings})
 
@@ -160,19 +194,10 @@ def test_number_of_steps() -> None:
     assert build.total_steps(config(tokens=95), 100) == 10
     assert build.total_steps(config(epochs=2, tokens_per_step=30), 100) == 66
     assert build.total_steps(config(epochs=0.001), 100) == 1
-    short = dataclasses.replace(
-        config(steps=7),
-        schedule=parse_config(
-            {
-                "model": {"path": "m"},
-                "data": {"train": "a"},
-                "train": {"steps": 1},
-                "schedule": {"warmup_steps": 8},
-            }
-        ).schedule,
-    )
-    with pytest.raises(ConfigError, match=r"schedule.warmup_steps: 8 is wrong; expected at most the 7 steps"):
-        build.total_steps(short, 100)
+    assert build.total_steps(config(epochs=1e9), 1 << 60) > 1e20
+    long_warmup = dataclasses.replace(config(epochs=1), schedule=ScheduleConfig(warmup_steps=101))
+    with pytest.raises(ConfigError, match=r"schedule.warmup_steps: 101 is wrong; expected at most the 100 steps"):
+        build.total_steps(long_warmup, 100)
 
 
 def test_run_folder_never_takes_the_place_of_other_files(tmp_path: Path) -> None:
@@ -200,3 +225,108 @@ def test_a_finished_run_gives_way_only_to_a_complete_one(tmp_path: Path) -> None
         again.finish(complete=complete)
         assert f"steps: {steps}\n" in (final / "config.yaml").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_replacing_a_run_touches_nothing_else(tmp_path: Path) -> None:
+    RunFolder(str(tmp_path / "run")).create(config(steps=1))
+    (tmp_path / "run.old").mkdir()
+    (tmp_path / "run.old" / "mine").write_text("kept by hand")
+    again = RunFolder(str(tmp_path / "run"), replace=True)
+    again.create(config(steps=1))
+    again.finish(complete=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.old"]
+    (tmp_path / "run.partial").mkdir()
+    (tmp_path / "run.partial" / "mine").write_text("kept by hand")
+    with pytest.raises(ConfigError, match="holds more than a run"):
+        RunFolder(str(tmp_path / "run"), replace=True)
+
+
+def test_a_run_in_the_current_folder_can_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    RunFolder(".").create(config(steps=1))
+    assert RunFolder(".", replace=True).path == tmp_path / "run.partial"
+
+
+def test_trying_a_folder_and_discarding_a_run_leave_nothing(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a" / "b" / "c", "output")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    for name in ("x/y", "mine"):
+        folder = RunFolder(str(tmp_path / name))
+        folder.create(config(steps=1))
+        folder.metrics.write_text("")
+        folder.discard()
+        assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="everything is writable for root")
+def test_a_folder_that_must_not_be_written(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(ConfigError, match=r"^output: cannot write to folder '.*': Permission denied"):
+        RunFolder(str(tmp_path / "run"))
+
+
+def test_a_disk_that_is_too_small(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "not" / "yet"))
+    folder.require_room(1000)
+    with pytest.raises(CapacityError, match=r"^output: the saved model takes 1000000.00 TB and the disk"):
+        folder.require_room(10**18)
+
+
+def test_parameter_groups_mean_the_names_they_find() -> None:
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 3) for name in ("first", "second", "odd[1]")})
+    groups = [{"match": ["odd"], "weight_decay": 0.5}, {"match": ["bias$", "^first"], "lr": 0.25, "betas": [0.5, 0.6]}]
+    text = {
+        "model": {"path": "m"},
+        "data": {"train": "a"},
+        "train": {"steps": 1},
+        "optimizer": {"param_groups": groups},
+    }
+    settings = dataclasses.replace(parse_config(text).optimizer, lr=1.0, weight_decay=0.125)
+    slots = [ParameterSlot(index, *named) for index, named in enumerate(model.named_parameters())]
+    made, group_of = make_optimizer(settings, model).group_slots(slots)
+    found = {slot.name: made[group_of[slot.index]] for slot in slots}
+    assert {name: (group["lr"], group["betas"], group["weight_decay"]) for name, group in found.items()} == {
+        "odd[1].weight": (1.0, (0.9, 0.95), 0.5),
+        "odd[1].bias": (1.0, (0.9, 0.95), 0.5),
+        # without a decay of its own, a group does not make one-dimensional parameters decay
+        "first.weight": (0.25, (0.5, 0.6), 0.125),
+        "first.bias": (0.25, (0.5, 0.6), 0.0),
+        "second.weight": (1.0, (0.9, 0.95), 0.125),
+        "second.bias": (0.25, (0.5, 0.6), 0.0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("groups", "lr", "message"),
+    [
+        (
+            ["first", "nothing"],
+            1.0,
+            r"^optimizer.param_groups\[1\].match: 'nothing' matches no parameter; .* first.weight",
+        ),
+        (
+            ["first", "first.bias"],
+            1.0,
+            r"^optimizer.param_groups\[1\].match: all parameters that \['first.bias'\] match",
+        ),
+        (["first"], 0.0, r"^optimizer.param_groups\[0\].lr: 0.5 is wrong; expected 0, as optimizer.lr is 0"),
+    ],
+)
+def test_parameter_groups_without_effect(groups: list[str], lr: float, message: str) -> None:
+    model = torch.nn.ModuleDict({"first": torch.nn.Linear(2, 3), "second": torch.nn.Linear(2, 3)})
+    settings = OptimizerConfig(lr=lr, param_groups=tuple({"match": (pattern,), "lr": 0.5} for pattern in groups))
+    with pytest.raises(ConfigError, match=message):
+        make_optimizer(settings, model)
+
+
+@pytest.mark.parametrize("name", [*MODELS, *zoo.NAMED, "jetmoe", "reformer", "xlnet", "xlstm"])
+def test_models_that_can_be_trained_pass_the_trial(name: str) -> None:
+    # also those with operations that meta tensors do not know, or not in every dtype
+    made = tiny_config(name) if name in MODELS else zoo.small_config(name)
+    entries = {key: value for key, value in made.to_dict().items() if not key.startswith("_")}
+    if entries["model_type"] == "t5":
+        entries["decoder_start_token_id"] = 0
+    settings = dataclasses.replace(config(steps=1), model=ModelConfig(config=entries, tokenizer="t"))
+    try_out(settings, read_model_settings(settings), Vocabulary(96, BPE_SPECIAL_TOKENS))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatrain.errors import UnsupportedModelError
-from megatrain.model.trees import FlatTree, map_tensors, written_entries
+from megatrain.model.trees import FlatTree, written_entries
 
 
 class Pair(NamedTuple):
@@ -239,13 +239,6 @@ def test_dataclass_with_computed_field_is_rebuilt_or_refused() -> None:
     except UnsupportedModelError:
         return
     assert built.value.item() == 2 and built.double.item() == 3
-
-
-def test_map_tensors() -> None:
-    tree = {"a": torch.ones(1), "b": (torch.ones(1), None)}
-    mapped = map_tensors(tree, lambda t: t * 3)
-    assert mapped["a"].item() == 3 and mapped["b"][0].item() == 3 and mapped["b"][1] is None
-    assert tree["a"].item() == 1
 
 
 def filled_cache() -> Any:

@@ -133,6 +133,16 @@ def test_close_ends_the_threads_and_is_final() -> None:
         workers.run(lambda start, stop: None, 1)
 
 
+def test_forgotten_workers_end_their_threads() -> None:
+    workers, ran = Workers(3), []
+    workers.run(lambda start, stop: ran.append(threading.current_thread()), 3 * INLINE_ELEMENTS)
+    kept = [thread for thread in ran if thread is not threading.current_thread()]
+    del workers
+    for thread in kept:
+        thread.join(10)
+    assert [thread.is_alive() for thread in kept] == [False, False]
+
+
 def test_arguments_are_released_when_run_returns() -> None:
     """An array may be unmapped after run(): no worker may still hold it."""
     array = np.zeros(4 * INLINE_ELEMENTS, np.uint8)

@@ -41,6 +41,7 @@ def tokenize(documents: Iterable[str], tokenizer: Any) -> TokenStream:
     while pieces := list(islice(pending, _DOCUMENTS_PER_CALL)):
         texts = [text for text, _ in pieces]
         utf8_bytes += sum(len(text.encode()) for text in texts)
+        # special tokens written out in a text are what the tokenizer takes them for: chat text may come with them
         encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
         ids: list[int] = []
         for (_, last), tokens in zip(pieces, encoded["input_ids"], strict=True):

@@ -3,9 +3,11 @@
 A corpus is a fixed, sorted list of files; reading it twice gives the same documents in the same order.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
+import os
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -56,7 +58,7 @@ class Corpus:
             if path.suffix.lower() in JSONL_SUFFIXES:
                 yield from self._jsonl_documents(path)
                 continue
-            text = _read_text(path)
+            text = self._read_text(path)
             if text is None:
                 skipped.append(path)
             elif text.strip():
@@ -65,8 +67,19 @@ class Corpus:
             self._warned = True
             _log.warning("%s: skipped %d files that are not UTF-8 text, e.g. %s", self.key, len(skipped), skipped[0])
 
+    def _read_text(self, path: Path) -> str | None:
+        """The file's text, or None where it is not UTF-8 (or holds NUL bytes, which no text does)."""
+        with self._naming(path):
+            data = path.read_bytes()
+        if b"\0" in data:
+            return None
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            return None
+
     def _jsonl_documents(self, path: Path) -> Iterator[str]:
-        with path.open("rb") as lines:
+        with self._naming(path), path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
@@ -74,10 +87,17 @@ class Corpus:
                 if text.strip():
                     yield text
 
+    @contextlib.contextmanager
+    def _naming(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(f"{self.key}: cannot read {str(path)!r}: {error.strerror}") from None
+
     def _text_of(self, line: bytes, where: str) -> str:
         try:
             record = json.loads(line)
-        except ValueError:  # bad JSON and bad UTF-8 alike
+        except (ValueError, RecursionError):  # bad JSON, bad UTF-8 and a thousand brackets alike
             raise ConfigError(f"{self.key}: {where} is not JSON; a .jsonl file has one JSON object per line") from None
         if not isinstance(record, dict):
             raise ConfigError(f"{self.key}: {where} is a {type(record).__name__}; expected a JSON object")
@@ -87,6 +107,14 @@ class Corpus:
             raise ConfigError(
                 f"data.text_field: {where} has no text in field {self.text_field!r}; its fields are: {fields}"
             )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can write half of a character, "\ud800"; UTF-8 cannot
+            half = f"\\u{ord(text[error.start]):04x}"
+            raise ConfigError(
+                f"{self.key}: {where} has {half} by itself in field {self.text_field!r}, which is half of a surrogate "
+                "pair and no character; write both halves or remove it"
+            ) from None
         return text
 
 
@@ -114,11 +142,12 @@ def _files_of(source: str, split: Split, key: str) -> list[Path]:
         if not files:
             raise ConfigError(f"{key}: stdlib has no .py sources in {sysconfig.get_path('stdlib')}; give a path")
         return files
-    path = Path(source).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(source))
+    if os.path.isfile(path):  # unlike `path.is_file`, no error for a name that is too long
         return [path]
-    if not path.is_dir():
-        raise ConfigError(f"{key}: {source!r} does not exist; give a text file, a .jsonl file, a folder or stdlib")
+    if not os.path.isdir(path):
+        what = "is neither a file nor a folder" if os.path.exists(path) else "does not exist"
+        raise ConfigError(f"{key}: {source!r} {what}; give a text file, a .jsonl file, a folder or stdlib")
     files = sorted(found for found in path.rglob("*") if found.is_file() and _is_text(found.relative_to(path)))
     if not files:
         raise ConfigError(f"{key}: folder {source!r} has no text files (such as .txt, .md, .py or .jsonl)")
@@ -128,14 +157,3 @@ def _files_of(source: str, split: Split, key: str) -> list[Path]:
 def _is_text(relative: Path) -> bool:
     hidden = any(part.startswith(".") for part in relative.parts)
     return not hidden and relative.suffix.lower() in TEXT_SUFFIXES | JSONL_SUFFIXES
-
-
-def _read_text(path: Path) -> str | None:
-    """The file's text, or None where it is not UTF-8 (or holds NUL bytes, which no text does)."""
-    data = path.read_bytes()
-    if b"\0" in data:
-        return None
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return None

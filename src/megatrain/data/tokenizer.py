@@ -1,5 +1,6 @@
 """Tokenizers: loaded from a folder or the hub, or a byte-level BPE trained on the corpus itself."""
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 from megatrain.errors import ConfigError
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+BPE_SPECIAL_TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 MIN_BPE_VOCAB = 256 + 3  # every byte and the special tokens: nothing is ever out of vocabulary
 
 # Words take one leading space or punctuation mark with them (`.append`, `_name`, `(self`), punctuation the
@@ -35,14 +37,14 @@ def load_tokenizer(path: str, *, key: str = "model.tokenizer") -> Any:
     """
     from transformers import AutoTokenizer
 
-    folder = Path(path).expanduser()
-    if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+    folder = os.path.expanduser(path)
+    if not os.path.exists(folder) and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise ConfigError(f"{key}: {path!r} does not exist; give a folder with a tokenizer or a hub id")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError or ImportError, by file and cause
         # about files, its messages speak of its own classes; about the hub, they say what went wrong
-        reason = "it has no tokenizer files that transformers reads" if folder.is_dir() else _first_line(error)
+        reason = "it has no tokenizer files that transformers reads" if os.path.isdir(folder) else _first_line(error)
         raise ConfigError(f"{key}: no tokenizer in {path!r}: {reason}") from None
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"{key}: the tokenizer in {path!r} has no eos_token; documents are joined with it")
@@ -72,9 +74,13 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Any:
         show_progress=False,
     )
     bpe.train_from_iterator(_sample(documents), trainer)
-    # cleaning up would delete spaces before punctuation: decoding must give back the exact text
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
+        tokenizer_object=bpe,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        clean_up_tokenization_spaces=False,  # it deletes spaces: decoding must give back the exact text
+        split_special_tokens=True,  # a text that speaks of `<|eos|>` does not end there
     )
 
 

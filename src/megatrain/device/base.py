@@ -1,10 +1,45 @@
-"""The interface behind which compute devices differ. `cpu` is the first; streaming devices implement the same."""
+"""The interfaces behind which compute devices differ.
 
+Every device runs units (`ComputeDevice`). On the host weights are bound where they lie; a device with memory of its
+own is a `StreamingDevice`: copies to and from it go through two streams of its own, ordered by events. No wait is made
+but by `name`, so that a test can leave out one at a time and see what breaks (`WAITS`).
+"""
+
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
+
+WAITS = {
+    "update": "a fetch waits until the host has updated the unit's weights",
+    "slot_free": "a fetch waits until the computation that reads the slot's last content is done",
+    "weights_arrived": "computation waits for the unit's weights",
+    "staging_free": "a gradient is packed only when the last one has left the staging buffer",
+    "gradient_packed": "a gradient leaves the device only when it is packed",
+    "gradient_landed": "the host reads a gradient only when it has arrived",
+    "inputs_saved": "saved inputs leave the device's memory only when the host has them",
+    "inputs_restored": "recomputation waits for the inputs",
+}
+
+
+class Event(Protocol):
+    """Something that will have happened on the device."""
+
+    def wait(self) -> None:
+        """Block the calling host thread until it has."""
+
+
+After = Sequence[tuple[str, Event]]  # (name of the wait, event)
+
+
+class Stream(Protocol):
+    """A queue of copies, carried out one after the other, beside computation."""
+
+    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: After, *, computed: bool = False) -> Event:
+        """(target, source) of equal dtype and shape, once `after` has happened, and with `computed` everything that
+        computation has been given so far. Returns at once."""
 
 
 class ComputeDevice(Protocol):
@@ -12,9 +47,6 @@ class ComputeDevice(Protocol):
 
     name: str
     torch_device: torch.device
-
-    def fetch(self, unit: int, weights: dict[int, Tensor]) -> dict[int, Tensor]:
-        """The unit's weights on the device, by slot index, given the host's views of them."""
 
     def computing(self) -> AbstractContextManager[Any]:
         """Entered around every run of a unit and every backward."""
@@ -33,3 +65,51 @@ class ComputeDevice(Protocol):
     @property
     def d2h_bytes(self) -> int:
         """Bytes copied from the device so far."""
+
+
+class StreamingDevice(ComputeDevice, Protocol):
+    """A device with memory of its own."""
+
+    memory_bytes: int | None  # that may be used; None: all there is
+    up: Stream
+    down: Stream
+
+    def allocate(self, n_bytes: int, what: str) -> Tensor:
+        """Device memory for good, uint8. Raises CapacityError, naming `what` and the missing bytes."""
+
+    def hold(self, n_bytes: int) -> None:
+        """Count tensors that computation has left on the device (negative: that are gone). Raises CapacityError."""
+
+    def compute(self, run: Callable[[], None], after: After) -> Event:
+        """`run` in the order of computation, once `after` has happened; returns what tells when it is done."""
+
+    def release(self, buffer: Tensor) -> Event:
+        """What has been issued so far reads this memory, nothing later does; returns what tells when it is free."""
+
+    def wait(self, name: str, event: Event) -> None:
+        """Let computation that is issued from here on wait for `event`."""
+
+    def host_wait(self, name: str, wait: Callable[[], None]) -> None:
+        """A wait of a host thread."""
+
+    def host_memory(self, like: Tensor) -> Tensor:
+        """Host memory to copy `like` to: its shape, strides and dtype."""
+
+    def let_go(self, tensor: Tensor, copied: Event) -> None:
+        """The memory of a tensor that computation made may be used again once it has been `copied`."""
+
+    def pin(self, buffer: Tensor) -> None:
+        """Make host memory fast to copy from and to."""
+
+    def start_step(self) -> None:
+        """Peak memory counts from here."""
+
+    def drain(self) -> None:
+        """Return when every copy and computation is done; an error of one is raised here."""
+
+    def close(self) -> None: ...
+
+
+def streams(device: ComputeDevice) -> TypeGuard[StreamingDevice]:
+    """Whether weights have to be copied to the device."""
+    return hasattr(device, "up")

@@ -4,7 +4,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatrain.device.cpu_bf16 import Bf16ThroughFp32
 
@@ -18,9 +17,6 @@ class CpuDevice:
     def __init__(self, precision: str = "auto") -> None:
         # a product that is not bf16 needs no help
         self._native = precision == "fp32" or self.native_bf16()
-
-    def fetch(self, unit: int, weights: dict[int, Tensor]) -> dict[int, Tensor]:
-        return weights
 
     def computing(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._native else Bf16ThroughFp32()

@@ -2,8 +2,8 @@
 
 There PyTorch computes bf16 products element by element (measured on an AVX2 machine: 0.7 to 12 GFLOP/s, against 80 in
 fp32). The product of two bf16 numbers is exact in fp32, so multiplying in fp32 and rounding the sum is what hardware
-with bf16 units does; only the order of the additions inside a sum is the fp32 library's. Weights are widened in
-blocks, so that the temporary copy stays small.
+with bf16 units does; only the order of the additions inside a sum is the fp32 library's. A plain product widens its
+larger operand in blocks, so that the temporary copy stays small.
 """
 
 from collections.abc import Callable

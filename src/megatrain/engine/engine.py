@@ -2,20 +2,26 @@
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from megatrain.device.base import ComputeDevice, streams
 from megatrain.engine import setup
 from megatrain.engine.executor import Executor
+from megatrain.engine.gradient_stream import GradientStream
 from megatrain.engine.gradients import GradientBook
+from megatrain.engine.host_thread import HostThread
 from megatrain.engine.kept_graphs import KeepGraphs, KeptGraphs, check_keep_graphs
 from megatrain.engine.step import Batch, StepClock, StepStats, train_step
 from megatrain.engine.targets import labels_are_shifted
 from megatrain.engine.updates import PendingUpdates, gradient_arrays, unit_updates
+from megatrain.engine.weights import DEFAULT_SLOTS, HostWeights, Weights, WeightStream
 from megatrain.errors import ConfigError, NonFiniteGradientError
 from megatrain.memory.arena import keep_large_allocations_out_of_heap, reuse_freed_memory, trim_freed_memory
 from megatrain.memory.limits import host_memory_limits
@@ -23,10 +29,11 @@ from megatrain.memory.plan import MemoryPlan, require_fit
 from megatrain.memory.store import TORCH_DTYPE, HostStore, SlotState, gradient_buffers
 from megatrain.model.block import LOOK_STEPS, UnitForward, install_units
 from megatrain.model.head import ChunkedHead
+from megatrain.model.hidden import HiddenParameters
 from megatrain.model.partition import partition
-from megatrain.model.root import RootForward, guard, unguard
+from megatrain.model.root import RootForward, guard, report_device, unguard
 from megatrain.optim.adamw import AdamW, EngineOptimizer
-from megatrain.optim.kernels import compile_kernels
+from megatrain.optim.compilation import compile_kernels
 from megatrain.optim.workers import Workers
 
 
@@ -34,7 +41,7 @@ class Engine:
     """Trains `model` in place, with exact fp32 masters on the host.
 
     optimizer:     `megatrain.AdamW`.
-    device:        'auto' or 'cpu'.
+    device:        'auto' (a GPU where there is one), 'cpu', 'cuda', 'cuda:1', 'lagged' (for tests), or a device object.
     precision:     'bf16' (bf16 compute, fp32 master), 'fp32', or 'auto' (bf16 where the device computes it natively).
     clip_norm:     largest gradient norm, or None. With clip_scope 'global' it is the norm over all parameters, and
                    gradients are kept until it is known (2 bytes per parameter in bf16); with 'unit' each unit is
@@ -44,6 +51,7 @@ class Engine:
     threads:       of the optimizer's kernels; None: as many as torch computes with.
     keep_graphs:   units that keep their graph instead of being recomputed, the same bits in less time: 'auto' (from
                    the second step on, as many as fit into half of the free memory), 'off', or a number of last units.
+    slots:         units of a size whose weights may be on a streaming device at once; None: 2.
 
     Raises ConfigError for a wrong setting and CapacityError when the plan does not fit into host memory.
     """
@@ -52,7 +60,7 @@ class Engine:
         self,
         model: nn.Module,
         optimizer: AdamW | None = None,
-        device: str = "auto",
+        device: str | ComputeDevice = "auto",
         precision: str = "auto",
         clip_norm: float | None = 1.0,
         clip_scope: str = "global",
@@ -60,6 +68,7 @@ class Engine:
         seed: int = 0,
         threads: int | None = None,
         keep_graphs: KeepGraphs = "auto",
+        slots: int | None = None,
         *,
         _mapped: bool = False,
     ) -> None:
@@ -69,8 +78,9 @@ class Engine:
         setup.check_threads(threads)
         check_keep_graphs(keep_graphs)
         self.model = model
+        setup.check_slots(slots)
         self.precision = setup.resolve_precision(precision, setup.make_device(device))
-        self.device = setup.make_device(device, self.precision)
+        self.device = setup.make_device(device, self.precision, device_memory)
         self.clip_norm, self.clip_scope, self.seed = clip_norm, clip_scope, seed
         self.keeps_gradients = setup.keeps_gradients(clip_norm, clip_scope)
         self.step_count = 0
@@ -96,19 +106,14 @@ class Engine:
         for unit, slabs in layouts.items():
             self.store.take_over(unit, slabs, {slot.index: slot for slot in self.partition.slots}, mapped=_mapped)
         setup.cast_buffers(model, dtypes)
-        self.updates = PendingUpdates(self.store, self.partition)
-        self.gradients = GradientBook(
-            self.store, self.partition, settle=self.updates.settle, complete=self._update_complete_unit
-        )
         if self.keeps_gradients:
             for state in self.store.units.values():
                 for slab, buffer in zip(state.slabs, gradient_buffers(state.slabs), strict=True):
                     slab.gradient = buffer
+        self._connect(slots)
         self.optimizer = EngineOptimizer(groups, optimizer or AdamW(), self)
         self.kept_graphs = KeptGraphs(keep_graphs, self.partition.units)
-        self.executor = Executor(
-            self.partition, self.store, self.device, self.updates, self.gradients, self.kept_graphs
-        )
+        self.executor = Executor(self.device, self.weights, self.gradients, self.kept_graphs)
         self._attach()
         trim_freed_memory()  # of taking the model over and probing its head
         reuse_freed_memory()
@@ -217,6 +222,7 @@ class Engine:
             for home, entries in sorted(self.gradients.touched().items()):
                 unit_scale = self._clip_scale(self.gradients.unit_norm(entries)) if scale is None else scale
                 self._schedule(home, entries, unit_scale)
+            self.updates.start()
         self.end_step()
         self.step_count += 1
         return finite
@@ -226,6 +232,11 @@ class Engine:
         self.gradients.clear()
         self._clip_override = None
         self.executor.weights_changed()
+
+    def abort_step(self) -> None:
+        """The step ended in an exception: weights are as they were, and the engine is ready for another one."""
+        self.executor.abort_step()
+        self.end_step()
 
     def _update_complete_unit(self, home: int, entries: list[SlotState]) -> None:
         """Without a global norm to wait for, a unit is updated as soon as its gradient is complete."""
@@ -308,12 +319,52 @@ class Engine:
 
     # -- attaching to the model -------------------------------------------------------------------------------
 
+    def _connect(self, slots: int | None) -> None:
+        """Weights and gradients where they lie, or on their way to a device with memory of its own and back."""
+        store, part, device = self.store, self.partition, self.device
+        self.weights: Weights
+        self._host_thread: HostThread | None = None
+        gradient_stream = None
+        if streams(device):
+            self._host_thread = HostThread("host-updates")
+            self.updates = PendingUpdates(store, part, self._host_thread)
+            self.weights = WeightStream(device, store, part, self.updates, slots or DEFAULT_SLOTS)
+            gradient_stream = GradientStream(device, self._host_thread, setup.largest_gradient_bytes(store))
+            for unit in store.units:
+                device.pin(store.unit_memory(unit))
+                for slab in store.units[unit].slabs:
+                    if slab.gradient is not None:
+                        device.pin(slab.gradient)
+        else:
+            self.updates = PendingUpdates(store, part)
+            self.weights = HostWeights(store, part, self.updates)
+        self.gradients = GradientBook(
+            store, part, settle=self.updates.settle, complete=self._update_complete_unit, stream=gradient_stream
+        )
+
+    @property
+    def exposed_seconds(self) -> float:
+        """Time that computation has spent waiting for the optimizer so far."""
+        return self.updates.exposed_seconds + self.weights.exposed_seconds
+
     def _attach(self) -> None:
         model = self.model
         self._blocks = install_units(self.partition.units, self.executor)
         self.executor.hand_over.carried = [block.attributes.save for block in self._blocks]
         self.executor.watched = [block.attributes for block in self._blocks]
-        self._root = RootForward(model, self.flush)
+        self._undo: list[Callable[[], None]] = []
+        flush: Callable[[], None] = self.flush
+        hiding: Callable[[], AbstractContextManager[None]] = nullcontext
+        if isinstance(self.weights, WeightStream):
+            # what the model's own code may read is the stray parameters; units wait for theirs
+            hidden = HiddenParameters(
+                self.partition, self.device.torch_device, self.weights.strays, self.gradients.add_from_leaf
+            )
+            flush, hiding = _nothing, hidden.hiding
+            setup.move_buffers(model, self.device.torch_device)
+            self._undo.append(report_device(model, self.device.torch_device))
+            self._undo.append(lambda: setup.move_buffers(model, torch.device("cpu")))
+        self._root = RootForward(model, flush, self.executor.forward_pass, hiding, self.device.torch_device)
         model.forward = self._root  # type: ignore[assignment]
         self._hooks: list[Any] = []
         for index, entry in self.store.slots.items():
@@ -336,10 +387,13 @@ class Engine:
         self._attached = True
 
     def _leaf_hook(self, index: int) -> Any:
+        gradients = weakref.ref(self.gradients)  # the garbage collector does not see what a parameter's hook holds
+
         def take(parameter: Tensor) -> None:
             gradient, parameter.grad = parameter.grad, None
-            if gradient is not None:
-                self.gradients.add_from_leaf(index, gradient)
+            book = gradients()
+            if gradient is not None and book is not None:
+                book.add_from_leaf(index, gradient)
 
         return take
 
@@ -357,6 +411,14 @@ class Engine:
         for hook in self._hooks:
             hook.remove()
         unguard(self.model)
+        for undo in self._undo:
+            undo()
+        self.executor.hand_over.close()
+        self.weights.close()
+        if self._host_thread is not None:
+            self._host_thread.close()
+        if streams(self.device):
+            self.device.close()
         self.store.workers.close()
 
     def __enter__(self) -> Self:
@@ -364,6 +426,10 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _nothing() -> None:
+    """Nothing to wait for."""
 
 
 def stream_seed(seed: int, step: int, micro_batch: int) -> int:

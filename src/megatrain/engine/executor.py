@@ -11,15 +11,14 @@ from torch import Tensor
 from megatrain.device.base import ComputeDevice
 from megatrain.engine.gradients import GradientBook
 from megatrain.engine.kept_graphs import KeptGraphs
-from megatrain.engine.updates import PendingUpdates
-from megatrain.memory.arena import trim_freed_memory
-from megatrain.memory.store import HostStore
+from megatrain.engine.saved_inputs import SavedInput
+from megatrain.engine.weights import EVALUATION, FREE, STEP, Weights
 from megatrain.model.block import LOOK_STEPS, DirectLeaves
+from megatrain.model.foreign import ForeignTensorError
 from megatrain.model.micro_batches import HandOver
-from megatrain.model.partition import Partition, Unit
+from megatrain.model.partition import Unit
 from megatrain.model.side_effects import WrittenAttributes
 
-_LARGE_UNIT_BYTES = 64 * 1024**2
 FORWARD, HEAD, BACKWARD = (
     0,
     1,
@@ -35,10 +34,8 @@ class Executor:
 
     def __init__(
         self,
-        part: Partition,
-        store: HostStore,
         device: ComputeDevice,
-        updates: PendingUpdates,
+        weights: Weights,
         gradients: GradientBook,
         kept_graphs: KeptGraphs,
     ) -> None:
@@ -48,20 +45,12 @@ class Executor:
         self.kept_units: set[int] = set()
         self.watched: list[WrittenAttributes] = []
         self._device = device
-        self._updates = updates
+        self._weights = weights
         self._gradients = gradients
         self._kept_graphs = kept_graphs
         self._rank: dict[int, int] = {}
         self._local = threading.local()
-        self._weights = {
-            unit.index: {s.index: store.slots[s.index].slot.parameter.detach() for s in unit.slots}
-            for unit in part.units
-        }
-        self._unit_bytes = {
-            unit.index: sum(w.nbytes for w in self._weights[unit.index].values()) for unit in part.units
-        }
-        self._fetched = -1
-        self.fetched_bytes = 0
+        self._in_pass = False
 
     # -- what units call --------------------------------------------------------------------------------------
 
@@ -69,22 +58,26 @@ class Executor:
         if self.direct_leaves() is not None:
             return  # the head runs through without changing places
         if not backward and self.takes_turns():
-            for attributes in self.watched:
-                attributes.refuse_shared(first=self.hand_over.number == 0)
+            first = self.hand_over.number == 0
+            shared = [found for attributes in self.watched if (found := attributes.shared(first))]
+            if shared:
+                raise ForeignTensorError(shared[0])
         rank = self._rank.setdefault(unit.index, len(self._rank))
         self.hand_over.boundary((BACKWARD, -rank) if backward else (FORWARD, rank))
 
     def takes_turns(self) -> bool:
         return self.generation < LOOK_STEPS and self.hand_over.takes_turns()
 
-    def fetch(self, unit: Unit) -> dict[int, Tensor]:
-        self._updates.wait_for(unit)
-        if self._fetched != unit.index:  # the next micro-batch finds the weights still there
-            self._fetched = unit.index
-            if self._unit_bytes[unit.index] >= _LARGE_UNIT_BYTES:
-                trim_freed_memory()  # small blocks lie free in the heap; its gradient needs large ones of its own
-            self.fetched_bytes += self._unit_bytes[unit.index]
-        return self._device.fetch(unit.index, self._weights[unit.index])
+    def fetch(self, unit: Unit, *, backward: bool = False) -> dict[int, Tensor]:
+        return self._weights.fetch(unit, backward=backward, together=self.direct_leaves() is not None)
+
+    def keep_inputs(self, unit: Unit, tensors: dict[int, Tensor]) -> dict[int, SavedInput]:
+        inputs = self._weights.inputs
+        return {} if inputs is None else {n: inputs.keep(unit.index, t) for n, t in tensors.items()}
+
+    def take_inputs(self, unit: Unit, kept: dict[int, SavedInput]) -> dict[int, Tensor]:
+        inputs = self._weights.inputs
+        return {} if inputs is None else {n: inputs.take(unit.index, k) for n, k in kept.items()}
 
     def computing(self) -> AbstractContextManager[Any]:
         return self._device.computing()
@@ -93,13 +86,19 @@ class Executor:
         self._gradients.opened(unit)
 
     def abandoned(self, unit: Unit) -> None:
+        self._weights.unpin(unit.index)
         self._gradients.abandoned(unit)
 
     def receive(self, unit: Unit, gradients: dict[int, Tensor]) -> None:
+        self._weights.unpin(unit.index)
         self._gradients.receive(unit, gradients)
 
     def keeps_graph(self, unit: Unit) -> bool:
-        return unit.index in self.kept_units
+        held = self._weights.held_units()
+        keeps = unit.index in self.kept_units and (held is None or unit.index in held)
+        if keeps:
+            self._weights.pin(unit.index)
+        return keeps
 
     def graph_meter(self, unit: Unit, given: list[Tensor]) -> Callable[[Tensor], Any]:
         return self._kept_graphs.meter(unit, given) if self._kept_graphs.measuring else _drop
@@ -119,6 +118,36 @@ class Executor:
         finally:
             self._local.direct = None
 
+    @contextmanager
+    def forward_pass(self) -> Iterator[None]:
+        """Around the model's own forward: with gradients on it begins a pass of a caller's loop, which ends with the
+        step, unless a step has begun one; with gradients off it is a pass of its own."""
+        if torch.is_grad_enabled():
+            if not self._in_pass:
+                self._begin_pass(FREE)
+            yield
+            return
+        self._weights.begin(EVALUATION)
+        try:
+            yield
+        except BaseException:
+            self._weights.abort()
+            raise
+        self._weights.end()
+
+    def begin_step(self, elements: int) -> None:
+        """A step over so many label elements begins."""
+        self._begin_pass(STEP, elements)
+
+    def _begin_pass(self, kind: str, elements: int = 0) -> None:
+        self._in_pass = True
+        self._weights.begin(kind, elements)
+
+    def abort_step(self) -> None:
+        """The step ended in an exception."""
+        self._in_pass = False
+        self._weights.abort()
+
     def enter_phase(self, phase: int) -> None:
         """Wait until every micro-batch has come this far."""
         self.hand_over.boundary((phase, -len(self._rank) - 1))
@@ -126,16 +155,15 @@ class Executor:
     def forget_order(self) -> None:
         """What was called so far was no step (the probe of the head): rank units by the next calls."""
         self._rank.clear()
+        self._weights.forget()
 
     def weights_changed(self) -> None:
         """From here on a backward of an earlier forward is an error."""
         self.generation += 1
-        self._fetched = -1
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes of one pass over all weights."""
-        return sum(self._unit_bytes.values())
+        if self._in_pass:
+            self._in_pass = False
+            self._weights.end()
+        self._weights.changed()
 
 
 def _drop(_tensor: Tensor) -> None:

@@ -2,7 +2,8 @@
 
 Contributions to a parameter (micro-batches, chunks of the head, units that share it) add up in fp32 in the order in
 which they come. When the last backward call of every unit that reads it is done, the sum is rounded once to the
-gradient's dtype and written to the host, with its sum of squares taken in the same pass.
+gradient's dtype and written to the host, with its sum of squares taken in the same pass. From a streaming device it
+travels there beside computation, and the host thread takes the sum of squares when it has arrived.
 """
 
 import math
@@ -11,10 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megatrain.engine.gradient_stream import GradientStream
 from megatrain.memory.arena import allocate
 from megatrain.memory.store import HostStore, SlotState, bits, gradient_buffers
 from megatrain.model.partition import Partition, Unit
-from megatrain.optim.kernels import accumulate, copy_with_square_sum, round_to_bf16, square_sum
+from megatrain.optim.gradient_kernels import accumulate, copy_with_square_sum, round_to_bf16, square_sum
 
 
 class GradientBook:
@@ -32,8 +34,10 @@ class GradientBook:
         *,
         settle: Callable[[int], None],
         complete: Callable[[int, list[SlotState]], None],
+        stream: GradientStream | None = None,
     ) -> None:
         self._store = store
+        self._stream = stream
         self._settle = settle
         self._complete = complete
         self.keep = True
@@ -44,6 +48,7 @@ class GradientBook:
         # home units with parameters that are read outside their unit's forward: complete only when the step ends
         self._read_directly: set[int] = {-1}
         self.squares: dict[int, float] = {}
+        self._written: set[int] = set()  # slots whose gradient is on the host, or on its way there
         self._readers = {u.index: _readers_of_home(part, u) for u in part.units}
 
     # -- what units report ------------------------------------------------------------------------------------
@@ -68,15 +73,17 @@ class GradientBook:
         """One contribution; the first is kept as it is, from the second on they add up in fp32."""
         held = self._sums.get(slot)
         if held is None:
-            if slot in self.squares and not self.keep:
+            if slot in self._written and not self.keep:
                 name = self._store.slots[slot].slot.name
                 raise RuntimeError(f"{name} got a gradient after its update; use clip_norm with clip_scope='global'")
             self._sums[slot] = gradient
+            self._hold(gradient.nbytes)
         elif slot in self._owned:
             held.add_(gradient)
         else:
             self._sums[slot] = torch.add(held, gradient) if held.dtype == torch.float32 else held.float().add_(gradient)
             self._owned.add(slot)
+            self._hold(self._sums[slot].nbytes - held.nbytes)
 
     def add_from_leaf(self, slot: int, gradient: Tensor) -> None:
         """A parameter was read outside its unit's forward and autograd reached it directly."""
@@ -100,6 +107,8 @@ class GradientBook:
         self._holds = 0
         for home in sorted(self._homes_with_sums()):
             self._write(home)
+        if self._stream is not None:
+            self._stream.finish()
 
     def norm(self) -> float:
         """L2 norm over all gradients of the step; exact sum of the per-parameter squares, so order does not matter."""
@@ -133,8 +142,12 @@ class GradientBook:
 
     def forget_gradients(self) -> None:
         """Forget what has been gathered; calls whose backward is still to come stay open."""
+        self._hold(-sum(s.nbytes for s in self._sums.values()))
         self._sums.clear()
         self._owned.clear()
+        if self._stream is not None:
+            self._stream.settle()
+        self._written.clear()
         self.squares.clear()
 
     def _homes_with_sums(self) -> set[int]:
@@ -151,23 +164,66 @@ class GradientBook:
         if not entries:
             return
         self._settle(home)
-        for entry in entries:
-            self.squares[entry.slot.index] = self._write_gradient(entry, self._sums.pop(entry.slot.index))
-            self._owned.discard(entry.slot.index)
+        again = [self.keep and e.slot.index in self._written for e in entries]
+        self._written.update(e.slot.index for e in entries)
+        gradients = [self._sums.pop(e.slot.index) for e in entries]
+        self._owned.difference_update(e.slot.index for e in entries)
+        if self._stream is None:
+            for entry, gradient, is_further in zip(entries, gradients, again, strict=True):
+                self.squares[entry.slot.index] = self._write_gradient(entry, gradient, is_further)
+            self._written_home(home, entries)
+        else:
+            self._send(self._stream, home, entries, gradients, again)
+
+    def _send(
+        self, stream: GradientStream, home: int, entries: list[SlotState], gradients: list[Tensor], again: list[bool]
+    ) -> None:
+        """As `_write`, from a streaming device: the host's part is done when the gradient has arrived."""
+        if not self.keep:
+            stream.wait_for_all_but(1)  # buffers are lent until the update is done: two units' at most
+        targets = [self._arrival(e, is_further) for e, is_further in zip(entries, again, strict=True)]
+
+        def land() -> None:
+            for entry, target, is_further in zip(entries, targets, again, strict=True):
+                square = (
+                    self._accumulate(entry, target) if is_further else square_sum(self._store.workers, bits(target))
+                )
+                self.squares[entry.slot.index] = square
+            self._written_home(home, entries)
+
+        stream.send(gradients, targets, land)
+        if any(again):
+            stream.finish()  # the place of a first gradient changes when a further one has been added
+
+    def _arrival(self, entry: SlotState, is_further: bool) -> Tensor:
+        """Host memory for a gradient that comes from the device, 1-D: its place, or a further one's temporary."""
+        if is_further:
+            return torch.empty(entry.place.count, dtype=entry.slab.weight.dtype)
+        return self._place_of(entry)
+
+    def _written_home(self, home: int, entries: list[SlotState]) -> None:
         if not self.keep:
             self._complete(home, entries)
             for slab in self._store.units[home].slabs:
                 slab.gradient = None  # it was lent
 
-    def _write_gradient(self, entry: SlotState, gradient: Tensor) -> float:
+    def _hold(self, n_bytes: int) -> None:
+        if self._stream is not None:
+            self._stream.hold(n_bytes)
+
+    def _write_gradient(self, entry: SlotState, gradient: Tensor, is_further: bool) -> float:
         """Bring a complete gradient to the host; returns its sum of squares (float64)."""
-        if self.keep and entry.slot.index in self.squares:
+        if is_further:
             return self._accumulate(entry, gradient)
+        return _store_gradient(self._store, self._place_of(entry), gradient)
+
+    def _place_of(self, entry: SlotState) -> Tensor:
+        """Where the first gradient of a step belongs on the host, 1-D."""
         self._ensure_gradient_buffers(entry.unit)
         slab = entry.slab
-        target_of = slab.accumulated if self.keep and slab.accumulated is not None else slab.gradient
-        assert target_of is not None
-        return _store_gradient(self._store, target_of[slab.range_of(entry.place)], gradient)
+        held = slab.accumulated if self.keep and slab.accumulated is not None else slab.gradient
+        assert held is not None
+        return held[slab.range_of(entry.place)]
 
     def _accumulate(self, entry: SlotState, gradient: Tensor) -> float:
         """A further backward call of the same step: from here on the slab's gradient is an fp32 sum on the host."""

@@ -7,21 +7,48 @@ from torch import nn
 
 from megatrain.device.base import ComputeDevice
 from megatrain.device.cpu import CpuDevice
+from megatrain.device.cuda import CudaDevice
+from megatrain.device.lagged import LaggedDevice
+from megatrain.engine.gradient_stream import largest_staging_bytes
 from megatrain.errors import ConfigError
-from megatrain.memory.layout import Request, SlabLayout, lay_out
+from megatrain.memory.layout import BYTES, Request, SlabLayout, lay_out
 from megatrain.memory.plan import MemoryPlan, plan_memory
-from megatrain.memory.store import home_layouts
+from megatrain.memory.store import HostStore, home_layouts
 from megatrain.model.partition import ParameterSlot, Partition
 
 PRECISIONS = ("auto", "bf16", "fp32")
 CLIP_SCOPES = ("global", "unit")
 
 
-def make_device(name: str, precision: str = "auto") -> ComputeDevice:
-    """The compute device called `name`: 'auto' or 'cpu'. Raises ConfigError for anything else."""
-    if name in ("auto", "cpu"):
+def make_device(device: str | ComputeDevice, precision: str = "auto", memory_bytes: int | None = None) -> ComputeDevice:
+    """The compute device called `device` (auto: a GPU where there is one, else the host), or `device` itself where it
+    is one. Raises ConfigError for anything else."""
+    if not isinstance(device, str):
+        return device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
         return CpuDevice(precision)
-    raise ConfigError(f"engine.device is {name!r}; it must be auto or cpu (streaming devices are not built yet)")
+    if device == "lagged":
+        return LaggedDevice(precision, memory_bytes)
+    kind, _, index = device.partition(":")
+    if kind == "cuda" and (index.isdecimal() or device == "cuda"):
+        return CudaDevice(int(index or 0), memory_bytes)
+    raise ConfigError(f"engine.device is {device!r}; it must be auto, cpu, cuda, cuda:NUMBER or lagged")
+
+
+def check_slots(slots: int | None) -> None:
+    if slots is not None and not 1 <= slots <= 64:
+        raise ConfigError(f"engine.slots is {slots}; it must be a number from 1 to 64")
+
+
+def largest_gradient_bytes(store: HostStore) -> int:
+    """Of all units, as gradients are packed to leave a device."""
+    units: dict[int, list[tuple[int, int]]] = {}
+    for entry in store.slots.values():
+        if entry.place.trainable:
+            units.setdefault(entry.unit, []).append((entry.place.count, BYTES[entry.slab.layout.dtype]))
+    return largest_staging_bytes(list(units.values()))
 
 
 def resolve_precision(name: str, device: ComputeDevice) -> str:
@@ -109,6 +136,14 @@ def cast_buffers(model: nn.Module, dtypes: dict[int, str]) -> None:
             saved = name not in module._non_persistent_buffers_set
             if buffer is not None and saved and buffer.dtype == torch.float32 and _all_bf16(module):
                 module._buffers[name] = buffer.to(torch.bfloat16)
+
+
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Buffers are small, and where the model computes."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != device:
+                module._buffers[name] = buffer.to(device)
 
 
 def _all_bf16(module: nn.Module) -> bool:

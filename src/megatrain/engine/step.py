@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from megatrain.engine.engine import Engine
 
 Batch = Mapping[str, Any]
+LossParts = list[tuple[Tensor, float]]  # (scalar, factor) of what adds up to a micro-batch's loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,26 +52,28 @@ def train_step(engine: "Engine", batches: Sequence[Batch], lr: float | None) -> 
     engine.begin_step(lr)
     engine.warn_of_whole_logits()
     engine.watch_attributes()
-    engine.choose_kept_graphs(sum(batch["labels"].numel() for batch in batches))
+    elements = sum(batch["labels"].numel() for batch in batches)
+    engine.choose_kept_graphs(elements)
     run = _run_chunked if engine.head.reason is None else _run_whole
-    bodies: list[Callable[[], float]] = [
+    bodies: list[Callable[[], LossParts]] = [
         partial(run, engine, number, batch, count, sum(targets)) for number, batch, count in work
     ]
     random = RandomState(engine.device.torch_device)
+    engine.executor.begin_step(elements)
     try:
         losses = _forward_and_backward(engine, bodies)
     except BaseException:
-        engine.end_step()
+        engine.abort_step()
         raise
     finally:
         random.restore()
     engine.kept_graphs.finish_measuring(host_memory_limits().free_bytes)
     norm = engine.gradients.norm()
     skipped = not engine.decide_update(norm)
-    return clock.stats(sum(losses), norm, sum(targets), skipped)
+    return clock.stats(sum(_value(parts) for parts in losses), norm, sum(targets), skipped)
 
 
-def _forward_and_backward(engine: "Engine", bodies: list[Callable[[], float]]) -> list[float]:
+def _forward_and_backward(engine: "Engine", bodies: list[Callable[[], LossParts]]) -> list[LossParts]:
     """Losses of the micro-batches; afterwards all gradients of the step are complete."""
     engine.gradients.begin(keep=engine.keeps_gradients)
     engine.gradients.hold(len(bodies) if engine.head.reason is None else 0)
@@ -80,20 +83,22 @@ def _forward_and_backward(engine: "Engine", bodies: list[Callable[[], float]]) -
     return losses
 
 
-def _run_chunked(engine: "Engine", number: int, batch: Batch, count: int, total: int) -> float:
+def _run_chunked(engine: "Engine", number: int, batch: Batch, count: int, total: int) -> LossParts:
     """One micro-batch: base forward, head and loss with immediate backward chunk by chunk, base backward."""
     engine.seed_micro_batch(number)
+    labels_on_host, batch = batch["labels"].cpu(), on_device(batch, engine.device.torch_device)
     hidden, template, auxiliary_loss = engine.head.run_base(batch)
 
     engine.executor.enter_phase(HEAD)
-    loss, hidden_gradient = 0.0, torch.zeros_like(hidden)
-    for part, labels, where in engine.head.chunks(hidden.detach(), batch["labels"]):
+    losses: LossParts = []
+    hidden_gradient = torch.zeros_like(hidden)
+    for part, labels, where in engine.head.chunks(hidden.detach(), labels_on_host):
         leaf = part.detach().requires_grad_()
         with engine.executor.direct() as weights:
             chunk_loss = engine.head.chunk_loss(leaf, labels, template, batch, total)
         with engine.device.computing():
             backward([chunk_loss], [None])
-        loss += chunk_loss.item()
+        losses.append((chunk_loss.detach(), 1.0))
         if leaf.grad is not None:
             hidden_gradient.view(-1, hidden.shape[-1])[where] = leaf.grad.view(-1, hidden.shape[-1])
         for slot, weight in weights.leaves.items():
@@ -107,24 +112,45 @@ def _run_chunked(engine: "Engine", number: int, batch: Batch, count: int, total:
     gradients: list[Tensor | None] = [hidden_gradient] if hidden.requires_grad else []
     if auxiliary_loss is not None:  # a mean over the micro-batch: it counts by the micro-batch's share of targets
         share = count / total
-        loss += auxiliary_loss.item() * share
+        losses.append((auxiliary_loss.detach(), share))
         ends.append(auxiliary_loss)
         gradients.append(torch.full_like(auxiliary_loss, share))
     del hidden, template, auxiliary_loss, hidden_gradient
     if ends:
         backward(ends, gradients)
-    return loss
+    return losses
 
 
-def _run_whole(engine: "Engine", number: int, batch: Batch, count: int, total: int) -> float:
+def _run_whole(engine: "Engine", number: int, batch: Batch, count: int, total: int) -> LossParts:
     """One micro-batch through the model's own loss, a mean that counts by the micro-batch's share of targets."""
     engine.seed_micro_batch(number)
-    loss = loss_of(engine.model(**batch))
+    loss = loss_of(engine.model(**on_device(batch, engine.device.torch_device)))
     share = count / total
-    value = loss.item() * share
     engine.executor.enter_phase(BACKWARD)
     backward([loss], [torch.full_like(loss, share)])
+    return [(loss.detach(), share)]
+
+
+def _value(parts: LossParts) -> float:
+    """Read when the step's gradients are on the host: a device is not waited for before."""
+    value = 0.0
+    for loss, factor in parts:
+        value += loss.item() * factor
     return value
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """`batch` where the model computes. A mask of ones is left out on a device of its own: attention is then causal and
+    nothing else, for which there are faster kernels; it is looked at here, on the host."""
+    if device.type == "cpu":
+        return batch
+    mask = batch.get("attention_mask")
+    unmasked = isinstance(mask, Tensor) and mask.device.type == "cpu" and mask.ndim == 2 and bool(mask.all())
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+        if not (unmasked and name == "attention_mask")
+    }
 
 
 def loss_of(result: Any) -> Tensor:
@@ -150,10 +176,10 @@ class StepClock:
     def _counters(self) -> tuple[int, int, int, float]:
         engine = self._engine
         return (
-            engine.executor.fetched_bytes,
+            engine.weights.fetched_bytes,
             engine.device.h2d_bytes,
             engine.device.d2h_bytes,
-            engine.updates.exposed_seconds,
+            engine.exposed_seconds,
         )
 
     def stats(self, loss: float | None, norm: float, targets: int, skipped: bool) -> StepStats:
@@ -164,7 +190,7 @@ class StepClock:
             target_tokens=targets,
             seconds=time.perf_counter() - self._started,
             skipped=skipped,
-            weight_passes=fetched / max(1, self._engine.executor.total_bytes),
+            weight_passes=fetched / max(1, sum(self._engine.weights.unit_bytes.values())),
             h2d_bytes=int(up),
             d2h_bytes=int(down),
             device_peak_bytes=self._engine.device.peak_bytes(),

@@ -1,21 +1,23 @@
 """Optimizer updates of a step that are decided but not yet carried out.
 
 With exact global clipping no unit can be updated before the norm is known, which is when backward ends. The updates
-then wait here and are carried out in forward order, each when its unit is next needed. On the host as device that is
-also when the new weights are wanted in the cache; a streaming device lets host threads run ahead.
+then wait here and are carried out in forward order: on the host as device when the model next runs, which is also when
+the new weights are wanted in the cache; beside a streaming device by a host thread, from the moment they are decided.
 """
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from megatrain.engine.host_thread import HostThread, Ticket
 from megatrain.memory.layout import Place
 from megatrain.memory.store import HostStore, Slab, SlotState, bits
 from megatrain.model.partition import Partition, Unit
 from megatrain.optim.adamw import group_hyper_parameters
-from megatrain.optim.kernels import Segment, adamw
+from megatrain.optim.adamw_kernels import Segment, adamw
 from megatrain.optim.workers import Workers
 
 
@@ -39,38 +41,54 @@ class SlabUpdate:
 class PendingUpdates:
     """Updates by the unit that holds the state, and the wait for those that a unit depends on."""
 
-    def __init__(self, store: HostStore, part: Partition) -> None:
+    def __init__(self, store: HostStore, part: Partition, background: HostThread | None = None) -> None:
         self._store = store
+        self._background = background
         self._pending: dict[int, list[SlabUpdate]] = {}
+        self._tickets: dict[int, Ticket] = {}
         self.exposed_seconds = 0.0  # spent on updates while compute waited
         # a unit that reads a parameter homed elsewhere needs that unit's update too
         self._needed = {u.index: sorted({slot.units[0] for slot in u.slots}) for u in part.units}
 
     def schedule(self, unit: int, updates: list[SlabUpdate]) -> None:
+        self._tickets.pop(unit, None)
         self._pending[unit] = updates
+
+    def start(self) -> None:
+        """All updates of a step are scheduled: the host thread, if there is one, begins."""
+        if self._background is not None:
+            for unit in sorted(self._pending):
+                run = partial(self._carry_out, self._pending.pop(unit))
+                self._tickets[unit] = self._background.submit(run)
 
     def wait_for(self, unit: Unit) -> None:
         """Return when all parameters that `unit` reads are up to date."""
-        if self._pending:
+        if self._pending or self._tickets:
             for home in self._needed[unit.index]:
                 self.settle(home)
 
     def is_pending(self, unit: int) -> bool:
-        return unit in self._pending
+        ticket = self._tickets.get(unit)
+        return unit in self._pending or (ticket is not None and not ticket.done)
 
     def flush(self) -> None:
         """Return when no update is pending."""
-        for unit in sorted(self._pending):
+        for unit in sorted([*self._pending, *self._tickets]):
             self.settle(unit)
 
     def settle(self, unit: int) -> None:
-        """Carry out the update of the parameters whose state lives with `unit`, if one is pending."""
-        if unit not in self._pending:
-            return
-        started = time.perf_counter()
-        for update in self._pending.pop(unit):
+        """Return when the update of the parameters whose state lives with `unit`, if one was scheduled, is done."""
+        ticket = self._tickets.get(unit)
+        if ticket is not None:
+            ticket.wait()
+        elif unit in self._pending:
+            started = time.perf_counter()
+            self._carry_out(self._pending.pop(unit))
+            self.exposed_seconds += time.perf_counter() - started
+
+    def _carry_out(self, updates: list[SlabUpdate]) -> None:
+        for update in updates:
             update.run(self._store.workers)
-        self.exposed_seconds += time.perf_counter() - started
 
 
 def unit_updates(

@@ -29,13 +29,12 @@ def round_up_to_page(n_bytes: int) -> int:
     return -(-n_bytes // PAGE_BYTES) * PAGE_BYTES
 
 
-def allocate(n_bytes: int, *, huge_pages: bool = False) -> torch.Tensor:
+def allocate(n_bytes: int) -> torch.Tensor:
     """A zeroed, page-aligned host buffer of its own: uint8 of shape (n_bytes rounded up to a page,).
 
     Every page has been written, so that a machine with too little memory fails here and not in the middle of
     a step. Writing releases the GIL: several threads can allocate at once. The memory returns to the system
-    when the last tensor that views it dies. `huge_pages` asks for transparent huge pages where the system
-    offers them.
+    when the last tensor that views it dies.
 
     Raises ValueError for a negative size and MemoryError where the mapping is refused.
     """
@@ -48,12 +47,16 @@ def allocate(n_bytes: int, *, huge_pages: bool = False) -> torch.Tensor:
         mapping = _map_private(size)
     except (OSError, ValueError) as error:
         raise MemoryError(f"the system refused a mapping of {size} bytes: {error}") from error
-    if huge_pages and hasattr(mmap, "MADV_HUGEPAGE"):
-        mapping.madvise(mmap.MADV_HUGEPAGE)
     # the tensor keeps the buffer, which keeps the mapping: there is no other owner
     buffer = torch.frombuffer(mapping, dtype=torch.uint8)
     ctypes.memset(buffer.data_ptr(), 0, size)  # ctypes lets go of the GIL during the call
     return buffer
+
+
+def allocate_elements(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """`count` zeroed elements, 1-D, in a buffer of their own as `allocate` makes it."""
+    n_bytes = count * dtype.itemsize
+    return allocate(n_bytes)[:n_bytes].view(dtype)
 
 
 def discard_pages(tensor: torch.Tensor) -> int:
@@ -103,7 +106,8 @@ def reuse_freed_memory() -> bool:
 
     Activations come and go by the hundred in each step; as mappings of their own they would be faulted in and zeroed
     every time (measured: a step took 1.4 times as long). Larger blocks, the gradients and logits of a big head, still
-    go at once. Threads share the one heap: of the micro-batches' threads only one runs at a time.
+    go at once. Threads share the one heap: of the micro-batches' threads only one runs at a time. Returns False, and
+    changes nothing, where the C library is not glibc.
     """
     if not keep_large_allocations_out_of_heap(32 << 20):
         return False

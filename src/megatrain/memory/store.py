@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatrain.errors import IntegrityError
-from megatrain.memory.arena import allocate, discard_pages
+from megatrain.memory.arena import allocate, allocate_elements, discard_pages
 from megatrain.memory.layout import Place, SlabLayout
 from megatrain.model.partition import ParameterSlot, Partition
 from megatrain.optim.split_master import merge, split
@@ -50,9 +50,8 @@ class Slab:
 
 @dataclass(slots=True)
 class UnitState:
-    """Everything the host holds for one unit; unit index -1 holds the stray parameters."""
+    """Everything the host holds for one unit."""
 
-    unit: int
     slabs: list[Slab]
 
 
@@ -70,6 +69,18 @@ class SlotState:
     def view(self, flat: Tensor) -> Tensor:
         """This parameter's part of a 1-D tensor that is laid out like its slab, in its own shape."""
         return flat[self.slab.range_of(self.place)].view(self.place.shape)
+
+    @property
+    def weight(self) -> Tensor:
+        """In the parameter's own shape."""
+        return self.view(self.slab.weight)
+
+    @property
+    def remainder(self) -> np.ndarray | None:
+        """The rest of the master, int16 (count); None where the weight is all there is: fp32, or frozen."""
+        if self.slab.remainder is None or not self.place.trainable:
+            return None
+        return self.slab.remainder[self.slab.range_of(self.place)]
 
 
 @dataclass(slots=True)
@@ -89,7 +100,7 @@ class HostStore:
         parameter. fp32 and fp16 sources become exact masters. `mapped`: sources are pages of a checkpoint's file that
         nobody else reads; they are given back one by one, since the mapping itself goes only with its last tensor.
         """
-        state = UnitState(unit, [_allocate_slab(layout, weight) for layout, weight in _weight_views(slabs)])
+        state = UnitState([_allocate_slab(layout, weight) for layout, weight in _weight_views(slabs)])
         for slab in state.slabs:
             for place in slab.layout.places:
                 entry = SlotState(slots[place.slot], unit, slab, place)
@@ -97,7 +108,7 @@ class HostStore:
                 parameter = entry.slot.parameter
                 source = parameter.data
                 self.write_master(place.slot, source)
-                parameter.data = entry.view(slab.weight)
+                parameter.data = entry.weight
                 entry.version = parameter._version
                 if mapped:
                     discard_pages(source)
@@ -106,30 +117,24 @@ class HostStore:
 
     def write_master(self, slot: int, source: Tensor) -> None:
         """Set a parameter's master from `source` (any float dtype, the parameter's shape); steps and moments stay."""
-        entry = self.slots[slot]
-        target = entry.view(entry.slab.weight)
-        remainder = entry.slab.remainder
-        if remainder is None or not entry.place.trainable:
-            target.copy_(source)
+        weight, remainder = self.slots[slot].weight, self.slots[slot].remainder
+        if remainder is None:
+            weight.copy_(source)
         elif source.dtype == torch.bfloat16:
-            target.copy_(source)
-            remainder[entry.slab.range_of(entry.place)] = 0
+            weight.copy_(source)
+            remainder[:] = 0
         else:
-            where = entry.slab.range_of(entry.place)
             master = source.detach().to(torch.float32).contiguous().view(-1).numpy()
-            split(self.workers, master, bits(entry.slab.weight)[where], remainder[where])
+            split(self.workers, master, bits(weight.view(-1)), remainder)
 
     def read_master(self, slot: int) -> Tensor:
         """A parameter's exact master as a new fp32 tensor in its own shape (frozen: its weight in fp32)."""
-        entry = self.slots[slot]
-        weight = entry.view(entry.slab.weight)
-        remainder = entry.slab.remainder
-        if remainder is None or not entry.place.trainable:
+        weight, remainder = self.slots[slot].weight, self.slots[slot].remainder
+        if remainder is None:
             return weight.detach().to(torch.float32, copy=True)
-        where = entry.slab.range_of(entry.place)
-        master = torch.empty(entry.place.count, dtype=torch.float32)
-        merge(self.workers, bits(entry.slab.weight)[where], remainder[where], master.numpy())
-        return master.view(entry.place.shape)
+        master = torch.empty(weight.shape, dtype=torch.float32)
+        merge(self.workers, bits(weight.view(-1)), remainder, master.view(-1).numpy())
+        return master
 
     def reset_moments(self, slot: int) -> None:
         """Forget moments and step count; the master stays."""
@@ -156,11 +161,16 @@ class HostStore:
                         " call engine.flush() before writing into parameters"
                     )
                 entry.version = parameter._version
-                if entry.place.trainable and entry.slab.remainder is not None:
-                    entry.slab.remainder[entry.slab.range_of(entry.place)] = 0
+                if entry.remainder is not None:
+                    entry.remainder[:] = 0
 
-    def weight_bytes(self, unit: int) -> int:
-        return sum(slab.layout.weight_bytes for slab in self.units[unit].slabs)
+    def unit_memory(self, unit: int) -> Tensor:
+        """All weights of a unit as they lie in memory, one behind the other: uint8."""
+        slabs = self.units[unit].slabs
+        storage = slabs[0].weight.untyped_storage()
+        n_bytes = sum(slab.layout.weight_bytes for slab in slabs)
+        memory = torch.empty(0, dtype=torch.uint8)
+        return memory.set_(storage, slabs[0].weight.storage_offset(), (n_bytes,), (1,))
 
     def bytes_by_category(self) -> dict[str, int]:
         """Bytes held now, by category; the plan's counterpart."""
@@ -202,8 +212,7 @@ class HostStore:
 def gradient_buffers(slabs: list[Slab]) -> Iterator[Tensor]:
     """A page-aligned gradient buffer for each of `slabs`, of its weight's dtype, (state_count)."""
     for slab in slabs:
-        dtype = TORCH_DTYPE[slab.layout.dtype]
-        yield allocate(slab.layout.gradient_bytes)[: slab.layout.gradient_bytes].view(dtype)
+        yield allocate_elements(slab.layout.state_count, TORCH_DTYPE[slab.layout.dtype])
 
 
 def bits(tensor: Tensor) -> np.ndarray:
@@ -223,10 +232,10 @@ def _weight_views(slabs: list[SlabLayout]) -> Iterator[tuple[SlabLayout, Tensor]
 
 
 def _allocate_slab(layout: SlabLayout, weight: Tensor) -> Slab:
-    remainder = allocate(layout.remainder_bytes)[: layout.remainder_bytes].view(torch.int16).numpy()
-    moments = allocate(2 * layout.moment_bytes)[: 2 * layout.moment_bytes].view(torch.float32).numpy()
     count = layout.state_count
-    return Slab(layout, weight, remainder if layout.dtype == "bf16" else None, moments[:count], moments[count:])
+    remainder = allocate_elements(count, torch.int16).numpy() if layout.dtype == "bf16" else None
+    moments = allocate_elements(2 * count, torch.float32).numpy()
+    return Slab(layout, weight, remainder, moments[:count], moments[count:])
 
 
 def home_layouts(part: Partition) -> Iterator[tuple[int, list[ParameterSlot]]]:

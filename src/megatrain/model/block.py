@@ -6,9 +6,9 @@ outside, it asks of a `UnitHost`: weights to bind, where gradients go, when othe
     forward   host.arrive -> host.fetch -> bind -> run on detached inputs -> unbind      keeps: inputs, RNG, autocast
     backward  host.arrive -> host.fetch -> bind -> run with grad on detached inputs -> autograd.grad -> host.receive
 
-With `keeps_graph` the first run's graph is kept and backward skips the second (memory for time; same bits). Inside
-`Executor.direct()` units join the surrounding graph with leaf weights: the head, whose backward follows
-its forward at once.
+With `keeps_graph` the first run's graph is kept, with the weights where they are, and backward skips the second run.
+Inside `Executor.direct()` units join the surrounding graph with leaf weights: the head, whose backward follows its
+forward at once.
 """
 
 from collections.abc import Callable
@@ -49,8 +49,14 @@ class UnitHost(Protocol):
     def takes_turns(self) -> bool:
         """Whether several micro-batches run in turns, in a step early enough to look for what they share."""
 
-    def fetch(self, unit: Unit) -> dict[int, Tensor]:
+    def fetch(self, unit: Unit, *, backward: bool = False) -> dict[int, Tensor]:
         """Current weights of the unit on the compute device, by slot index, without gradient history."""
+
+    def keep_inputs(self, unit: Unit, tensors: dict[int, Tensor]) -> dict[int, Any]:
+        """Keep inputs of a call for its backward, by position; those that are not in the result autograd keeps."""
+
+    def take_inputs(self, unit: Unit, kept: dict[int, Any]) -> dict[int, Tensor]:
+        """What `keep_inputs` was given, on the compute device, for the backward that has begun."""
 
     def computing(self) -> AbstractContextManager[Any]:
         """Entered around a unit's run and its differentiation, for what the device needs."""
@@ -152,6 +158,7 @@ class UnitCall:
         self.graph: _Graph | None = None
         self.result: _Result | None = None
         self.own_outputs: list[bool] = []  # whether each output requires a gradient
+        self.kept_inputs: dict[int, Any] = {}  # by position, those that the host keeps
         self.open = False  # its backward is still to come
 
     def __del__(self) -> None:
@@ -197,24 +204,27 @@ class UnitCall:
         return [t.detach() for t in result.tensors]
 
     def differentiate(
-        self, inputs: list[Tensor], needed: list[bool], output_gradients: list[Tensor | None]
+        self, saved: tuple[Tensor | None, ...], needed: list[bool], output_gradients: list[Tensor | None]
     ) -> list[Tensor | None]:
-        """Gradients of the inputs that need one; the parameters' go to the host."""
+        """Gradients of the inputs that need one; the parameters' go to the host. `saved`: inputs that autograd kept."""
         block, host = self.block, self.block.host
         host.arrive(block.unit, backward=True)
         if self.generation != host.generation:
             raise RuntimeError(f"{block.where}: backward of a forward that ran before step(); its weights have changed")
         graph, self.graph = self.graph, None
+        weights = host.fetch(block.unit, backward=True)
+        kept = host.take_inputs(block.unit, self.kept_inputs)
+        inputs = [kept[n] if tensor is None else tensor for n, tensor in enumerate(saved)]
+        self.kept_inputs = {}
         if graph is None:
-            graph = self._recompute(inputs, needed)
+            graph = self._recompute(inputs, needed, weights)
         input_gradients, parameter_gradients = graph.differentiate(output_gradients)
         self.open = False
         host.receive(block.unit, parameter_gradients)
         return input_gradients
 
-    def _recompute(self, inputs: list[Tensor], needed: list[bool]) -> "_Graph":
-        block, host = self.block, self.block.host
-        weights = host.fetch(block.unit)
+    def _recompute(self, inputs: list[Tensor], needed: list[bool], weights: dict[int, Tensor]) -> "_Graph":
+        block = self.block
         with ExitStack() as stack:
             stack.enter_context(self.autocast.entered())
             stack.enter_context(block.attributes.replaying(self.attributes))
@@ -319,7 +329,9 @@ class _UnitNode(torch.autograd.Function):
     def forward(ctx: Any, call: UnitCall, anchor: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
         outputs = call.run_first(list(inputs))
         ctx.call = call
-        ctx.save_for_backward(*inputs)
+        hidden = {n: t for n, t in enumerate(inputs) if ctx.needs_input_grad[n + 2]}
+        call.kept_inputs = call.block.host.keep_inputs(call.block.unit, hidden)
+        ctx.save_for_backward(*[None if n in call.kept_inputs else t for n, t in enumerate(inputs)])
         # as in plain PyTorch, what depends on no weight and no input with a gradient requires none
         ctx.mark_non_differentiable(*[t for t, own in zip(outputs, call.own_outputs, strict=True) if not own])
         ctx.set_materialize_grads(False)
@@ -331,9 +343,8 @@ class _UnitNode(torch.autograd.Function):
     @torch.autograd.function.once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, *output_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         call: UnitCall = ctx.call
-        inputs = list(ctx.saved_tensors)
         needed = list(ctx.needs_input_grad[2:])
-        return (None, None, *call.differentiate(inputs, needed, list(output_gradients)))
+        return (None, None, *call.differentiate(ctx.saved_tensors, needed, list(output_gradients)))
 
 
 def _without_leaf_errors(block: UnitForward, args: Any, kwargs: Any) -> Any:

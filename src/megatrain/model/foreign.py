@@ -8,7 +8,7 @@ from megatrain.errors import UnsupportedModelError
 
 
 class ForeignTensorError(UnsupportedModelError):
-    """A unit reads a tensor with a gradient that is not among its arguments."""
+    """A unit reads something that is not among its arguments and would get no gradient, or another micro-batch's."""
 
 
 def refuse_foreign_tensors(where: str, outputs: list[Tensor], given: list[Tensor]) -> None:

@@ -116,20 +116,20 @@ class ChunkedHead:
     def chunks(self, hidden: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor, slice]]:
         """(hidden states, shifted labels, token range) per chunk; the original shape where one chunk is enough.
 
-        `hidden` [batch, tokens, hidden], `labels` [batch, tokens] as given by the user. Chunks without a target are
-        left out: their gradient is zero.
+        `hidden` [batch, tokens, hidden], `labels` [batch, tokens] as given by the user, on the host. Chunks without a
+        target are left out: their gradient is zero.
         """
         shifted = shift_labels(labels)
         tokens = shifted.numel()
         size = self.chunk_tokens()
         if tokens <= size:
-            yield hidden, shifted, slice(0, tokens)
+            yield hidden, shifted.to(hidden.device, non_blocking=True), slice(0, tokens)
             return
         flat, targets = hidden.reshape(1, tokens, -1), shifted.reshape(1, tokens)
         for start in range(0, tokens, size):
             part = slice(start, min(start + size, tokens))
             if bool((targets[:, part] != IGNORED).any()):
-                yield flat[:, part], targets[:, part], part
+                yield flat[:, part], targets[:, part].to(hidden.device, non_blocking=True), part
 
     def chunk_tokens(self) -> int:
         """Tokens whose fp32 logits take about 16 MiB, in whole multiples of 64."""

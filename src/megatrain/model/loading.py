@@ -25,10 +25,11 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers import initialization as transformers_initialization
 from transformers.utils import cached_file
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from megatrain.errors import ConfigError
 
@@ -61,15 +62,15 @@ def load_config(path_or_id: str | os.PathLike[str] | Mapping[str, Any], **overri
     """
     try:
         if isinstance(path_or_id, Mapping):
-            config = _config_from_entries({**path_or_id})
-        elif (path := Path(path_or_id).expanduser()).is_file():
-            config = _config_from_entries(json.loads(path.read_text(encoding="utf-8")))
+            config = _config_from_entries(copy.deepcopy({**path_or_id}))  # transformers writes into nested entries
+        elif os.path.isfile(path := os.path.expanduser(path_or_id)):
+            config = _config_from_entries(json.loads(Path(path).read_text(encoding="utf-8")))
         else:
             source = _existing_source(path_or_id)
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except ConfigError:
+        raise
+    except Exception as error:  # the checks of 600 configurations raise whatever they come across
         raise _unreadable(path_or_id, error) from error
     for key, value in overrides.items():
         if not hasattr(config, key):
@@ -87,17 +88,16 @@ def model_class_for(config: PretrainedConfig) -> type[PreTrainedModel]:
     """
     for name in getattr(config, "architectures", None) or ():
         named = getattr(transformers, str(name), None)
-        # a bare `LlamaModel` has no loss; a class of another type would not understand the configuration
+        # a bare `LlamaModel` has no loss
         if isinstance(named, type) and issubclass(named, PreTrainedModel) and _has_head(named):
-            expected = getattr(named, "config_class", None)
-            if expected is None or isinstance(config, expected):
+            if _understands(named, config):
                 return named
-    for mapping in _AUTO_MAPPINGS:
-        found = getattr(transformers, mapping, {}).get(type(config), None)
-        if found is not None:
-            # some types map to several classes, the usual one first
-            choice = found[0] if isinstance(found, (tuple, list)) else found
-            return _as_model_class(choice)
+    found = [getattr(transformers, mapping, {}).get(type(config), None) for mapping in _AUTO_MAPPINGS]
+    # some types map to several classes, the usual one first
+    choices = [_as_model_class(one[0] if isinstance(one, (tuple, list)) else one) for one in found if one is not None]
+    if choices:
+        # the causal LM of a model that also sees may be one of its text part only
+        return next((choice for choice in choices if _understands(choice, config)), choices[0])
     raise ConfigError(
         f"transformers {transformers.__version__} has no model with a head for type "
         f"{config.model_type!r}; use a causal-LM, image-text-to-text, seq2seq or classification model"
@@ -135,6 +135,14 @@ def initialise(
         return _from_config(config, dtype, attn_implementation)
 
 
+def check_weights(path_or_id: str | os.PathLike[str]) -> None:
+    """Raise ConfigError where the safetensors weights of a transformers folder or hub id are missing or damaged.
+
+    Reads only their headers; of a hub id, after a download.
+    """
+    _stored_dtype(_weight_files(_existing_source(path_or_id), {"local_files_only": False, "revision": "main"}))
+
+
 def load_pretrained(
     path_or_id: str | os.PathLike[str],
     *,
@@ -156,7 +164,7 @@ def load_pretrained(
     where: dict[str, Any] = {"local_files_only": local_files_only, "revision": revision or "main"}
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:
         raise _unreadable(path_or_id, error) from error
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"the weights in {path_or_id} are quantized; training needs bf16, fp16 or fp32 weights")
@@ -176,8 +184,10 @@ def load_pretrained(
                 **where,
                 **extra,
             )
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError, SafetensorError) as error:
-        raise ConfigError(f"cannot load {path_or_id} as {model_class.__name__}: {_one_line(error)}") from error
+    except Exception as error:
+        if _is_out_of_memory(error):
+            raise
+        raise ConfigError(f"cannot load {path_or_id} as {model_class.__name__}: {one_line(error)}") from error
     _check_completeness(path_or_id, model_class.__name__, found)
     return _as_model(model)
 
@@ -227,36 +237,44 @@ def _from_config(config: PretrainedConfig, dtype: torch.dtype, attn_implementati
     try:
         # a copy: transformers writes dtype and attention into the configuration that it is given
         return _as_model(model_class._from_config(copy.deepcopy(config), dtype=dtype, **extra))
-    except (ValueError, KeyError, TypeError, ImportError, AttributeError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+    except Exception as error:  # a model's constructor raises whatever a wrong setting makes it stumble over
+        if _is_out_of_memory(error):
             raise
-        raise ConfigError(f"cannot build {model_class.__name__}: {_one_line(error)}") from error
+        raise ConfigError(f"cannot build {model_class.__name__}: {one_line(error)}") from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
 
 
 def _existing_source(path_or_id: str | os.PathLike[str]) -> str:
     """A readable model folder's path, or the text of a hub id; ConfigError on a path that is neither."""
     text = os.fspath(path_or_id)
-    path = Path(text).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(text))
+    if os.path.isdir(path):
         if not (path / "config.json").is_file():
-            raise ConfigError(f"{text} has no config.json; give a folder that transformers can load")
+            raise ConfigError(f"{text} has no config.json; give a folder that transformers can load or a run has saved")
         try:
             entries = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{text}/config.json is not JSON: {_one_line(error)}") from error
+        except OSError as error:
+            raise ConfigError(f"cannot read {text}/config.json: {error.strerror}") from error
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{text}/config.json is not JSON: {one_line(error)}") from error
         _check_model_type(entries.get("model_type") if isinstance(entries, dict) else None)
         return str(path)
     looks_like_path = isinstance(path_or_id, Path) or text.count("/") > 1 or text.startswith((".", "/", "~"))
-    if looks_like_path or path.exists():
+    if looks_like_path or os.path.exists(path):
         raise ConfigError(f"{text} is not a folder; give a transformers folder or a hub id such as org/name")
     return text
 
 
 def _unreadable(path_or_id: object, error: Exception) -> ConfigError:
     """What to say where no configuration could be read."""
-    if isinstance(path_or_id, str) and not Path(path_or_id).expanduser().exists():
-        return ConfigError(f"{path_or_id} is no folder here, and the hub did not give it: {_one_line(error)}")
-    return ConfigError(f"cannot read a model configuration from {path_or_id}: {_one_line(error)}")
+    if isinstance(path_or_id, str) and not os.path.exists(os.path.expanduser(path_or_id)):
+        return ConfigError(f"{path_or_id} is no folder here, and the hub did not give it: {one_line(error)}")
+    if isinstance(path_or_id, Mapping):
+        return ConfigError(one_line(error))
+    return ConfigError(f"cannot read a model configuration from {path_or_id}: {one_line(error)}")
 
 
 def _weight_files(source: str, where: dict[str, Any]) -> list[Path]:
@@ -268,7 +286,7 @@ def _weight_files(source: str, where: dict[str, Any]) -> list[Path]:
                 source, name, _raise_exceptions_for_missing_entries=False, trust_remote_code=False, **where
             )
         except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot fetch {name} of {source}: {_one_line(error)}") from error
+            raise ConfigError(f"cannot fetch {name} of {source}: {one_line(error)}") from error
         return None if found is None else Path(found)
 
     single = find(WEIGHTS_NAME)
@@ -283,7 +301,7 @@ def _weight_files(source: str, where: dict[str, Any]) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError) as error:
-        raise ConfigError(f"{index} is damaged: {_one_line(error)}") from error
+        raise ConfigError(f"{index} is damaged: {one_line(error)}") from error
     files = {name: find(name) for name in names}
     missing = [name for name, path in files.items() if path is None]
     if missing:
@@ -317,7 +335,7 @@ def _header(file: Path) -> dict[str, dict[str, Any]]:
         if end != file.stat().st_size:
             raise ValueError(f"{file.stat().st_size} bytes where its header describes {end}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{file} is not a whole safetensors file: {_one_line(error)}") from error
+        raise ConfigError(f"{file} is not a whole safetensors file: {one_line(error)}") from error
     return header
 
 
@@ -332,7 +350,7 @@ def _check_completeness(path_or_id: str | os.PathLike[str], class_name: str, fou
             f"{path_or_id} lacks {len(missing)} of the weights of {class_name} (they would be random): {_some(missing)}"
         )
     if found.get("error_msgs"):
-        raise ConfigError(f"cannot load {path_or_id}: {_one_line(found['error_msgs'][0])}")
+        raise ConfigError(f"cannot load {path_or_id}: {one_line(found['error_msgs'][0])}")
     unexpected = sorted(found["unexpected_keys"])
     if unexpected:
         logger.warning("%s: %s has no place for %s", path_or_id, class_name, _some(unexpected))
@@ -340,18 +358,24 @@ def _check_completeness(path_or_id: str | os.PathLike[str], class_name: str, fou
 
 @contextlib.contextmanager
 def _without_loading_report() -> Iterator[None]:
-    """Keep transformers' table of missing and unexpected weights off the terminal; we report ourselves."""
+    """Keep transformers' bar and its table of missing and unexpected weights off the terminal.
+
+    Weights are mapped before the bar could help, and we report ourselves.
+    """
 
     # a filter, because a raised level makes transformers run (and report) further checks
     def is_no_report(record: logging.LogRecord) -> bool:
         return "LOAD REPORT" not in str(record.msg)
 
-    noisy = logging.getLogger("transformers.modeling_utils")
+    noisy, shows_bars = logging.getLogger("transformers.modeling_utils"), is_progress_bar_enabled()
     noisy.addFilter(is_no_report)
+    disable_progress_bar()
     try:
         yield
     finally:
         noisy.removeFilter(is_no_report)
+        if shows_bars:
+            enable_progress_bar()
 
 
 def _config_from_entries(entries: dict[str, Any]) -> PretrainedConfig:
@@ -365,7 +389,7 @@ def _check_model_type(model_type: object) -> None:
     """Refuse, with the nearest names, a type that transformers does not know (it would list all 600)."""
     if model_type is None:
         raise ConfigError("a model configuration needs an entry model_type, for example llama")
-    if model_type in CONFIG_MAPPING:
+    if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
         return
     near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING.keys()), n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
@@ -380,6 +404,11 @@ def _config_dtype(config: PretrainedConfig) -> torch.dtype:
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def _understands(model_class: type[PreTrainedModel], config: PretrainedConfig) -> bool:
+    expected = getattr(model_class, "config_class", None)
+    return expected is None or isinstance(config, expected)
 
 
 def _has_head(model_class: type[PreTrainedModel]) -> bool:
@@ -402,7 +431,12 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_MAX_NAMES_IN_ERROR]) + (f" and {more} more" if more > 0 else "")
 
 
-def _one_line(error: object) -> str:
+def one_line(error: object) -> str:
     """The first line of an error's text that says something."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+        error = error.__cause__  # what is wrong, without the name of the check that found it
+    text = str(error)
+    if isinstance(error, KeyError) and error.args:  # its text is the key's repr, or that of a whole sentence
+        text = str(error.args[0]) if " " in str(error.args[0]) else f"unknown name {error.args[0]!r}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__

@@ -7,11 +7,13 @@ there, whatever their shapes, and a later phase begins only when every thread ha
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
 from megatrain.model.side_effects import AutocastState, RandomState
+from megatrain.threads import KeptThread
 
 T = TypeVar("T")
 Progress = tuple[int, int]  # (phase, position in it): compared, the smaller goes first
@@ -24,6 +26,7 @@ class Abandoned(BaseException):
 class HandOver:
     """Runs bodies in turns. `device` is the compute device, whose random generator each thread has to itself.
 
+    Threads are started when they are first needed and end with this object.
     `carried`: further state that belongs to a micro-batch; each entry saves it and returns what puts it back.
     """
 
@@ -35,6 +38,7 @@ class HandOver:
         self._running = 0
         self._failure: BaseException | None = None
         self._local = threading.local()
+        self._threads: list[KeptThread] = []  # by number of the micro-batch
 
     def run(self, bodies: Sequence[Callable[[], T]]) -> list[T]:
         """Run `bodies` to their ends and return their results in order; the first exception is raised again."""
@@ -49,37 +53,33 @@ class HandOver:
         def body(number: int) -> None:
             self._local.number = number
             torch.set_num_threads(compute_threads)  # OpenMP keeps the number per thread, and sums depend on it
-            try:
-                self._wait_for_turn(number)
-                with autocast.entered(), torch.set_grad_enabled(gradients_on):
-                    results[number] = bodies[number]()
-            except Abandoned:
-                pass
-            except BaseException as error:  # raised again below, in the caller's thread
-                self._failure = self._failure or error
-            finally:
-                self._leave(number)
+            self._wait_for_turn(number)
+            with autocast.entered(), torch.set_grad_enabled(gradients_on):
+                results[number] = bodies[number]()
 
         outside = RandomState(self._device)
-        threads = [
-            threading.Thread(target=body, args=(n,), name=f"micro-batch-{n}", daemon=True) for n in range(len(bodies))
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        while len(self._threads) < len(bodies):
+            self._threads.append(KeptThread(f"micro-batch-{len(self._threads)}"))
+        self._start_and_wait(body)
         outside.restore()
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
         return results
 
+    def close(self) -> None:
+        """End the threads."""
+        while self._threads:
+            self._threads.pop().close()
+
     def boundary(self, progress: Progress) -> None:
         """Say how far this thread is and let the least advanced one run; returns when it is this one's turn again."""
         number = self.number
-        if number is None or number not in self._progress:
+        if number is None:
             return  # a single micro-batch, or a call from outside a step
         with self._turn:
+            if self._failure is not None:
+                raise Abandoned
             self._progress[number] = progress
             chosen = self._least_advanced()
             if chosen == number:
@@ -114,9 +114,25 @@ class HandOver:
             if self._failure is not None:
                 raise Abandoned
 
-    def _leave(self, number: int) -> None:
+    def _leave(self, number: int, error: BaseException | None) -> None:
         with self._turn:
-            self._progress.pop(number, None)
+            if not isinstance(error, Abandoned):
+                self._failure = self._failure or error
+            self._progress.pop(number, None)  # an interrupt can start a body twice: the second is abandoned
             if self._progress:
                 self._pass_on(self._least_advanced())
             self._turn.notify_all()
+
+    def _start_and_wait(self, body: Callable[[int], None]) -> None:
+        """Run `body` for each micro-batch. An interrupt (Ctrl-C) ends all at their next boundary and waits for them."""
+        to_start = list(self._progress)
+        while to_start or self._progress:
+            try:
+                while to_start:
+                    number = to_start[0]
+                    self._threads[number].start(partial(body, number), partial(self._leave, number))
+                    del to_start[0]
+                with self._turn:
+                    self._turn.wait_for(lambda: not self._progress)
+            except KeyboardInterrupt as interrupt:
+                self._failure = self._failure or interrupt

@@ -1,7 +1,7 @@
 """What the engine changes about a model as a whole: caches under gradients, checkpointing, moves and casts."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from megatrain.errors import UnsupportedModelError
 from megatrain.model.foreign import ForeignTensorError
 from megatrain.model.trees import CacheError
 
+_HOST = torch.device("cpu")
 _CAPTURE_FLAGS = ("output_router_logits", "output_hidden_states", "output_attentions")
 
 
@@ -36,15 +37,34 @@ class RootForward:
     model whose caches cannot be treated so runs with `use_cache` off from its first call on.
     """
 
-    def __init__(self, model: nn.Module, flush: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        flush: Callable[[], None],
+        forward_pass: Callable[[], AbstractContextManager[None]],
+        hiding: Callable[[], AbstractContextManager[None]] = nullcontext,
+        device: torch.device = _HOST,
+    ) -> None:
         self.model = model
+        self._device = device
         self._flush = flush
+        self._forward_pass = forward_pass
+        self._hiding = hiding
         self.forward: Callable[..., Any] = model.forward
         self._configs = configurations(model)
         self._caches_off = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._flush()  # the model's own code may read any parameter, not only through the unit that owns it
+        with self._forward_pass(), self._hiding():
+            return self._call(tuple(map(self._moved, args)), {name: self._moved(v) for name, v in kwargs.items()})
+
+    def _moved(self, value: Any) -> Any:
+        """An argument where the model computes: callers may leave their batches on the host."""
+        away = isinstance(value, torch.Tensor) and value.device != self._device and self._device.type != "cpu"
+        return value.to(self._device, non_blocking=True) if away else value
+
+    def _call(self, args: Any, kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
         if not self._caches_off and any(c.__dict__.get("use_cache") for c in self._configs):
@@ -75,6 +95,21 @@ class RootForward:
         finally:
             for config, name, value in changed:
                 config.__dict__[name] = value
+
+
+def report_device(model: nn.Module, device: torch.device) -> Callable[[], None]:
+    """Make `model.device`, of this model and those inside it, say where they compute: transformers reads it off the
+    first parameter, which stays on the host. Returns what undoes it."""
+    changed = [(m, type(m)) for m in model.modules() if isinstance(getattr(type(m), "device", None), property)]
+    for module, own in changed:
+        members = {"device": property(lambda _self: device), "__module__": own.__module__, "__doc__": own.__doc__}
+        module.__class__ = type(own.__name__, (own,), members)
+
+    def undo() -> None:
+        for module, own in changed:
+            module.__class__ = own
+
+    return undo
 
 
 def guard(model: nn.Module, device: torch.device) -> None:

@@ -89,21 +89,22 @@ class WrittenAttributes:
         """What is there now, the unit has left."""
         self._left = self.snapshot()
 
-    def refuse_shared(self, first: bool) -> None:
-        """Raise UnsupportedModelError if the model has set an attribute: of micro-batches that run in turns, each
-        would read the other's. The `first` one may set each once: a model may set constants in its first forward."""
-        for key, value in self.snapshot().items():
-            if key in self.known or not _differ(value, self._left.get(key)):
-                continue
-            if key in self._set_by_model or not first:
-                number, name = key
-                raise UnsupportedModelError(
-                    f"{self._where}: the model sets {type(self._modules[number]).__name__}.{name} while it runs, and"
-                    " micro-batches that run in turns would read one another's; pass it as an argument, or give each"
-                    " step one micro-batch"
-                )
-            self._set_by_model.add(key)
-            self._left[key] = value
+    def shared(self, first: bool) -> str | None:
+        """What the model has set since it was last looked: of micro-batches that run in turns, each would read the
+        other's. The `first` one may set each attribute once: a model may set constants in its first forward."""
+        found = self.snapshot()
+        new = [key for key, value in found.items() if key not in self.known and _differ(value, self._left.get(key))]
+        shared = [key for key in new if key in self._set_by_model or not first]
+        self._set_by_model.update(new)
+        self._left = found
+        if not shared:
+            return None
+        number, name = shared[0]
+        return (
+            f"{self._where}: the model sets {type(self._modules[number]).__name__}.{name} while it runs, and"
+            " micro-batches that run in turns would read one another's; pass it as an argument, or give each step one"
+            " micro-batch"
+        )
 
     def written(self, before: Attributes) -> tuple[list[tuple[nn.Module, str]], list[Tensor]]:
         """(places, tensors) that the run assigned. Raises UnsupportedModelError for a container it changed."""
@@ -201,6 +202,7 @@ class WrittenBuffers:
     """
 
     _LARGE_BYTES = 1024**2
+    _LOOK_RUNS = 8
 
     def __init__(self, module: nn.Module, where: str) -> None:
         self._owners = [m for m in module.modules() if m._buffers]
@@ -215,7 +217,7 @@ class WrittenBuffers:
         for owner in self._owners:
             for name, tensor in owner._buffers.items():
                 if tensor is not None:
-                    copied = self._runs == 1 or tensor.nbytes <= self._LARGE_BYTES or (id(owner), name) in self._written
+                    copied = (id(owner), name) in self._written or self._compares(tensor)
                     value = tensor.clone() if copied else None
                     states.append(BufferState(owner, name, tensor, tensor._version, value))
         return states
@@ -228,15 +230,26 @@ class WrittenBuffers:
             if tensor is None:
                 raise UnsupportedModelError(f"{self._where}: its forward removed the buffer {state.name}")
             same = tensor is state.tensor and tensor._version == state.version
-            if same and (state.value is None or torch.equal(tensor, state.value)):
+            if same and (state.value is None or not self._changed_past_counter(state, tensor)):
                 continue
-            if same and torch.isnan(tensor).any():
-                continue  # unequal to itself only
             if state.value is None:
                 raise UnsupportedModelError(f"{self._where}: its forward changed the large buffer {state.name}")
             self._written.add((id(state.module), state.name))
             found.append(state)
         return found
+
+    def _compares(self, tensor: Tensor) -> bool:
+        """Whether to compare values, on a device which waits for that only while the model is being learnt."""
+        if tensor.device.type != "cpu":
+            return self._runs <= self._LOOK_RUNS
+        return self._runs == 1 or tensor.nbytes <= self._LARGE_BYTES
+
+    def _changed_past_counter(self, state: BufferState, tensor: Tensor) -> bool:
+        assert state.value is not None
+        if not self._compares(tensor):
+            return True  # it is known to change
+        equal = torch.equal(tensor, state.value)
+        return not equal and not bool(torch.isnan(tensor).any())  # a NaN is unequal to itself
 
     @staticmethod
     @contextmanager

@@ -11,7 +11,7 @@ import dataclasses
 import enum
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -243,9 +243,3 @@ def _compare(
                     f"{where}: it changed the field {name} of a {type(node.original).__name__} passed as argument;"
                     " return the tensor instead, or use a dict"
                 )
-
-
-def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """`tree` with `function` applied to each tensor; containers rebuilt."""
-    flat = FlatTree(tree, "batch")
-    return flat.build([function(t) for t in flat.tensors])

@@ -16,9 +16,9 @@ from megatrain.model.partition import ParameterSlot
 class AdamW:
     """Hyper-parameters of AdamW (Loshchilov & Hutter, arXiv 1711.05101), bit-equal to torch's fused one.
 
-    Weight decay applies to parameters with two or more dimensions. `param_groups` says otherwise: a sequence
-    of mappings with `params` (name patterns such as `*.bias`) and any of lr, betas, eps, weight_decay; for
-    each parameter the first group with a matching pattern counts.
+    Weight decay applies to parameters with two or more dimensions, unless a group sets its own. `param_groups`
+    is a sequence of mappings with `params` (name patterns such as `*.bias`) and any of lr, betas, eps,
+    weight_decay; for each parameter the first group with a matching pattern counts.
     """
 
     lr: float = 1e-5
@@ -56,20 +56,21 @@ class AdamW:
         Raises ConfigError for a pattern that matches nothing: a typo would silently train with other
         settings.
         """
-        settings = [*(self._with(g) for g in self.param_groups), self, replace(self, weight_decay=0.0)]
+        # of every group two: parameters with two or more dimensions, and the others
+        pairs = [(self._with(g), "weight_decay" in g) for g in self.param_groups] + [(self, False)]
+        settings = [s for g, decays in pairs for s in (g, g if decays else replace(g, weight_decay=0.0))]
         patterns = [_patterns(g["params"]) for g in self.param_groups]
         members: list[list[ParameterSlot]] = [[] for _ in settings]
         for slot in slots:
             if not slot.parameter.requires_grad:
                 continue
             named = (n for n, p in enumerate(patterns) if any(fnmatch.fnmatchcase(slot.name, one) for one in p))
-            default = len(patterns) + (0 if slot.parameter.ndim >= 2 else 1)
-            members[next(named, default)].append(slot)
+            members[2 * next(named, len(patterns)) + (slot.parameter.ndim < 2)].append(slot)
         for number, pattern in enumerate(patterns):
             _check(
                 f"param_groups[{number}].params",
                 pattern,
-                bool(members[number]),
+                bool(members[2 * number] or members[2 * number + 1]),
                 "patterns that match a parameter",
             )
         groups: list[dict[str, Any]] = []

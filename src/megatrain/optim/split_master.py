@@ -20,6 +20,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from megatrain.optim.arrays import check_dtype, check_lengths
 from megatrain.optim.workers import Workers, kernel
 
 # Scalar helpers, inlined into the kernels. Every step is wrapped in np.uint32: numba widens integer
@@ -81,12 +82,7 @@ def merge(
 
 
 def _check(master: NDArray[np.float32], weight: NDArray[np.uint16], remainder: NDArray[np.int16]) -> None:
-    for name, array, dtype in (
-        ("master", master, np.float32),
-        ("weight", weight, np.uint16),
-        ("remainder", remainder, np.int16),
-    ):
-        if array.dtype != dtype:
-            raise TypeError(f"{name} is {array.dtype}, not {np.dtype(dtype)}")
-        if array.shape != (master.size,) or not array.flags.c_contiguous:
-            raise ValueError(f"{name} has shape {array.shape}; 1-D, contiguous and of length {master.size} is needed")
+    check_dtype(np.float32, master=master)
+    check_dtype(np.uint16, weight=weight)
+    check_dtype(np.int16, remainder=remainder)
+    check_lengths(master=master, weight=weight, remainder=remainder)

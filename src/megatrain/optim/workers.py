@@ -6,6 +6,7 @@ and the OpenMP layers stall when torch computes at the same time.
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from queue import SimpleQueue
 from types import TracebackType
@@ -13,11 +14,12 @@ from typing import Any, Self
 
 from numba import njit
 
+from megatrain.threads import KeptThread
+
 # Below this many elements (a fraction of a millisecond of work) waking threads costs more than it saves.
 INLINE_ELEMENTS = 1 << 16
 
 _Done = SimpleQueue[tuple[int, BaseException | None]]
-_Task = tuple[Callable[..., Any], int, int, tuple[Any, ...], _Done]
 
 
 def kernel(function: Callable[..., Any] | None = None, **options: Any) -> Any:
@@ -44,8 +46,7 @@ def slices(length: int, parts: int, align: int) -> list[tuple[int, int]]:
 
 
 class Workers:
-    """`threads` slices at a time: one on the calling thread, the others on daemon threads that live until
-    `close`.
+    """`threads` slices at a time: one on the calling thread, the others on threads of its own.
 
     Safe to share: concurrent callers of `run` take turns. A kernel must not call `run` of its own pool.
     """
@@ -57,13 +58,7 @@ class Workers:
         self.threads = threads
         self._turn = threading.Lock()
         self._closed = False
-        self._tasks: list[SimpleQueue[_Task | None]] = [SimpleQueue() for _ in range(threads - 1)]
-        self._threads = [
-            threading.Thread(target=self._serve, args=(index,), name=f"megatrain-worker-{index}", daemon=True)
-            for index in range(1, threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads = [KeptThread(f"megatrain-worker-{index}") for index in range(1, threads)]
 
     def run(self, fn: Callable[..., Any], length: int, *args: Any, align: int = 64) -> None:
         """Calls `fn(start, stop, *args)` on slices that cover [0, length) once, and returns when all are
@@ -81,8 +76,8 @@ class Workers:
             errors: dict[int, BaseException] = {}
             sent = 0
             try:
-                for tasks, part in zip(self._tasks, parts[1:], strict=False):
-                    tasks.put((fn, *part, args, done))
+                for thread, (start, stop) in zip(self._threads, parts[1:], strict=False):
+                    thread.start(partial(fn, start, stop, *args), partial(_report, done, sent + 1))
                     sent += 1
                 for start, stop in parts[:1]:
                     fn(start, stop, *args)
@@ -92,31 +87,12 @@ class Workers:
         if errors:
             raise errors[min(errors)]
 
-    def _serve(self, index: int) -> None:
-        """The life of worker `index`: one task after the other until None comes."""
-        tasks = self._tasks[index - 1]
-        while (task := tasks.get()) is not None:
-            fn, start, stop, args, done = task
-            error: BaseException | None = None
-            try:
-                fn(start, stop, *args)
-            except BaseException as raised:
-                error = raised
-            # drop every reference before reporting: a caller may unmap the arrays as soon as run() returns
-            del task, fn, args
-            done.put((index, error))
-            del error, done
-
     def close(self) -> None:
         """Ends the threads, after a `run` under way; a second call does nothing."""
         with self._turn:
-            if self._closed:
-                return
             self._closed = True
-            for tasks in self._tasks:
-                tasks.put(None)
         for thread in self._threads:
-            thread.join()
+            thread.close()
 
     def __enter__(self) -> Self:
         return self
@@ -125,6 +101,10 @@ class Workers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _report(done: _Done, index: int, error: BaseException | None) -> None:
+    done.put((index, error))
 
 
 def _gather(done: _Done, count: int, errors: dict[int, BaseException]) -> None:

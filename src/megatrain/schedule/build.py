@@ -119,7 +119,7 @@ def _saved_inputs(
     """(restores by the visit before which they are issued, saves by the visit after which)."""
     restores: dict[int, list[Operation]] = {}
     saves: dict[int, list[Operation]] = {}
-    for unit, n_bytes in sizes.saved_inputs.items():
+    for unit, n_bytes in sizes.saved_inputs.items() if sizes.inputs_leave else ():
         turns = [(number, visit.backward) for number, visit in enumerate(visits) if unit in visit.units]
         # one forward, one backward, and time between them to leave and come back; else inputs stay where they are
         if n_bytes and [backward for _, backward in turns] == [False, True] and turns[1][0] - turns[0][0] > 2:

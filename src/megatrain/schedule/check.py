@@ -11,7 +11,7 @@ class ScheduleError(AssertionError):
 
 def check_schedule(schedule: Schedule, sizes: Sizes) -> int:
     """Raise ScheduleError where `schedule` is wrong; returns the largest number of bytes it holds on the device:
-    slots, and saved inputs (from their visit to the end of their backward visit, while not on the host).
+    slots, saved inputs (from their visit to their backward visit, while not on the host) and gradients that add up.
 
     What is proved: a slot is fetched into only while it is empty and large enough; every unit of a visit lies in a
     slot, fetched before and not released since, when the visit runs; all visits run, in order; what is saved is
@@ -25,7 +25,7 @@ def check_schedule(schedule: Schedule, sizes: Sizes) -> int:
         except ScheduleError as error:
             raise ScheduleError(f"operation {position} ({operation}): {error}") from None
     state.finish()
-    return schedule.slot_bytes + state.peak_saved_bytes
+    return schedule.slot_bytes + state.peak_other_bytes
 
 
 class _State:
@@ -37,7 +37,8 @@ class _State:
         self.next_visit = 0
         self.on_host: set[int] = set()
         self.on_device: dict[int, int] = {}  # saved inputs
-        self.peak_saved_bytes = 0
+        self.sums: dict[int, int] = {}
+        self.peak_other_bytes = 0
         self.offloaded: set[int] = set()
 
     def apply(self, operation: Operation) -> None:
@@ -49,7 +50,8 @@ class _State:
             Kind.RESTORE: self._restore,
             Kind.OFFLOAD: self._offload,
         }[operation.kind](operation)
-        self.peak_saved_bytes = max(self.peak_saved_bytes, sum(self.on_device.values()))
+        held = sum(self.on_device.values()) + sum(self.sums.values())
+        self.peak_other_bytes = max(self.peak_other_bytes, held)
 
     def _fetch(self, op: Operation) -> None:
         _require(0 <= op.slot < len(self.capacities), f"there is no slot {op.slot}")
@@ -72,6 +74,7 @@ class _State:
             _require(not (visit.backward and unit in self.on_host), f"inputs of unit {unit} are on the host")
             if visit.backward:
                 self.on_device.pop(unit, None)
+                self.sums[unit] = self.sizes.gradient_sums.get(unit, 0)
             elif self.sizes.saved_inputs.get(unit):
                 self.on_device[unit] = self.sizes.saved_inputs[unit]
 
@@ -89,6 +92,7 @@ class _State:
         _require(op.unit not in self.offloaded, "its gradient has left already")
         _require(op.n_bytes == self.sizes.gradients[op.unit], "wrong number of bytes")
         self.offloaded.add(op.unit)
+        self.sums.pop(op.unit, None)
 
     def finish(self) -> None:
         visits = self.schedule.visits

@@ -1,7 +1,7 @@
 """What a pass over the model consists of, as plain data. Nothing here imports torch."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
 
@@ -54,12 +54,14 @@ class Operation:
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Bytes by unit: of its weights as they cross the link, of its gradient, and of its saved inputs (all
-    micro-batches together; units that are absent keep theirs on the device)."""
+    """Bytes by unit: of its weights and its gradient as they cross the link, of its saved inputs (all micro-batches
+    together), and of its gradient as it adds up on the device. `inputs_leave`: saved inputs wait on the host."""
 
     weights: Mapping[int, int]
     gradients: Mapping[int, int]
     saved_inputs: Mapping[int, int]
+    inputs_leave: bool = True
+    gradient_sums: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,7 +98,7 @@ def _memory(options: argparse.Namespace, clip_norm: float | None, say: Callable[
 def _memory_worker(settings: dict[str, Any]) -> dict[str, Any]:
     from megatrain.engine.engine import Engine
     from megatrain.memory.limits import peak_resident_bytes, reset_peak_resident, resident_bytes
-    from megatrain.optim.kernels import compile_kernels
+    from megatrain.optim.compilation import compile_kernels
 
     _prepare(settings)
     importlib.import_module("transformers.models.llama.modeling_llama")

@@ -3,23 +3,28 @@
 Whatever is wrong shows here, before anything is written.
 """
 
-import contextlib
-import difflib
+import logging
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatrain.config import Config
+from megatrain.config import Config, check_warmup
 from megatrain.data.packing import Tokens, TokenStream, tokenize
 from megatrain.data.sources import Corpus
-from megatrain.data.tokenizer import load_tokenizer, train_bpe
-from megatrain.errors import ConfigError
-from megatrain.yaml_file import read_yaml
+from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS, load_tokenizer, train_bpe
+from megatrain.errors import CapacityError, ConfigError
+from megatrain.memory.limits import host_memory_limits
+from megatrain.sizes import format_bytes
+from megatrain.train.model_settings import ModelSettings, Vocabulary
+from megatrain.train.param_groups import make_optimizer
+from megatrain.train.run_folder import RunFolder, model_folder
 
 if TYPE_CHECKING:
     from megatrain.engine.engine import Engine
+    from megatrain.optim.adamw import AdamW
+
+_BYTES_PER_TOKEN = 16  # of a step's micro-batches: input_ids and labels in int64
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,19 +37,12 @@ class Corpora:
 
 @dataclass(frozen=True)
 class Data:
-    """A run's texts as tokens: `sequences` [count, seq_len] to train on, `held_out` to measure on."""
+    """A run's texts as tokens: `sequences` [count, seq_len] to train on for `steps`, `held_out` to measure on."""
 
     sequences: Tokens
+    steps: int
     train_bytes: int
     held_out: TokenStream | None
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """A transformers configuration, and whether it leaves the vocabulary to the tokenizer."""
-
-    config: Any
-    open_vocabulary: bool
 
 
 def find_corpora(config: Config) -> Corpora:
@@ -54,16 +52,35 @@ def find_corpora(config: Config) -> Corpora:
     train = Corpus(data.train or (), split="train", key="data.train", text_field=field)
     if data.eval is None:
         return Corpora(train, None)
-    return Corpora(train, Corpus(data.eval, split="eval", key="data.eval", text_field=field))
+    held_out = Corpus(data.eval, split="eval", key="data.eval", text_field=field)
+    shared = sorted(set(train.files) & set(held_out.files))
+    if shared:
+        _log.warning("data.eval: %s is in data.train too; what is measured on it is not held out", shared[0])
+    return Corpora(train, held_out)
 
 
-def build_tokenizer(config: Config, corpora: Corpora) -> Any:
-    """The tokenizer: loaded, or trained on data.train. Raises ConfigError where there is none, or no text."""
+def given_tokenizer(config: Config) -> Any:
+    """The tokenizer that is there already; None where it is to be trained. Raises ConfigError."""
     setting = config.model.tokenizer
     if isinstance(setting, dict):
-        _require_text(corpora.train)
-        return train_bpe(corpora.train.documents(), setting["vocab_size"])
-    return load_tokenizer(setting or str(config.model.path))
+        return None
+    return load_tokenizer(model_folder(setting or str(config.model.path)))
+
+
+def planned_vocabulary(config: Config, tokenizer: Any) -> Vocabulary:
+    """The vocabulary of `tokenizer`, or of the one to be trained: on very little text it may become smaller."""
+    setting = config.model.tokenizer
+    if isinstance(setting, dict):
+        return Vocabulary(setting["vocab_size"], BPE_SPECIAL_TOKENS)
+    return Vocabulary.of(tokenizer)
+
+
+def trained_tokenizer(config: Config, corpora: Corpora) -> Any:
+    """A tokenizer trained on data.train. Raises ConfigError where that holds no text."""
+    setting = config.model.tokenizer
+    assert isinstance(setting, dict)
+    _require_text(corpora.train)
+    return train_bpe(corpora.train.documents(), setting["vocab_size"])
 
 
 def build_data(config: Config, corpora: Corpora, tokenizer: Any) -> Data:
@@ -77,83 +94,83 @@ def build_data(config: Config, corpora: Corpora, tokenizer: Any) -> Data:
             f"data.train: {len(stream.tokens)} tokens are less than one sequence of data.seq_len = "
             f"{config.data.seq_len}; give more text or a smaller data.seq_len"
         )
+    steps = total_steps(config, len(sequences))
     held_out = None
     if corpora.eval is not None:
         held_out = tokenize(corpora.eval.documents(), tokenizer)
         if held_out.utf8_bytes == 0:
             raise _no_text(corpora.eval)
-    return Data(sequences, stream.utf8_bytes, held_out)
+    return Data(sequences, steps, stream.utf8_bytes, held_out)
 
 
 def total_steps(config: Config, sequences: int) -> int:
     """Optimizer steps of the run, at least one: as given, or what the epochs or tokens come to."""
-    train = config.train
-    if train.steps is not None:
-        steps = train.steps
-    elif train.tokens is not None:
-        steps = math.ceil(train.tokens / config.tokens_per_step)
-    else:
-        steps = math.floor((train.epochs or 0) * sequences * config.data.seq_len / config.tokens_per_step)
-    if config.schedule.warmup_steps > steps:
-        raise ConfigError(
-            f"schedule.warmup_steps: {config.schedule.warmup_steps} is wrong; expected at most the "
-            f"{steps} steps of the run"
-        )
-    return max(1, steps)
+    steps = config.planned_steps
+    if steps is None:
+        tokens = (config.train.epochs or 0) * sequences * config.data.seq_len
+        steps = max(1, math.floor(tokens / config.tokens_per_step))
+    check_warmup(config, steps)
+    return steps
 
 
-def read_model_settings(config: Config) -> ModelSettings:
-    """The configuration that model.path or model.config gives. Raises ConfigError."""
-    from huggingface_hub.errors import StrictDataclassError
+def plan_training(config: Config, settings: ModelSettings, folder: RunFolder) -> "AdamW":
+    """The optimizer, once it is clear that its state, the weights, a step and the saved model have room.
 
-    from megatrain.model.loading import load_config
-
-    key = "model.config" if config.model.path is None else "model.path"
-    try:
-        with _naming(key):
-            if config.model.path is not None:
-                return ModelSettings(load_config(config.model.path), open_vocabulary=False)
-            entries = _model_entries(config.model.config)
-            settings = load_config(entries)
-            _check_entries(entries, settings)
-    except StrictDataclassError as error:  # a value of the wrong type
-        raise ConfigError(f"{key}: {' '.join(str(error).split())}") from None
-    return ModelSettings(settings, open_vocabulary="vocab_size" not in entries and "text_config" not in entries)
-
-
-def fit_to_tokenizer(settings: ModelSettings, tokenizer: Any, config: Config) -> None:
-    """Give a new model the tokenizer's vocabulary and special tokens, where it leaves them open.
-
-    Raises ConfigError where the model is too small for the tokenizer or for data.seq_len.
+    Works on shapes alone. Raises ConfigError or CapacityError.
     """
-    if settings.open_vocabulary:
-        settings.config.vocab_size = len(tokenizer)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(settings.config, name, getattr(tokenizer, name))
-    text = settings.config.get_text_config()
-    if text.vocab_size < len(tokenizer):
-        key = "model.path" if config.model.config is None else "model.config"
-        raise ConfigError(f"{key}: vocab_size {text.vocab_size} is less than the tokenizer's {len(tokenizer)} tokens")
-    longest = getattr(text, "max_position_embeddings", None)
-    if isinstance(longest, int) and config.data.seq_len > longest:
-        raise ConfigError(
-            f"data.seq_len: {config.data.seq_len} is more than the model's max_position_embeddings, {longest}"
+    from megatrain.engine import setup
+    from megatrain.engine.engine import check_plan
+    from megatrain.model.loading import build_on_meta, check_weights
+
+    setup.check_threads(config.engine.threads)
+    setup.check_slots(config.engine.slots)
+    model = build_on_meta(settings.config)
+    optimizer = make_optimizer(config.optimizer, model)
+    check_plan(model, optimizer, _engine_settings(config))
+    _check_step_fits(config)
+    if config.checkpoint.at_end:
+        precision = setup.resolve_precision(config.engine.precision, setup.make_device(config.engine.device))
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        folder.require_room(parameters * (2 if precision == "bf16" else 4))
+    if config.model.path is not None:
+        try:
+            check_weights(model_folder(config.model.path))
+        except ConfigError as error:
+            raise ConfigError(f"model.path: {error}") from None
+    return optimizer
+
+
+def _check_step_fits(config: Config) -> None:
+    step_bytes, free = config.tokens_per_step * _BYTES_PER_TOKEN, host_memory_limits().free_bytes
+    if step_bytes > free:
+        raise CapacityError(
+            f"train.tokens_per_step: the ids and labels of {config.tokens_per_step:,} tokens take "
+            f"{format_bytes(step_bytes)} and {format_bytes(free)} can be had; give fewer tokens per step"
         )
 
 
-def build_engine(config: Config, model_config: Any) -> "Engine":
+def build_engine(config: Config, settings: ModelSettings, optimizer: "AdamW") -> "Engine":
     """The engine with its model, loaded or new. Raises ConfigError or CapacityError."""
     from megatrain.engine.engine import Engine, check_plan
     from megatrain.model.loading import build_on_meta, initialise
-    from megatrain.optim.adamw import AdamW
 
-    optimizer = AdamW(
-        lr=config.optimizer.lr,
-        betas=config.optimizer.betas,
-        eps=config.optimizer.eps,
-        weight_decay=config.optimizer.weight_decay,
-    )
-    settings: dict[str, Any] = {
+    options, attention = _engine_settings(config), config.model.attn_implementation
+    if config.model.path is not None:
+        path = model_folder(config.model.path)
+        try:
+            return Engine.from_pretrained(path, optimizer=optimizer, attn_implementation=attention, **options)
+        except ConfigError as error:
+            raise ConfigError(f"model.path: {error}") from None
+    check_plan(build_on_meta(settings.config), optimizer, options)  # again: the text takes memory, too
+    try:
+        model = initialise(settings.config, config.train.seed, attn_implementation=attention)
+    except ConfigError as error:
+        raise ConfigError(f"model.config: {error}") from None
+    return Engine(model, optimizer=optimizer, **options)
+
+
+def _engine_settings(config: Config) -> dict[str, Any]:
+    return {
         "device": config.engine.device,
         "precision": config.engine.precision,
         "clip_norm": config.train.clip_norm,
@@ -162,38 +179,8 @@ def build_engine(config: Config, model_config: Any) -> "Engine":
         "seed": config.train.seed,
         "threads": config.engine.threads,
         "keep_graphs": config.engine.keep_graphs,
+        "slots": config.engine.slots,
     }
-    attention = config.model.attn_implementation
-    if config.model.path is not None:
-        with _naming("model.path"):
-            return Engine.from_pretrained(
-                config.model.path, optimizer=optimizer, attn_implementation=attention, **settings
-            )
-    with _naming("model.config"):
-        check_plan(build_on_meta(model_config), optimizer, settings)
-        model = initialise(model_config, config.train.seed, attn_implementation=attention)
-    return Engine(model, optimizer=optimizer, **settings)
-
-
-def _model_entries(setting: str | dict[str, Any] | None) -> dict[str, Any]:
-    """The entries of model.config, which may be a file of them."""
-    if isinstance(setting, dict):
-        return setting
-    path = Path(str(setting)).expanduser()
-    if path.is_dir():
-        path /= "config.json"
-    return read_yaml(path)  # JSON is YAML
-
-
-def _check_entries(entries: Mapping[str, Any], settings: Any) -> None:
-    """Find misspelt entries: transformers takes any name and ignores those that it does not know."""
-    known = type(settings)().to_dict()
-    for name in entries:
-        near = difflib.get_close_matches(name, known, 1, 0.8)
-        if near and name not in known and name not in settings.attribute_map:
-            raise ConfigError(
-                f"model.config.{name}: unknown to model type {settings.model_type}; did you mean {near[0]}?"
-            )
 
 
 def _require_text(corpus: Corpus) -> None:
@@ -203,13 +190,3 @@ def _require_text(corpus: Corpus) -> None:
 
 def _no_text(corpus: Corpus) -> ConfigError:
     return ConfigError(f"{corpus.key}: no text in {corpus.described}; give files with UTF-8 text")
-
-
-@contextlib.contextmanager
-def _naming(key: str) -> Iterator[None]:
-    """Put the config key in front of errors that do not know it."""
-    try:
-        yield
-    except ConfigError as error:
-        text = str(error)
-        raise ConfigError(text if text.startswith(key.partition(".")[0] + ".") else f"{key}: {text}") from None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatrain.data.packing import TokenStream
+from megatrain.train.interrupt import StopOnInterrupt
 
 _IGNORED = -100
 
@@ -28,9 +29,18 @@ class Evaluation:
         return self.loss * self.target_tokens / math.log(2) / self.utf8_bytes
 
 
-def evaluate(model: Any, stream: TokenStream, *, seq_len: int, micro_batch: int, device: Any = "cpu") -> Evaluation:
+def evaluate(
+    model: Any,
+    stream: TokenStream,
+    *,
+    seq_len: int,
+    micro_batch: int,
+    device: Any = "cpu",
+    stop: StopOnInterrupt | None = None,
+) -> Evaluation | None:
     """Predict every token of `stream` once, in windows of `seq_len`; nothing is carried over between windows.
 
+    None where `stop` is requested before the end: the measure of a part would not be that of the whole.
     Windows overlap by one token, so that each token but the first (an end-of-text, which encodes no bytes) is
     a target exactly once: the bits cover all bytes of the text, and its end-of-text tokens too.
     """
@@ -40,6 +50,8 @@ def evaluate(model: Any, stream: TokenStream, *, seq_len: int, micro_batch: int,
     try:
         with torch.no_grad():
             for ids, labels in _windows(stream, seq_len, micro_batch):
+                if stop is not None and stop.requested:
+                    return None
                 logits = model(input_ids=ids.to(device), use_cache=False).logits
                 nats += _summed_loss(logits, labels.to(device))
                 targets += int((labels[:, 1:] != _IGNORED).sum())

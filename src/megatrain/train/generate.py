@@ -1,16 +1,12 @@
 """Text from a trained model, and trained models into folders of their own."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 from megatrain.data.tokenizer import load_tokenizer
 from megatrain.errors import ConfigError
-
-
-def model_folder(path: str) -> str:
-    """The transformers folder in `path`, a run's folder or a model's; a hub id stays as it is."""
-    inner = Path(path).expanduser() / "model"
-    return str(inner) if (inner / "config.json").is_file() else path
+from megatrain.train.run_folder import check_writable, model_folder
 
 
 def generate(
@@ -23,12 +19,12 @@ def generate(
     import torch
 
     from megatrain.device.cpu import CpuDevice
-    from megatrain.model.loading import load_config
+    from megatrain.model.loading import load_config, load_pretrained
 
     source = model_folder(folder)
     load_config(source)  # no model is a clearer error than no tokenizer, and cheap to find
     tokenizer = load_tokenizer(source, key="tokenizer")
-    model = _load(source)
+    model = load_pretrained(source)
     if not CpuDevice().native_bf16():
         model = model.float()  # bf16 is emulated here, several times slower
     model.eval()
@@ -57,17 +53,21 @@ def export(run: str, out: str, *, dtype: str = "bf16") -> None:
     """Write the model of `run` (a run's folder or a model's) to `out`, a new transformers folder in `dtype`.
 
     The tokenizer comes along where there is one. Raises ConfigError where `run` holds no model, or `out` is
-    not empty.
+    not empty, inside the model's folder, or cannot be written.
     """
     import torch
 
+    from megatrain.model.loading import load_config, load_pretrained
     from megatrain.model.saving import save_model
 
-    target = Path(out).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    target, source = Path(os.path.expanduser(out)), model_folder(run)
+    if os.path.exists(target) and (not target.is_dir() or any(target.iterdir())):
         raise ConfigError(f"{out!r} exists already; give a new folder")
-    source = model_folder(run)
-    model = _load(source)
+    if os.path.isdir(source) and Path(os.path.realpath(source)) in Path(os.path.realpath(target)).parents:
+        raise ConfigError(f"{out!r} is inside the model's own folder, {source!r}; give a folder outside of it")
+    load_config(source)
+    check_writable(target, "OUT")
+    model = load_pretrained(source)
     try:
         tokenizer = load_tokenizer(source)
     except ConfigError:
@@ -79,18 +79,3 @@ def export(run: str, out: str, *, dtype: str = "bf16") -> None:
         {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype],
         tokenizer=tokenizer,
     )
-
-
-def _load(source: str) -> Any:
-    """The model in `source`, without transformers' progress bar: it is done before the bar could help."""
-    from transformers.utils import logging
-
-    from megatrain.model.loading import load_pretrained
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        return load_pretrained(source)
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -1,4 +1,4 @@
-"""Ctrl-C: the first time ends the run after the current step, the second time ends the process at once."""
+"""Ctrl-C: the first time ends what is going on in an orderly way, the second time ends the process at once."""
 
 import os
 import signal
@@ -12,11 +12,13 @@ EXIT_INTERRUPTED = 130  # what shells report for a program that SIGINT ended
 class StopOnInterrupt:
     """While entered, SIGINT sets `requested`; a second SIGINT exits with 130 without unwinding.
 
-    Works in the main thread, where Python delivers signals; elsewhere it changes nothing.
+    `promise` is what the user is told will happen. Works in the main thread, where Python delivers signals;
+    elsewhere it changes nothing.
     """
 
     def __init__(self) -> None:
         self.requested = False
+        self.promise = "finishing this step, then saving"
         self._previous: Any = None
         self._installed = False
 
@@ -40,7 +42,5 @@ class StopOnInterrupt:
             os._exit(EXIT_INTERRUPTED)
         self.requested = True
         # os.write, not print: the handler may have interrupted a print
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, _MESSAGE)
-
-
-_MESSAGE = b"\nmegatrain: finishing this step, then saving (Ctrl-C again to stop at once)\n"
+        message = f"\nmegatrain: {self.promise} (Ctrl-C again to stop at once)\n"
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, message.encode())

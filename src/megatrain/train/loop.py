@@ -1,11 +1,13 @@
 """The training loop."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
+from megatrain.errors import MegaTrainError
 from megatrain.train.interrupt import StopOnInterrupt
 from megatrain.train.metrics import MetricsFile, StepStats, metrics_line
 from megatrain.train.progress import Progress
@@ -40,7 +42,8 @@ def train(
 ) -> LoopResult:
     """Train from step 0 until `total_steps` are done or `stop` is requested.
 
-    `batches_of` and `learning_rate_of` take the number of the step, from 0.
+    `batches_of` and `learning_rate_of` take the number of the step, from 0. Raises MegaTrainError where the first
+    loss is not finite: no later step would change that.
     """
     done, skipped, loss = 0, 0, None
     with progress:
@@ -49,6 +52,8 @@ def train(
             lr = learning_rate_of(done)
             stats = engine.train_step(batches, lr=lr)
             done, skipped, loss = done + 1, skipped + stats.skipped, stats.loss
+            if done == 1 and loss is not None and not math.isfinite(loss):
+                raise MegaTrainError(f"the loss of the first step is {loss}: a setting or weight of the model is wrong")
 
             line = metrics_line(done, lr, stats)
             if done % log_every == 0 or done == total_steps or stop.requested:

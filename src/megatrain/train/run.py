@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatrain.config import Config
 from megatrain.data.batches import StepBatches
@@ -15,66 +15,95 @@ from megatrain.train.evaluate import Evaluation, evaluate
 from megatrain.train.interrupt import StopOnInterrupt
 from megatrain.train.loop import LoopResult, train
 from megatrain.train.metrics import MetricsFile
+from megatrain.train.model_settings import ModelSettings, Vocabulary, check_fit, read_model_settings
 from megatrain.train.progress import show_progress
 from megatrain.train.run_folder import RunFolder
+from megatrain.train.trial import try_out
 
 if TYPE_CHECKING:
     from megatrain.engine.engine import Engine
+    from megatrain.optim.adamw import AdamW
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left: its folder, how training went, and the measure on data.eval where there is one."""
+    """What a run left: its folder, how training went, the measure on data.eval where there is one.
+
+    `interrupted`: by Ctrl-C, in training or in what follows it.
+    """
 
     folder: Path
     loop: LoopResult
     evaluation: Evaluation | None
+    interrupted: bool
 
 
 def run(config: Config, *, replace: bool = False) -> RunResult:
     """Train as `config` says; with `replace`, a finished run in `output` gives way to it once it is done.
 
-    Raises ConfigError and CapacityError before anything is written.
+    Raises ConfigError and CapacityError before anything is written, and most of them before the texts are read.
     """
     folder = RunFolder(str(config.output), replace=replace)
     corpora = build.find_corpora(config)
-    model_settings = build.read_model_settings(config)
+    settings, optimizer, tokenizer = _prepare_model(config, folder)
     _say(f"reading {corpora.train.described} ({len(corpora.train.files)} files)")
-    tokenizer = build.build_tokenizer(config, corpora)
-    build.fit_to_tokenizer(model_settings, tokenizer, config)
+    if tokenizer is None:
+        tokenizer = build.trained_tokenizer(config, corpora)
+        settings.fit(Vocabulary.of(tokenizer))
     data = build.build_data(config, corpora, tokenizer)
-    steps = build.total_steps(config, len(data.sequences))
     _say(
         f"{data.sequences.size:,} tokens of {format_bytes(data.train_bytes)} text, vocabulary of "
-        f"{len(tokenizer):,}; {steps:,} steps of {config.tokens_per_step:,} tokens"
+        f"{len(tokenizer):,}; {data.steps:,} steps of {config.tokens_per_step:,} tokens"
     )
-    engine = build.build_engine(config, model_settings.config)
+    engine = build.build_engine(config, settings, optimizer)
     parameters = sum(parameter.numel() for parameter in engine.model.parameters())
-    where = engine.device.torch_device
-    _say(f"{model_settings.config.model_type} with {parameters:,} parameters, {engine.precision} on {where}")
+    where = engine.device.name
+    _say(f"{settings.config.model_type} with {parameters:,} parameters, {engine.precision} on {where}")
 
     with StopOnInterrupt() as stop:
         folder.create(config)
-        result = _train(config, engine, data, steps, folder, stop)
+        try:
+            result = _train(config, engine, data, folder, stop)
+        except BaseException:
+            if not folder.metrics.exists() or not folder.metrics.stat().st_size:
+                folder.discard()  # nothing of it was logged: there is nothing to keep
+            raise
         if config.checkpoint.at_end:
             engine.save_pretrained(folder.model, tokenizer=tokenizer)
             _say(f"saved {folder.model}")
-    if result.skipped:
-        _say(f"warning: {result.skipped} steps had a gradient that was not finite and changed nothing")
-    evaluation = None
-    if data.held_out is not None and not result.interrupted:
-        _say("measuring on held-out text")
-        evaluation = evaluate(
-            engine.model, data.held_out, seq_len=config.data.seq_len, micro_batch=config.engine.micro_batch
-        )
+        if result.skipped:
+            _say(f"warning: {result.skipped} steps had a gradient that was not finite and changed nothing")
+        evaluation = _evaluate(config, engine, data, stop)
     engine.close()
     folder.finish(complete=not result.interrupted)
-    return RunResult(folder.path, result, evaluation)
+    return RunResult(folder.path, result, evaluation, stop.requested)
 
 
-def _train(
-    config: Config, engine: "Engine", data: build.Data, steps: int, folder: RunFolder, stop: StopOnInterrupt
-) -> LoopResult:
+def _prepare_model(config: Config, folder: RunFolder) -> tuple[ModelSettings, "AdamW", Any]:
+    """The model's configuration, its optimizer, and its tokenizer if it is there already (else None), checked."""
+    settings = read_model_settings(config)
+    tokenizer = build.given_tokenizer(config)
+    vocabulary = build.planned_vocabulary(config, tokenizer)
+    settings.fit(vocabulary)
+    check_fit(settings, vocabulary, config)
+    try_out(config, settings, vocabulary)
+    return settings, build.plan_training(config, settings, folder), tokenizer
+
+
+def _evaluate(config: Config, engine: "Engine", data: build.Data, stop: StopOnInterrupt) -> Evaluation | None:
+    """The measure on data.eval; None where there is none to take, or Ctrl-C ends it."""
+    if data.held_out is None or stop.requested:
+        return None
+    _say("measuring on held-out text")
+    stop.promise = "ending the measurement; the run is kept"
+    seq_len, micro_batch = config.data.seq_len, config.engine.micro_batch
+    evaluation = evaluate(engine.model, data.held_out, seq_len=seq_len, micro_batch=micro_batch, stop=stop)
+    if evaluation is None:
+        _say("held-out text: not measured, interrupted")
+    return evaluation
+
+
+def _train(config: Config, engine: "Engine", data: build.Data, folder: RunFolder, stop: StopOnInterrupt) -> LoopResult:
     batches = StepBatches(
         data.sequences,
         micro_batch=config.engine.micro_batch,
@@ -87,7 +116,7 @@ def _train(
         learning_rate,
         peak=config.optimizer.lr,
         name=schedule.name,
-        total_steps=steps,
+        total_steps=data.steps,
         warmup_steps=schedule.warmup_steps,
         min_ratio=schedule.min_lr_ratio,
     )
@@ -97,9 +126,9 @@ def _train(
             engine,
             batches_of=batches.of_step,
             learning_rate_of=learning_rate_of,
-            total_steps=steps,
+            total_steps=data.steps,
             metrics=metrics,
-            progress=show_progress(steps),
+            progress=show_progress(data.steps),
             stop=stop,
             log_every=config.train.log_every,
         )

@@ -1,0 +1,223 @@
+"""A device for tests: the host in the role of a device with little memory and late copies.
+
+Every race that a GPU could have can happen here, and more often: copies run on threads of their own, each after a
+random delay, as late and as interleaved as the named waits allow; memory has a hard cap; what a freed slot held turns
+into NaN. Values are computed on the host, so a step is bit-equal to the same step on the `cpu` device, or wrong.
+"""
+
+import math
+import random
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatrain.device.base import WAITS, After, Event
+from megatrain.device.cpu import CpuDevice
+from megatrain.errors import CapacityError, ConfigError
+from megatrain.sizes import format_bytes
+
+_OUR_REFERENCES = 2  # to the memory of a tensor that is let go: the tensor's own, and the one that looks
+
+
+class LaggedEvent:
+    def __init__(self) -> None:
+        self._happened = threading.Event()
+
+    def wait(self) -> None:
+        self._happened.wait()
+
+    def set(self) -> None:
+        self._happened.set()
+
+
+class LaggedStream:
+    """One thread that carries out what it is given, in order, each after a random delay."""
+
+    def __init__(self, name: str, device: "LaggedDevice", longest_delay_seconds: float, seed: int) -> None:
+        self.n_bytes = 0
+        self._longest_delay_seconds = longest_delay_seconds
+        self._device = device
+        self._random = random.Random(seed)
+        self._tasks: SimpleQueue[tuple[Callable[[], None], After, LaggedEvent] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, name=f"megatrain-lagged-{name}", daemon=True)
+        self._started = False
+        self._last: LaggedEvent | None = None
+
+    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: After, *, computed: bool = False) -> LaggedEvent:
+        self.n_bytes += sum(source.nbytes for _, source in pairs)
+        return self.submit(lambda: _copy(pairs), after)
+
+    def submit(self, run: Callable[[], None], after: After) -> LaggedEvent:
+        if not self._started:
+            self._started = True
+            self._thread.start()
+        self._last = LaggedEvent()
+        self._tasks.put((run, after, self._last))
+        return self._last
+
+    def wait_for_last(self) -> None:
+        """Return when all that was submitted is done."""
+        if self._last is not None:
+            self._last.wait()
+
+    def _serve(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            run, after, done = task
+            try:
+                for name, event in after:
+                    if self._device.keeps(name):
+                        event.wait()
+                time.sleep(self._random.random() * self._longest_delay_seconds)
+                run()
+            except BaseException as error:
+                self._device.failed(error)
+            del task, run, after
+            done.set()
+            del done
+
+    def close(self) -> None:
+        if self._started:
+            self._tasks.put(None)
+            self._thread.join()
+
+
+class LaggedDevice:
+    """See the module.
+
+    slow:    a stream ('up', 'down' or 'compute') that takes ten times as long as the others.
+    without: names of waits to leave out, for tests that show what each is for.
+    """
+
+    name = "lagged"
+    torch_device = torch.device("cpu")
+
+    def __init__(
+        self,
+        precision: str = "auto",
+        memory_bytes: int | None = None,
+        *,
+        seed: int = 0,
+        longest_delay_seconds: float = 0.002,
+        slow: str = "",
+        without: Collection[str] = (),
+    ) -> None:
+        unknown = set(without) - set(WAITS)
+        if unknown:
+            raise ConfigError(f"without: {', '.join(sorted(unknown))} is no wait; there are {', '.join(WAITS)}")
+        self.memory_bytes = memory_bytes
+        self._without = frozenset(without)
+        self._host = CpuDevice(precision)
+        self._held_bytes = 0
+        self._peak_bytes = 0
+        self._lock = threading.Lock()
+        self._error: BaseException | None = None
+        delay = {name: longest_delay_seconds * (10 if name == slow else 1) for name in ("up", "down", "compute")}
+        self.up = LaggedStream("up", self, delay["up"], seed)
+        self.down = LaggedStream("down", self, delay["down"], seed + 1)
+        self._compute = LaggedStream("compute", self, delay["compute"], seed + 2)
+
+    # -- as every device ------------------------------------------------------------------------------------
+
+    def computing(self) -> AbstractContextManager[Any]:
+        self._compute.wait_for_last()  # what was given to `compute` comes before what is computed from here on
+        return self._host.computing()
+
+    def native_bf16(self) -> bool:
+        return self._host.native_bf16()
+
+    def peak_bytes(self) -> int:
+        return self._peak_bytes
+
+    @property
+    def h2d_bytes(self) -> int:
+        return self.up.n_bytes
+
+    @property
+    def d2h_bytes(self) -> int:
+        return self.down.n_bytes
+
+    # -- memory ---------------------------------------------------------------------------------------------
+
+    def allocate(self, n_bytes: int, what: str) -> Tensor:
+        self._count(n_bytes, what)
+        return torch.full((n_bytes,), 0xFF, dtype=torch.uint8)
+
+    def hold(self, n_bytes: int) -> None:
+        if n_bytes > 0:
+            self._compute.wait_for_last()  # what computation before this gives back can be had
+        self._count(n_bytes, "what computation leaves")
+
+    def _count(self, n_bytes: int, what: str) -> None:
+        with self._lock:
+            held = self._held_bytes + n_bytes
+            if self.memory_bytes is not None and held > self.memory_bytes:
+                raise CapacityError(
+                    f"engine.device_memory is {format_bytes(self.memory_bytes)}; {what} needs {format_bytes(n_bytes)}"
+                    f" beside {format_bytes(self._held_bytes)}: {format_bytes(held - self.memory_bytes)} missing"
+                )
+            self._held_bytes = held
+            self._peak_bytes = max(self._peak_bytes, held)
+
+    def host_memory(self, like: Tensor) -> Tensor:
+        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
+
+    def let_go(self, tensor: Tensor, copied: Event) -> None:
+        self.host_wait("inputs_saved", copied.wait)
+        if torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) <= _OUR_REFERENCES:
+            _fill_with_nan(tensor.detach())
+
+    def pin(self, buffer: Tensor) -> None:
+        pass
+
+    # -- order ----------------------------------------------------------------------------------------------
+
+    def keeps(self, name: str) -> bool:
+        assert name in WAITS, name
+        return name not in self._without
+
+    def compute(self, run: Callable[[], None], after: After) -> Event:
+        return self._compute.submit(run, after)
+
+    def release(self, buffer: Tensor) -> Event:
+        return self._compute.submit(lambda: _fill_with_nan(buffer), ())
+
+    def wait(self, name: str, event: Event) -> None:
+        self.host_wait(name, event.wait)
+
+    def host_wait(self, name: str, wait: Callable[[], None]) -> None:
+        if self.keeps(name):
+            wait()
+
+    def start_step(self) -> None:
+        self._peak_bytes = self._held_bytes
+
+    def failed(self, error: BaseException) -> None:
+        self._error = self._error or error
+
+    def drain(self) -> None:
+        for stream in (self.up, self._compute, self.down):
+            stream.wait_for_last()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        for stream in (self.up, self._compute, self.down):
+            stream.close()
+
+
+def _fill_with_nan(memory: Tensor) -> None:
+    with torch.no_grad():
+        memory.fill_(0xFF if memory.dtype == torch.uint8 else math.nan)  # 0xFF.. is NaN in bf16 and in fp32
+
+
+def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for target, source in pairs:
+            target.copy_(source)

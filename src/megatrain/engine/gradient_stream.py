@@ -1,0 +1,100 @@
+"""Complete gradients on their way from the device to the host: packed, copied, and only then read."""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from megatrain.device.base import Event, StreamingDevice
+from megatrain.engine.host_thread import HostThread, Ticket
+from megatrain.memory.layout import ALIGNMENT_BYTES
+
+_STAGING_BUFFERS = 2  # one is packed while the other one leaves
+
+
+@dataclass(slots=True)
+class Staging:
+    """Device memory in which one unit's gradient lies in the dtype that crosses the link."""
+
+    buffer: Tensor
+    free: Event | None = None
+
+
+class GradientStream:
+    """Sends gradients to the host. `largest_bytes`: of one unit's gradient."""
+
+    def __init__(self, device: StreamingDevice, host: HostThread, largest_bytes: int) -> None:
+        self._device = device
+        self._host = host
+        n_bytes = largest_bytes
+        self._staging = deque(
+            Staging(device.allocate(n_bytes, "gradients that leave")) for _ in range(_STAGING_BUFFERS)
+        )
+        self._tickets: deque[Ticket] = deque()
+
+    def hold(self, n_bytes: int) -> None:
+        """Sums of gradients on the device have grown by `n_bytes`."""
+        self._device.hold(n_bytes)
+
+    def send(self, sums: list[Tensor], targets: list[Tensor], land: Callable[[], None]) -> None:
+        """Round each of `sums` to its target's dtype and copy it there; then the host thread calls `land`. Returns at
+        once; `finish` waits and raises what went wrong."""
+        staging = self._staging[0]
+        self._staging.rotate(-1)
+        views = _views(staging.buffer, targets)
+        held = sum(s.nbytes for s in sums)
+
+        def pack() -> None:
+            with torch.no_grad():
+                for view, value in zip(views, sums, strict=True):
+                    view.copy_(value.reshape(-1))
+            sums.clear()
+            self._device.hold(-held)
+
+        packed = self._device.compute(pack, [("staging_free", staging.free)] if staging.free is not None else [])
+        landed = self._device.down.copy(list(zip(targets, views, strict=True)), [("gradient_packed", packed)])
+        staging.free = landed
+
+        def arrive() -> None:
+            self._device.host_wait("gradient_landed", landed.wait)
+            land()
+
+        self._tickets.append(self._host.submit(arrive))
+
+    def wait_for_all_but(self, count: int) -> None:
+        """Return when at most `count` gradients are under way."""
+        while len(self._tickets) > count:
+            self._tickets.popleft().wait()
+
+    def finish(self) -> None:
+        """Return when all have landed; raises the first error."""
+        try:
+            self.wait_for_all_but(0)
+        finally:
+            self.settle()  # after an error: nothing may still be written
+
+    def settle(self) -> None:
+        """Return when nothing is under way any more, whatever came of it."""
+        while self._tickets:
+            self._tickets.popleft().settle()
+
+
+def largest_staging_bytes(counts_and_itemsizes: list[list[tuple[int, int]]]) -> int:
+    """Of units given as (elements, bytes per element) of each parameter: what the largest needs, with every parameter
+    on a cache line of its own."""
+    return max((sum(_aligned(c * i) for c, i in unit) for unit in counts_and_itemsizes), default=0)
+
+
+def _views(buffer: Tensor, targets: list[Tensor]) -> list[Tensor]:
+    ends = accumulate(_aligned(t.nbytes) for t in targets)
+    starts = [0, *ends]
+    return [
+        buffer[start : start + target.nbytes].view(target.dtype) for start, target in zip(starts, targets, strict=False)
+    ]
+
+
+def _aligned(n_bytes: int) -> int:
+    return -(-n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

@@ -1,0 +1,101 @@
+"""What units keep from forward to backward: their inputs, on the device or, where its memory is short, on the host.
+
+They are the one thing on the device that grows with the model's depth. A unit's inputs leave right after its forward
+and come back one visit ahead of its backward.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatrain.device.base import Event, StreamingDevice
+from megatrain.errors import UnsupportedModelError
+
+
+@dataclass(slots=True)
+class SavedInput:
+    """One tensor: on the device (`tensor`), on the host, or on its way."""
+
+    tensor: Tensor | None
+    host: Tensor | None = None
+    saved: Event | None = None
+    restored: Event | None = None
+
+
+class SavedInputs:
+    """`offloading`: whether inputs go to the host. `bytes_by_unit` is what a pass has kept, wherever it is."""
+
+    def __init__(self, device: StreamingDevice) -> None:
+        self._device = device
+        self.offloading = False
+        self.staying: frozenset[int] = frozenset()  # units whose backward comes too soon for their inputs to leave
+        self.bytes_by_unit: dict[int, int] = defaultdict(int)
+        self._away: dict[int, list[SavedInput]] = defaultdict(list)
+        self._leaving: list[tuple[SavedInput, Tensor, int]] = []  # with its version counter
+        self._held_bytes = 0
+
+    def begin(self) -> None:
+        """A pass begins: nothing is kept, not even for calls whose backward never came."""
+        self._hold(-self._held_bytes)
+        self.bytes_by_unit.clear()
+        self._away.clear()
+        self._leaving.clear()
+
+    def keep(self, unit: int, tensor: Tensor) -> SavedInput:
+        """An input of a call of `unit`, until `take`."""
+        self.let_go()
+        self._hold(tensor.nbytes)
+        self.bytes_by_unit[unit] += tensor.nbytes
+        kept = SavedInput(tensor.detach())
+        if self.offloading and unit not in self.staying:
+            host = self._device.host_memory(tensor)
+            kept.host, kept.tensor = host, None
+            kept.saved = self._device.down.copy([(host, tensor.detach())], (), computed=True)
+            self._away[unit].append(kept)
+            self._leaving.append((kept, tensor.detach(), tensor._version))
+        return kept
+
+    def let_go(self) -> None:
+        """Device memory of inputs that have left is free. Raises UnsupportedModelError if one was written into."""
+        for kept, tensor, version in self._leaving:
+            assert kept.saved is not None
+            self._device.let_go(tensor, kept.saved)
+            self._hold(-tensor.nbytes)
+            if tensor._version != version:
+                raise UnsupportedModelError(
+                    f"the input of shape {tuple(tensor.shape)} of a unit was changed in place after the unit had run,"
+                    " while it was on its way to the host"
+                )
+        self._leaving.clear()
+
+    def restore(self, unit: int) -> None:
+        """Bring the inputs of all calls of `unit` back to the device; returns at once."""
+        self.let_go()
+        for kept in self._away.pop(unit, []):
+            self._bring_back(kept)
+
+    def take(self, unit: int, kept: SavedInput) -> Tensor:
+        """The tensor, on the device, for the backward of its call. It is kept no longer."""
+        if kept.tensor is None:
+            self.restore(unit)  # nobody has foreseen it
+        assert kept.tensor is not None
+        if kept.restored is not None:
+            self._device.wait("inputs_restored", kept.restored)
+        self._hold(-kept.tensor.nbytes)
+        return kept.tensor
+
+    def _bring_back(self, kept: SavedInput) -> None:
+        assert kept.host is not None and kept.saved is not None
+        self._hold(kept.host.nbytes)
+        kept.tensor = torch.empty_strided(
+            kept.host.size(), kept.host.stride(), dtype=kept.host.dtype, device=self._device.torch_device
+        )
+        # its memory may have been another tensor's, which computation still reads
+        pairs, after = [(kept.tensor, kept.host)], [("inputs_saved", kept.saved)]
+        kept.restored = self._device.up.copy(pairs, after, computed=True)
+
+    def _hold(self, n_bytes: int) -> None:
+        self._device.hold(n_bytes)
+        self._held_bytes += n_bytes

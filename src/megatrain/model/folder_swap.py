@@ -1,0 +1,146 @@
+"""One folder for another: written under another name beside its target, flushed to disk, then put in its place.
+
+At any moment the target is the whole old folder or the whole new one.
+"""
+
+import contextlib
+import ctypes
+import errno
+import glob
+import os
+import re
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from megatrain.errors import ConfigError
+
+# files of an earlier save that must not outlive it; everything else in the folder is kept
+_REPLACED = re.compile(
+    r"(generation_)?config\.json|model.*\.safetensors|.*\.safetensors\.index\.json"
+    r"|pytorch_model.*\.bin(\.index\.json)?"
+)
+# renameat2's numbers, from linux/fs.h and fcntl.h
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+
+
+def check_target(target: Path) -> None:
+    """Raise ConfigError for a target that is no folder, or that holds files but no model: it would be replaced."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ConfigError(f"cannot save to {target}: it is a file; give a folder")
+    entries = [entry.name for entry in target.iterdir()]
+    model_files = ("config.json", ".safetensors", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json")
+    if entries and not any(name.endswith(model_files) for name in entries):
+        raise ConfigError(f"cannot save to {target}: it holds files but no model; give an empty or a new folder")
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A new folder beside `target` that takes its place, on disk, when the block ends without error.
+
+    Files of the old folder that are no part of a model come along. After an error the old folder stands.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(target)
+    temporary = target.parent / f".{target.name}.saving-{socket.gethostname()}-{os.getpid()}"
+    temporary.mkdir()
+    try:
+        yield temporary
+        if target.exists():
+            _carry_over(target, temporary)
+        _sync_tree(temporary)
+        _put_in_place(temporary, target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync_folder(target.parent)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what saves to `target` left behind whose process on this machine was killed."""
+    prefix = f".{target.name}.saving-{socket.gethostname()}-"
+    for path in target.parent.glob(f"{glob.escape(prefix)}*"):
+        pid = path.name.removeprefix(prefix)
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _carry_over(old: Path, new: Path) -> None:
+    """Give `new` the files of `old` that are no part of a model, without copying bytes."""
+    for entry in old.iterdir():
+        if _REPLACED.fullmatch(entry.name) or (new / entry.name).exists():
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=_link_or_copy)
+        else:
+            _link_or_copy(entry, new / entry.name)
+
+
+def _link_or_copy(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    """Make `temporary` be `target`; what was there before is removed afterwards."""
+    if not target.exists():
+        os.rename(temporary, target)
+    elif _exchange(temporary, target):
+        shutil.rmtree(temporary, ignore_errors=True)
+    else:
+        # the file system cannot swap two names at once: for an instant, `target` is missing and `aside` is it
+        aside = temporary.with_name(temporary.name + ".old")
+        os.rename(target, aside)
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            os.rename(aside, target)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders' names in one atomic step. False where the system or file system has no such step."""
+    if sys.platform != "linux":
+        return False
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    arguments = (_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), ctypes.c_uint(_RENAME_EXCHANGE))
+    if rename(*arguments) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+def _sync_tree(folder: Path) -> None:
+    """Flush every file and folder below `folder` to disk."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = Path(parent, name)
+            if path.is_file() and not path.is_symlink():
+                with path.open("rb") as stream:
+                    os.fsync(stream.fileno())
+        _sync_folder(Path(parent))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush the names in a folder; not every system lets a folder be opened."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

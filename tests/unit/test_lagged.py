@@ -1,0 +1,385 @@
+"""The lagged device: late copies, little memory, and the same bits as the host; and what each wait is for."""
+
+import copy
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_engine_random import tiny_llama
+from test_engine_toys import (
+    Net,
+    Output,
+    assert_trains_like_plain,
+    batches_of,
+    make_batch,
+    make_engine,
+)
+from torch import Tensor, nn
+
+from megatrain.device.base import WAITS
+from megatrain.device.lagged import LaggedDevice
+from megatrain.engine.updates import SlabUpdate
+from megatrain.errors import CapacityError, ConfigError, UnsupportedModelError
+from megatrain.model.hidden import HiddenParameter
+from megatrain.schedule.build import build_schedule
+from megatrain.schedule.check import check_schedule
+from megatrain.schedule.operations import Kind, Sizes
+
+
+def lagged(**options: Any) -> LaggedDevice:
+    return LaggedDevice("fp32", **options)
+
+
+def train(model: nn.Module, device: Any, steps: int = 4, micro_batches: int = 2, **settings: Any) -> list[Any]:
+    """(loss, norm) of each step, and the final weights."""
+    engine = make_engine(model, device=device, **settings)
+    seen: list[Any] = []
+    for step in range(steps):
+        stats = engine.train_step(batches_of(step, micro_batches))
+        seen.append((stats.loss, stats.grad_norm))
+    seen.append({name: value.clone() for name, value in model.state_dict().items()})
+    engine.close()
+    return seen
+
+
+def same(one: list[Any], other: list[Any]) -> bool:
+    weights, others = one[-1], other[-1]
+    return one[:-1] == other[:-1] and all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+# -- the same bits ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep_graphs", ["auto", "off", 3])
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_trains_like_plain(micro_batches: int, slots: int, keep_graphs: Any) -> None:
+    assert_trains_like_plain(
+        Net(count=4, dropout=0.1),
+        micro_batches=micro_batches,
+        device=lagged(),
+        slots=slots,
+        keep_graphs=keep_graphs,
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"clip_scope": "unit"}, {"clip_norm": None}, {"precision": "bf16"}, {"precision": "bf16", "clip_scope": "unit"}],
+    ids=str,
+)
+def test_same_as_the_host_in_every_mode(settings: dict[str, Any]) -> None:
+    device = LaggedDevice(settings.get("precision", "fp32"))
+    assert same(train(Net(count=4), device, **settings), train(Net(count=4), "cpu", **settings))
+
+
+def test_by_name() -> None:
+    engine = make_engine(Net(), device="lagged", device_memory=100_000)
+    assert engine.device.name == "lagged"
+    assert engine.train_step(batches_of(0, 1)).h2d_bytes > 0
+    engine.close()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_interleaving(seed: int) -> None:
+    host = train(Net(count=5), "cpu", micro_batches=1 + seed % 3)
+    late = train(Net(count=5), lagged(seed=seed, longest_delay_seconds=0.003), micro_batches=1 + seed % 3)
+    assert same(late, host)
+
+
+def test_a_model_twenty_times_the_memory() -> None:
+    count = 150
+    state = sum(p.nbytes for p in Net(count=count).parameters())
+    cap = state // 20
+    host = train(Net(count=count), "cpu", steps=3, keep_graphs="off")
+    assert same(train(Net(count=count), lagged(memory_bytes=cap), steps=3, keep_graphs="off"), host)
+
+
+# -- what the schedule says -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4])
+@pytest.mark.parametrize("inputs_leave", [False, True])
+def test_bytes_and_peak_are_the_schedules(slots: int, inputs_leave: bool) -> None:
+    engine = make_engine(Net(count=6), device=lagged(), slots=slots, keep_graphs="off")
+    weights = engine.weights
+    weights._inputs_must_leave = lambda kind, elements: inputs_leave
+    engine.train_step(batches_of(0, 1))
+    stats = engine.train_step(batches_of(0, 1))
+    schedule = weights.schedule_of("step")
+    gradients = {unit.index: sum(slot.parameter.nbytes for slot in unit.slots) for unit in engine.partition.units}
+    inputs = dict(weights.inputs.bytes_by_unit)
+    sizes = Sizes(weights.unit_bytes, gradients, inputs, inputs_leave, gradient_sums=gradients)
+    expected = build_schedule(schedule.visits, sizes, schedule.classes)
+    staging_bytes = 2 * max(engine.store.units[u].slabs[0].layout.gradient_bytes for u in gradients)
+    assert stats.device_peak_bytes == check_schedule(expected, sizes) + staging_bytes
+    assert stats.h2d_bytes == expected.h2d_bytes
+    assert stats.d2h_bytes == expected.d2h_bytes
+    assert stats.weight_passes == expected.total_bytes(Kind.FETCH) / sum(weights.unit_bytes.values())
+    assert (expected.total_bytes(Kind.SAVE) > 0) == inputs_leave
+    engine.close()
+
+
+def test_two_weight_passes_however_many_micro_batches() -> None:
+    engine = make_engine(Net(count=6), device=lagged(), slots=2, keep_graphs="off")
+    passes = []
+    for step in range(3):
+        passes.append(engine.train_step(batches_of(step, 1 + step)).weight_passes)
+    assert passes[0] < 2
+    assert passes[1] == passes[2] < 2
+    engine.close()
+
+
+# -- each wait --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_without_a_wait_training_is_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each wait, left out, changes what is computed (or stops it) in one of a few interleavings."""
+    memory = 40_000 if name.startswith("inputs") else None  # a limit makes inputs leave
+    if name == "update":
+        slow_updates(monkeypatch)
+    host = train(Net(count=5), "cpu")
+    slow = {
+        "update": "",
+        "weights_arrived": "up",
+        "slot_free": "compute",
+        "gradient_packed": "compute",
+        "inputs_restored": "up",
+    }.get(name, "down")
+    assert same(train(Net(count=5), lagged(slow=slow, memory_bytes=memory)), host)
+    for seed in range(5):
+        try:
+            if not same(train(Net(count=5), lagged(seed=seed, slow=slow, memory_bytes=memory, without=[name])), host):
+                return
+        except Exception:
+            return
+    pytest.fail(f"nothing went wrong without the wait {name!r}: {WAITS[name]}")
+
+
+def slow_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = SlabUpdate.run
+
+    def late(self: SlabUpdate, workers: Any) -> None:
+        time.sleep(0.003)
+        run(self, workers)
+
+    monkeypatch.setattr(SlabUpdate, "run", late)
+
+
+def test_an_unknown_wait_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no wait"):
+        lagged(without=["upadte"])
+
+
+# -- other orders and other loops -------------------------------------------------------------------------------------
+
+
+class Skipping(Net):
+    """Leaves one block out of every second forward."""
+
+    def __init__(self) -> None:
+        super().__init__(count=5)
+        self.calls = 0
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        self.calls += 1
+        for number, block in enumerate(self.blocks):
+            if number != 2 or self.calls % 2:
+                x = block(x)
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:.*was called out of the order")
+@pytest.mark.parametrize("keep_graphs", ["off", "auto"])
+def test_another_order_each_step_is_still_right(keep_graphs: str) -> None:
+    assert_trains_like_plain(Skipping(), steps=6, device=lagged(), keep_graphs=keep_graphs)
+
+
+def test_another_order_is_said_once() -> None:
+    engine = make_engine(Skipping(), device=lagged())
+    engine.train_step(batches_of(0, 1))
+    with pytest.warns(UserWarning, match="out of the order of earlier steps"):
+        engine.train_step(batches_of(1, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(2, 5):
+            engine.train_step(batches_of(step, 1))
+    engine.close()
+
+
+def test_a_callers_own_loop_with_an_evaluation_inside() -> None:
+    def loop(device: Any) -> list[Any]:
+        model = Net(count=4)
+        engine = make_engine(model, device=device)
+        seen: list[Any] = []
+        for step in range(4):
+            losses = [engine.model(**batch).loss for batch in batches_of(step, 2)]
+            with torch.no_grad():
+                seen.append(float(engine.model(**make_batch(50)).loss))
+            for loss in losses:
+                loss.backward()
+            seen.append(engine.step().grad_norm)
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        engine.close()
+        return seen
+
+    assert same(loop(lagged()), loop("cpu"))
+
+
+def test_weights_read_between_steps_are_up_to_date() -> None:
+    late, host = make_engine(Net(), device=lagged()), make_engine(Net())
+    for step in range(3):
+        for engine in (late, host):
+            engine.train_step(batches_of(step, 2))
+        for name, value in late.model.state_dict().items():
+            assert torch.equal(value, host.model.state_dict()[name])
+    late.close()
+    host.close()
+
+
+# -- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+class Failing(Net):
+    """Raises in the forward or the backward of a block when told to."""
+
+    fail: str = ""
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        for number, block in enumerate(self.blocks):
+            x = block(x)
+            if number == 1 and self.fail == "forward":
+                raise RuntimeError("somebody's bug")
+            if number == 1 and self.fail == "backward":
+                x.register_hook(_raise)
+        return x
+
+
+def _raise(_gradient: Tensor) -> None:
+    raise RuntimeError("somebody's bug")
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_an_exception_changes_nothing_and_training_goes_on(where: str, micro_batches: int) -> None:
+    model, plain = Failing(count=4), Net(count=4)
+    engine, host = make_engine(model, device=lagged()), make_engine(plain)
+    for step in range(2):
+        for e in (engine, host):
+            e.train_step(batches_of(step, micro_batches))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.fail = where
+    with pytest.raises(RuntimeError, match="somebody's bug"):
+        engine.train_step(batches_of(2, micro_batches))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.fail = ""
+    for step in range(2, 4):
+        assert (
+            engine.train_step(batches_of(step, micro_batches)).loss
+            == host.train_step(batches_of(step, micro_batches)).loss
+        )
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+    engine.close()
+    host.close()
+
+
+def test_too_little_memory_for_one_unit_is_refused_with_the_bytes_missing() -> None:
+    with pytest.raises(CapacityError, match=r"engine\.device_memory is 500 .*missing"):
+        make_engine(Net(), device=lagged(memory_bytes=500))
+
+
+def test_memory_that_runs_out_in_a_step_leaves_weights_and_engine_as_they_were() -> None:
+    model = Net(count=4)
+    engine = make_engine(model, device=lagged(), keep_graphs="off")
+    first = engine.train_step(batches_of(0, 1))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    engine.device.memory_bytes = first.device_peak_bytes - 100
+    with pytest.raises(CapacityError, match="missing"):
+        engine.train_step(batches_of(1, 1))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    engine.device.memory_bytes = None
+    host = make_engine(Net(count=4), keep_graphs="off")
+    assert host.train_step(batches_of(0, 1)).loss == first.loss
+    assert engine.train_step(batches_of(1, 1)).loss == host.train_step(batches_of(1, 1)).loss
+    engine.close()
+    host.close()
+
+
+class ReadsOutside(Net):
+    """Uses the embedding's weight as its head, without calling the embedding."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+        return Output(self.loss(torch.nn.functional.linear(self.hidden(input_ids), self.embed.weight), labels))
+
+
+def test_a_weight_read_outside_its_unit_is_refused_by_name() -> None:
+    engine = make_engine(ReadsOutside(), device=lagged())
+    with pytest.raises(UnsupportedModelError, match=r"embed\.weight is read outside"):
+        engine.train_step(batches_of(0, 1))
+    assert engine.model.embed.weight.shape == (29, 8)
+    engine.close()
+    assert not isinstance(engine.model.embed.weight, HiddenParameter)
+
+
+def test_shape_and_dtype_of_a_weight_may_be_read_anywhere() -> None:
+    class Reads(Net):
+        def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+            assert self.head.weight.shape == (29, 8) and self.head.weight.dtype == torch.float32
+            assert next(self.parameters()).device.type == "cpu" and self.embed.weight.requires_grad
+            return super().forward(input_ids, labels)
+
+    assert_trains_like_plain(Reads(), device=lagged())
+
+
+def test_generations_of_engines_leave_no_threads() -> None:
+    import threading
+
+    before = set(threading.enumerate())
+    engine = make_engine(copy.deepcopy(Net()), device=lagged())
+    engine.train_step(batches_of(0, 2))
+    engine.close()
+    left = [t.name for t in set(threading.enumerate()) - before if t.is_alive()]
+    assert left == []
+
+
+def test_a_model_of_transformers_reports_the_device_and_gets_its_own_class_back() -> None:
+    from megatrain.model.root import report_device
+
+    model = tiny_llama()
+    own = type(model)
+    undo = report_device(model, torch.device("cuda", 1))
+    assert model.device == model.model.device == torch.device("cuda", 1)
+    assert isinstance(model, own) and type(model).__name__ == own.__name__
+    undo()
+    assert type(model) is own and model.device == torch.device("cpu")
+
+
+def test_generation_and_saving_while_weights_stream(tmp_path: Path) -> None:
+    host, model = tiny_llama(), tiny_llama()
+    engine = make_engine(model, device=lagged())
+    prompt = torch.tensor([[3, 5, 7]])
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(engine.model.generate(prompt, **options), host.generate(prompt, **options))
+    engine.save_pretrained(tmp_path / "out")
+    again = type(host).from_pretrained(tmp_path / "out")
+    assert torch.equal(again(prompt).logits, host(prompt).logits)
+    engine.close()
+
+
+def test_saved_inputs_come_back_only_where_memory_is_short() -> None:
+    """With room for them, inputs stay; the first step, which does not know yet, sends them away."""
+    tight = make_engine(Net(count=8), device=lagged(memory_bytes=12_000), keep_graphs="off")
+    roomy = make_engine(Net(count=8), device=lagged(memory_bytes=1_000_000), keep_graphs="off")
+    sent = []
+    for engine in (tight, roomy):
+        for step in range(2):
+            stats = engine.train_step(batches_of(step, 3))
+        sent.append(stats.d2h_bytes - sum(p.nbytes for p in engine.model.parameters()))
+        engine.close()
+    assert sent[0] > 0 and sent[1] == 0
