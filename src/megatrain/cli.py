@@ -57,7 +57,8 @@ def _dispatch(arguments: list[str]) -> int:
         arguments, overrides = _take_overrides(arguments)
     known = parser.parse_args(arguments)
     if known.command in ("train", "demo"):
-        return _demo(known.config, overrides) if known.command == "demo" else _train(known.config, overrides)
+        command = _demo if known.command == "demo" else _train
+        return command(known.config, overrides, known.profile)
     if known.command == "generate":
         return _generate(known)
     if known.command == "export":
@@ -84,12 +85,16 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name,
             help=meaning,
-            usage=f"megatrain {name} {'[CONFIG.yaml]' if name == 'demo' else 'CONFIG.yaml'} [--section.key value ...]",
+            usage=f"megatrain {name} {'[CONFIG.yaml]' if name == 'demo' else 'CONFIG.yaml'} [--profile N]"
+            " [--section.key value ...]",
             allow_abbrev=False,
         )
         optional: dict[str, Any] = {"nargs": "?", "default": str(_DEMO_RECIPE)} if name == "demo" else {}
         command.add_argument(
             "config", metavar="CONFIG.yaml", help="settings; `megatrain config` lists all keys", **optional
+        )
+        command.add_argument(
+            "--profile", type=_at_least(1), default=0, metavar="N", help="write a timeline of N steps to trace.json"
         )
     generate = commands.add_parser("generate", help="let a model write text", allow_abbrev=False)
     generate.add_argument("folder", type=_path, metavar="FOLDER", help="a run's folder or a transformers folder")
@@ -112,7 +117,7 @@ def _take_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str, st
     words = iter(arguments)
     for word in words:
         name, equals, value = word[2:].partition("=")
-        if not word.startswith("--") or name in ("", "help"):
+        if not word.startswith("--") or name in ("", "help", "profile"):
             others.append(word)
             continue
         if not equals:
@@ -124,22 +129,22 @@ def _take_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str, st
     return others, pairs
 
 
-def _train(path: str, overrides: list[tuple[str, str]]) -> int:
+def _train(path: str, overrides: list[tuple[str, str]], profile_steps: int) -> int:
     config = load_config(path, overrides)
     from megatrain.train.run import run
 
-    result = run(config)
+    result = run(config, profile_steps=profile_steps)
     _report(result.loop.steps, result.evaluation)
     print(f"run folder: {result.folder}")
     return DONE
 
 
-def _demo(path: str, overrides: list[tuple[str, str]]) -> int:
+def _demo(path: str, overrides: list[tuple[str, str]], profile_steps: int) -> int:
     config = load_config(path, overrides)
     from megatrain.train.generate import generate
     from megatrain.train.run import run
 
-    result = run(config, replace=True)
+    result = run(config, replace=True, profile_steps=profile_steps)
     _report(result.loop.steps, result.evaluation)
     if result.interrupted or not config.checkpoint.at_end:
         print(f"run folder: {result.folder}")

@@ -95,6 +95,32 @@ def test_a_run_learns_and_leaves_its_folder(finished: tuple[Path, str]) -> None:
     assert "bits per byte" in out and "trained 12 steps" in out
 
 
+def test_a_streamed_run_gives_the_same_model_and_a_timeline(finished: tuple[Path, str]) -> None:
+    """On the device with late copies, with 2 MiB of memory and a profile: the losses and weights of the run on the
+    host, to the last bit."""
+    folder, _ = finished
+    arguments = (
+        "--output",
+        "streamed",
+        "--train.seed=3",
+        "--engine.device",
+        "lagged",
+        "--engine.device_memory",
+        "2MiB",
+    )
+    process = start("train", "tiny.yaml", *arguments, "--profile", "3", cwd=folder)
+    _, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    ours, theirs = metrics_of(folder / "streamed"), metrics_of(folder / "run")
+    assert [line["loss"] for line in ours] == [line["loss"] for line in theirs]
+    assert all(0 < line["device_peak_bytes"] <= 2 * 1024**2 for line in ours)
+    weights = "model/model.safetensors"
+    assert (folder / "streamed" / weights).read_bytes() == (folder / "run" / weights).read_bytes()
+    events = json.loads((folder / "streamed" / "trace.json").read_text())["traceEvents"]
+    backward = [event for event in events if event["name"] == "model.layers.1 backward"]
+    assert len(backward) == 3
+
+
 def test_the_model_loads_in_transformers_with_its_tokenizer(finished: tuple[Path, str]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

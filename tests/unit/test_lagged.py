@@ -1,8 +1,10 @@
 """The lagged device: late copies, little memory, and the same bits as the host; and what each wait is for."""
 
 import copy
+import json
 import time
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -383,3 +385,33 @@ def test_saved_inputs_come_back_only_where_memory_is_short() -> None:
         sent.append(stats.d2h_bytes - sum(p.nbytes for p in engine.model.parameters()))
         engine.close()
     assert sent[0] > 0 and sent[1] == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "lagged"])
+def test_a_trace_shows_every_unit_copy_update_and_wait(device: str, tmp_path: Path) -> None:
+    engine = make_engine(Net(count=3), device=device, keep_graphs="off")
+    engine.train_step(batches_of(0, 2))
+    with pytest.raises(RuntimeError, match="no trace was started"):
+        engine.write_trace(tmp_path / "trace.json")
+    engine.start_trace()
+    engine.train_step(batches_of(1, 2))
+    engine.train_step(batches_of(2, 2))
+    engine.write_trace(tmp_path / "trace.json")
+    engine.close()
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    tracks = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
+    seen: dict[str, set[str]] = {track: set() for track in tracks.values()}
+    for event in events:
+        if event["ph"] == "X":
+            assert event["ts"] >= 0 and event["dur"] >= 0
+            seen[tracks[event["tid"]]].add(event["name"])
+    units = {"embed", "blocks.0", "blocks.1", "blocks.2", "head"}
+    assert seen["compute"] >= units | {f"{unit} backward" for unit in units - {"head"}}
+    assert seen["host"] >= {f"update of {unit}" for unit in units}
+    if device == "lagged":
+        assert seen["up"] == seen["down"] == units
+        assert seen["host"] >= {f"gradient of {unit}" for unit in units}
+        assert seen["waits of copies"] == {"update", "slot_free", "gradient_packed"}
+        assert "weights_arrived" in seen["waits of compute"] and seen["waits of host"] == {"gradient_landed"}
+    spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["ph"] == "X" and tracks[e["tid"]] == "compute")
+    assert all(end <= start + 0.2 for (_, end), (start, _) in pairwise(spans)), "computation overlaps itself"

@@ -43,6 +43,7 @@ FIELDS = [
     "h2d_bytes",
     "d2h_bytes",
     "optimizer_exposed_seconds",
+    "weights_exposed_seconds",
     "device_peak_bytes",
     "host_peak_bytes",
 ]
@@ -68,6 +69,7 @@ class StandIn:
             seconds=0.25,
             skipped=loss == 2,
             optimizer_exposed_seconds=0.0,
+            weights_exposed_seconds=0.0,
             **counts,
         )
 

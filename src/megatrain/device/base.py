@@ -12,6 +12,8 @@ from typing import Any, Protocol, TypeGuard
 import torch
 from torch import Tensor
 
+from megatrain.device.trace import Mark, Trace
+
 WAITS = {
     "update": "a fetch waits until the host has updated the unit's weights",
     "slot_free": "a fetch waits until the computation that reads the slot's last content is done",
@@ -37,9 +39,11 @@ After = Sequence[tuple[str, Event]]  # (name of the wait, event)
 class Stream(Protocol):
     """A queue of copies, carried out one after the other, beside computation."""
 
-    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: After, *, computed: bool = False) -> Event:
+    def copy(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], after: After, *, computed: bool = False, label: str = ""
+    ) -> Event:
         """(target, source) of equal dtype and shape, once `after` has happened, and with `computed` everything that
-        computation has been given so far. Returns at once."""
+        computation has been given so far. Returns at once. `label` names it in a trace."""
 
 
 class ComputeDevice(Protocol):
@@ -47,6 +51,13 @@ class ComputeDevice(Protocol):
 
     name: str
     torch_device: torch.device
+    trace: Trace | None  # set while a trace is taken
+
+    def mark(self) -> Mark:
+        """Now, in the order of computation."""
+
+    def seconds(self, mark: Mark) -> float:
+        """A mark on the clock of time.perf_counter. Computation up to it is over."""
 
     def computing(self) -> AbstractContextManager[Any]:
         """Entered around every run of a unit and every backward."""

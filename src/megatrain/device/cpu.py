@@ -1,11 +1,13 @@
 """The host as its own compute device: weights are bound where they lie, nothing is copied."""
 
+import time
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from megatrain.device.cpu_bf16 import Bf16ThroughFp32
+from megatrain.device.trace import Mark, Trace
 
 
 class CpuDevice:
@@ -15,8 +17,15 @@ class CpuDevice:
     d2h_bytes = 0
 
     def __init__(self, precision: str = "auto") -> None:
+        self.trace: Trace | None = None
         # a product that is not bf16 needs no help
         self._native = precision == "fp32" or self.native_bf16()
+
+    def mark(self) -> Mark:
+        return time.perf_counter()
+
+    def seconds(self, mark: Mark) -> float:
+        return float(mark)
 
     def computing(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._native else Bf16ThroughFp32()

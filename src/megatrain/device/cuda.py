@@ -6,6 +6,7 @@ calling thread gives to its current stream.
 
 import ctypes
 import mmap
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatrain.device.base import After
+from megatrain.device.trace import Mark, Trace
 from megatrain.errors import CapacityError, ConfigError
 from megatrain.sizes import format_bytes
 
@@ -33,21 +35,28 @@ class CudaEvent:
 class CudaStream:
     """A stream of copies in one direction."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, track: str, device: torch.device) -> None:
         self.n_bytes = 0
+        self.trace: Trace | None = None
+        self._track = track
         self._device = device
         self.stream = torch.cuda.Stream(device)
 
-    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: After, *, computed: bool = False) -> CudaEvent:
+    def copy(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], after: After, *, computed: bool = False, label: str = ""
+    ) -> CudaEvent:
         for _, event in after:
             assert isinstance(event, CudaEvent)
             self.stream.wait_event(event.event)
         if computed:
             self.stream.wait_stream(torch.cuda.current_stream(self._device))
+        start = _timed(self.stream) if self.trace is not None else None
         with torch.no_grad(), torch.cuda.stream(self.stream):
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
                 self.n_bytes += source.nbytes
+        if self.trace is not None:
+            self.trace.add(self._track, label, start, _timed(self.stream))
         return CudaEvent(self.stream)
 
 
@@ -73,8 +82,28 @@ class CudaDevice:
             torch.cuda.set_per_process_memory_fraction(memory_bytes / total, self.torch_device)
         self.memory_bytes: int | None = memory_bytes if memory_bytes is not None else free
         self._registered: list[int] = []
-        self.up = CudaStream(self.torch_device)
-        self.down = CudaStream(self.torch_device)
+        self.up = CudaStream("up", self.torch_device)
+        self.down = CudaStream("down", self.torch_device)
+        self._base = _timed(torch.cuda.current_stream(self.torch_device))
+        self._base.synchronize()
+        self._base_seconds = time.perf_counter()
+
+    @property
+    def trace(self) -> Trace | None:
+        return self.up.trace
+
+    @trace.setter
+    def trace(self, trace: Trace | None) -> None:
+        self.up.trace = self.down.trace = trace
+
+    def mark(self) -> Mark:
+        return _timed(torch.cuda.current_stream(self.torch_device))
+
+    def seconds(self, mark: Mark) -> float:
+        if isinstance(mark, float):
+            return mark  # a host thread's
+        mark.synchronize()
+        return self._base_seconds + float(self._base.elapsed_time(mark)) / 1000
 
     def computing(self) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -163,6 +192,12 @@ class CudaDevice:
 
     def _now(self) -> CudaEvent:
         return CudaEvent(torch.cuda.current_stream(self.torch_device))
+
+
+def _timed(stream: Any) -> Any:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(stream)
+    return event
 
 
 def _keep_out_of_forks(address: int, n_bytes: int) -> None:

@@ -9,8 +9,8 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from queue import SimpleQueue
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatrain.device.base import WAITS, After, Event
 from megatrain.device.cpu import CpuDevice
+from megatrain.device.trace import Mark, Trace
 from megatrain.errors import CapacityError, ConfigError
 from megatrain.sizes import format_bytes
 
@@ -42,23 +43,26 @@ class LaggedStream:
     def __init__(self, name: str, device: "LaggedDevice", longest_delay_seconds: float, seed: int) -> None:
         self.n_bytes = 0
         self._longest_delay_seconds = longest_delay_seconds
+        self._track = name
         self._device = device
         self._random = random.Random(seed)
-        self._tasks: SimpleQueue[tuple[Callable[[], None], After, LaggedEvent] | None] = SimpleQueue()
+        self._tasks: SimpleQueue[tuple[Callable[[], None], After, str, LaggedEvent] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name=f"megatrain-lagged-{name}", daemon=True)
         self._started = False
         self._last: LaggedEvent | None = None
 
-    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: After, *, computed: bool = False) -> LaggedEvent:
+    def copy(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], after: After, *, computed: bool = False, label: str = ""
+    ) -> LaggedEvent:
         self.n_bytes += sum(source.nbytes for _, source in pairs)
-        return self.submit(lambda: _copy(pairs), after)
+        return self.submit(lambda: _copy(pairs), after, label)
 
-    def submit(self, run: Callable[[], None], after: After) -> LaggedEvent:
+    def submit(self, run: Callable[[], None], after: After, label: str) -> LaggedEvent:
         if not self._started:
             self._started = True
             self._thread.start()
         self._last = LaggedEvent()
-        self._tasks.put((run, after, self._last))
+        self._tasks.put((run, after, label, self._last))
         return self._last
 
     def wait_for_last(self) -> None:
@@ -68,18 +72,29 @@ class LaggedStream:
 
     def _serve(self) -> None:
         while (task := self._tasks.get()) is not None:
-            run, after, done = task
+            run, after, label, done = task
             try:
                 for name, event in after:
                     if self._device.keeps(name):
-                        event.wait()
-                time.sleep(self._random.random() * self._longest_delay_seconds)
-                run()
+                        with self._span(
+                            "waits of copies" if self._track in ("up", "down") else "waits of compute", name
+                        ):
+                            event.wait()
+                with self._span(self._track, label):
+                    time.sleep(self._random.random() * self._longest_delay_seconds)
+                    run()
             except BaseException as error:
                 self._device.failed(error)
             del task, run, after
             done.set()
             del done
+
+    @contextmanager
+    def _span(self, track: str, label: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self._device.trace is not None:
+            self._device.trace.add(track, label, start, time.perf_counter())
 
     def close(self) -> None:
         if self._started:
@@ -111,6 +126,7 @@ class LaggedDevice:
         if unknown:
             raise ConfigError(f"without: {', '.join(sorted(unknown))} is no wait; there are {', '.join(WAITS)}")
         self.memory_bytes = memory_bytes
+        self.trace: Trace | None = None
         self._without = frozenset(without)
         self._host = CpuDevice(precision)
         self._held_bytes = 0
@@ -120,9 +136,15 @@ class LaggedDevice:
         delay = {name: longest_delay_seconds * (10 if name == slow else 1) for name in ("up", "down", "compute")}
         self.up = LaggedStream("up", self, delay["up"], seed)
         self.down = LaggedStream("down", self, delay["down"], seed + 1)
-        self._compute = LaggedStream("compute", self, delay["compute"], seed + 2)
+        self._compute = LaggedStream("queued compute", self, delay["compute"], seed + 2)
 
     # -- as every device ------------------------------------------------------------------------------------
+
+    def mark(self) -> Mark:
+        return self._host.mark()
+
+    def seconds(self, mark: Mark) -> float:
+        return self._host.seconds(mark)
 
     def computing(self) -> AbstractContextManager[Any]:
         self._compute.wait_for_last()  # what was given to `compute` comes before what is computed from here on
@@ -182,10 +204,10 @@ class LaggedDevice:
         return name not in self._without
 
     def compute(self, run: Callable[[], None], after: After) -> Event:
-        return self._compute.submit(run, after)
+        return self._compute.submit(run, after, "pack a gradient")
 
     def release(self, buffer: Tensor) -> Event:
-        return self._compute.submit(lambda: _fill_with_nan(buffer), ())
+        return self._compute.submit(lambda: _fill_with_nan(buffer), (), "release")
 
     def wait(self, name: str, event: Event) -> None:
         self.host_wait(name, event.wait)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from megatrain.device.base import ComputeDevice, streams
+from megatrain.device.trace import Trace
 from megatrain.engine import setup
 from megatrain.engine.executor import Executor
 from megatrain.engine.gradient_stream import GradientStream
@@ -174,6 +175,18 @@ class Engine:
         """Return when all decided updates are in the weights."""
         self.updates.flush()
 
+    def start_trace(self) -> None:
+        """From here on note what runs when: computation and copies unit by unit, host work, waits by name."""
+        self.device.trace = Trace()
+
+    def write_trace(self, path: str | os.PathLike[str]) -> None:
+        """Write what was noted since `start_trace` for Perfetto (ui.perfetto.dev), and stop noting."""
+        self.flush()
+        trace, self.device.trace = self.device.trace, None
+        if trace is None:
+            raise RuntimeError("write_trace: no trace was started")
+        trace.write(Path(path), self.device.seconds)
+
     def discard_gradients(self) -> None:
         """Forget the gradients gathered since the last step."""
         self.gradients.forget_gradients()
@@ -327,7 +340,7 @@ class Engine:
         gradient_stream = None
         if streams(device):
             self._host_thread = HostThread("host-updates")
-            self.updates = PendingUpdates(store, part, self._host_thread)
+            self.updates = PendingUpdates(store, part, device, self._host_thread)
             self.weights = WeightStream(device, store, part, self.updates, slots or DEFAULT_SLOTS)
             gradient_stream = GradientStream(device, self._host_thread, setup.largest_gradient_bytes(store))
             for unit in store.units:
@@ -336,7 +349,7 @@ class Engine:
                     if slab.gradient is not None:
                         device.pin(slab.gradient)
         else:
-            self.updates = PendingUpdates(store, part)
+            self.updates = PendingUpdates(store, part, device)
             self.weights = HostWeights(store, part, self.updates)
         self.gradients = GradientBook(
             store, part, settle=self.updates.settle, complete=self._update_complete_unit, stream=gradient_stream

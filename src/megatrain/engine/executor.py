@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatrain.device.base import ComputeDevice
+from megatrain.device.trace import Mark
 from megatrain.engine.gradients import GradientBook
 from megatrain.engine.kept_graphs import KeptGraphs
 from megatrain.engine.saved_inputs import SavedInput
@@ -51,6 +52,8 @@ class Executor:
         self._rank: dict[int, int] = {}
         self._local = threading.local()
         self._in_pass = False
+        self._visit_label = ""
+        self._visit_start: Mark | None = None
 
     # -- what units call --------------------------------------------------------------------------------------
 
@@ -69,7 +72,20 @@ class Executor:
         return self.generation < LOOK_STEPS and self.hand_over.takes_turns()
 
     def fetch(self, unit: Unit, *, backward: bool = False) -> dict[int, Tensor]:
-        return self._weights.fetch(unit, backward=backward, together=self.direct_leaves() is not None)
+        self._trace_visit(unit.name, backward)
+        weights = self._weights.fetch(unit, backward=backward, together=self.direct_leaves() is not None)
+        if self._device.trace is not None and self._visit_start is None:
+            self._visit_start = self._device.mark()
+        return weights
+
+    def _trace_visit(self, name: str, backward: bool) -> None:
+        """In a trace, computation is what lies between the arrival of one unit's weights and the call of the next."""
+        label = f"{name or 'model'}{' backward' if backward else ''}"
+        if self._device.trace is None or label == self._visit_label:
+            return
+        if self._visit_start is not None and self._visit_label:
+            self._device.trace.add("compute", self._visit_label, self._visit_start, self._device.mark())
+        self._visit_label, self._visit_start = label, None
 
     def keep_inputs(self, unit: Unit, tensors: dict[int, Tensor]) -> dict[int, SavedInput]:
         inputs = self._weights.inputs
@@ -160,6 +176,8 @@ class Executor:
     def weights_changed(self) -> None:
         """From here on a backward of an earlier forward is an error."""
         self.generation += 1
+        self._trace_visit("", False)
+        self._visit_label, self._visit_start = "", None
         if self._in_pass:
             self._in_pass = False
             self._weights.end()

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class GradientStream:
         """Sums of gradients on the device have grown by `n_bytes`."""
         self._device.hold(n_bytes)
 
-    def send(self, sums: list[Tensor], targets: list[Tensor], land: Callable[[], None]) -> None:
+    def send(self, sums: list[Tensor], targets: list[Tensor], land: Callable[[], None], label: str) -> None:
         """Round each of `sums` to its target's dtype and copy it there; then the host thread calls `land`. Returns at
         once; `finish` waits and raises what went wrong."""
         staging = self._staging[0]
@@ -55,12 +56,18 @@ class GradientStream:
             self._device.hold(-held)
 
         packed = self._device.compute(pack, [("staging_free", staging.free)] if staging.free is not None else [])
-        landed = self._device.down.copy(list(zip(targets, views, strict=True)), [("gradient_packed", packed)])
+        pairs = list(zip(targets, views, strict=True))
+        landed = self._device.down.copy(pairs, [("gradient_packed", packed)], label=label)
         staging.free = landed
 
         def arrive() -> None:
+            waits = perf_counter()
             self._device.host_wait("gradient_landed", landed.wait)
+            start = perf_counter()
             land()
+            if self._device.trace is not None:
+                self._device.trace.add("waits of host", "gradient_landed", waits, start)
+                self._device.trace.add("host", f"gradient of {label}", start, perf_counter())
 
         self._tickets.append(self._host.submit(arrive))
 

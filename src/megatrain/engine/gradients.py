@@ -49,6 +49,7 @@ class GradientBook:
         self._read_directly: set[int] = {-1}
         self.squares: dict[int, float] = {}
         self._written: set[int] = set()  # slots whose gradient is on the host, or on its way there
+        self._names = {u.index: u.name for u in part.units}
         self._readers = {u.index: _readers_of_home(part, u) for u in part.units}
 
     # -- what units report ------------------------------------------------------------------------------------
@@ -191,7 +192,7 @@ class GradientBook:
                 self.squares[entry.slot.index] = square
             self._written_home(home, entries)
 
-        stream.send(gradients, targets, land)
+        stream.send(gradients, targets, land, label=self._names.get(home, "stray parameters"))
         if any(again):
             stream.finish()  # the place of a first gradient changes when a further one has been added
 

@@ -52,7 +52,7 @@ class SavedInputs:
         if self.offloading and unit not in self.staying:
             host = self._device.host_memory(tensor)
             kept.host, kept.tensor = host, None
-            kept.saved = self._device.down.copy([(host, tensor.detach())], (), computed=True)
+            kept.saved = self._device.down.copy([(host, tensor.detach())], (), computed=True, label="inputs")
             self._away[unit].append(kept)
             self._leaving.append((kept, tensor.detach(), tensor._version))
         return kept
@@ -94,7 +94,7 @@ class SavedInputs:
         )
         # its memory may have been another tensor's, which computation still reads
         pairs, after = [(kept.tensor, kept.host)], [("inputs_saved", kept.saved)]
-        kept.restored = self._device.up.copy(pairs, after, computed=True)
+        kept.restored = self._device.up.copy(pairs, after, computed=True, label="inputs")
 
     def _hold(self, n_bytes: int) -> None:
         self._device.hold(n_bytes)

@@ -26,7 +26,9 @@ LossParts = list[tuple[Tensor, float]]  # (scalar, factor) of what adds up to a 
 @dataclass(frozen=True, slots=True)
 class StepStats:
     """What a step did. `loss` is the mean over the target tokens of all micro-batches (None where the caller ran the
-    forward), `grad_norm` the L2 norm before clipping, `weight_passes` how often all weights were fetched."""
+    forward), `grad_norm` the L2 norm before clipping, `weight_passes` how often all weights were fetched. Computation
+    stood still for the host's updates for `optimizer_exposed_seconds`, for copies of weights (that wait included) for
+    `weights_exposed_seconds`."""
 
     loss: float | None
     grad_norm: float
@@ -38,6 +40,7 @@ class StepStats:
     d2h_bytes: int
     device_peak_bytes: int
     optimizer_exposed_seconds: float
+    weights_exposed_seconds: float
     host_peak_bytes: int
 
 
@@ -195,5 +198,6 @@ class StepClock:
             d2h_bytes=int(down),
             device_peak_bytes=self._engine.device.peak_bytes(),
             optimizer_exposed_seconds=exposed,
+            weights_exposed_seconds=self._engine.weights.waited_seconds(),
             host_peak_bytes=peak_resident_bytes(),
         )

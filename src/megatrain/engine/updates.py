@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from megatrain.device.base import ComputeDevice
 from megatrain.engine.host_thread import HostThread, Ticket
 from megatrain.memory.layout import Place
 from megatrain.memory.store import HostStore, Slab, SlotState, bits
@@ -41,8 +42,12 @@ class SlabUpdate:
 class PendingUpdates:
     """Updates by the unit that holds the state, and the wait for those that a unit depends on."""
 
-    def __init__(self, store: HostStore, part: Partition, background: HostThread | None = None) -> None:
+    def __init__(
+        self, store: HostStore, part: Partition, device: ComputeDevice, background: HostThread | None = None
+    ) -> None:
         self._store = store
+        self._device = device
+        self._names = {u.index: u.name for u in part.units}
         self._background = background
         self._pending: dict[int, list[SlabUpdate]] = {}
         self._tickets: dict[int, Ticket] = {}
@@ -58,7 +63,7 @@ class PendingUpdates:
         """All updates of a step are scheduled: the host thread, if there is one, begins."""
         if self._background is not None:
             for unit in sorted(self._pending):
-                run = partial(self._carry_out, self._pending.pop(unit))
+                run = partial(self._carry_out, unit, self._pending.pop(unit))
                 self._tickets[unit] = self._background.submit(run)
 
     def wait_for(self, unit: Unit) -> None:
@@ -83,12 +88,16 @@ class PendingUpdates:
             ticket.wait()
         elif unit in self._pending:
             started = time.perf_counter()
-            self._carry_out(self._pending.pop(unit))
+            self._carry_out(unit, self._pending.pop(unit))
             self.exposed_seconds += time.perf_counter() - started
 
-    def _carry_out(self, updates: list[SlabUpdate]) -> None:
+    def _carry_out(self, unit: int, updates: list[SlabUpdate]) -> None:
+        started = time.perf_counter()
         for update in updates:
             update.run(self._store.workers)
+        if self._device.trace is not None:
+            name = self._names.get(unit, "stray parameters")
+            self._device.trace.add("host", f"update of {name}", started, time.perf_counter())
 
 
 def unit_updates(

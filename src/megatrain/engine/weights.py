@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatrain.device.base import Event, StreamingDevice
+from megatrain.device.trace import Mark
 from megatrain.engine.host_thread import HostThread
 from megatrain.engine.saved_inputs import SavedInputs
 from megatrain.engine.updates import PendingUpdates
@@ -76,6 +77,9 @@ class Weights(Protocol):
     def changed(self) -> None:
         """The host's weights have changed."""
 
+    def waited_seconds(self) -> float:
+        """How long computation stood still for weights since the last call."""
+
     def close(self) -> None: ...
 
 
@@ -126,6 +130,9 @@ class HostWeights:
 
     def changed(self) -> None:
         self._fetched = -1
+
+    def waited_seconds(self) -> float:
+        return 0.0
 
     def close(self) -> None:
         pass
@@ -263,6 +270,7 @@ class WeightStream:
         self._walk = Walk("", None)
         self._pinned: Counter[int] = Counter()  # kept graphs by unit
         self._outer: list[Walk] = []
+        self._waits: list[tuple[Mark, Mark]] = []  # of computation, for weights: before and after
         self._told = False
         self.fetched_bytes = 0
         self.exposed_seconds = 0.0  # computation's launch waited for the host's updates
@@ -473,11 +481,14 @@ class WeightStream:
         self.fetched_bytes += image.n_bytes if unit != ALL_UNITS_STRAY else 0
 
         def issue() -> None:
+            started = perf_counter()
             try:
                 for home in self._homes[unit]:
                     self._device.host_wait("update", partial(self._updates.settle, home))
+                if self._device.trace is not None:
+                    self._device.trace.add("waits of copies", "update", started, perf_counter())
                 after = [("slot_free", free)] if free is not None else []
-                fetch.arrived = self._device.up.copy(image.pairs(slot.buffer), after)
+                fetch.arrived = self._device.up.copy(image.pairs(slot.buffer), after, label=self._name(unit))
             except BaseException as error:
                 fetch.error = error
             finally:
@@ -485,12 +496,15 @@ class WeightStream:
 
         self._issuer.submit(issue)
 
+    def _name(self, unit: int) -> str:
+        return self._units[unit].name or "weights" if unit in self._units else "stray parameters"
+
     def _await(self, slot: DeviceSlot) -> None:
         fetch = slot.fetch
         assert fetch is not None
         if fetch.waited:
             return
-        started = perf_counter()
+        before, started = self._device.mark(), perf_counter()
         self._device.host_wait("weights_arrived", fetch.wait_until_issued)
         self.exposed_seconds += perf_counter() - started
         if fetch.error is not None:
@@ -498,6 +512,16 @@ class WeightStream:
         if fetch.arrived is not None:
             self._device.wait("weights_arrived", fetch.arrived)
             fetch.waited = True
+        self._waits.append((before, self._device.mark()))
+
+    def waited_seconds(self) -> float:
+        """How long computation stood still for weights since the last call. It is over up to now."""
+        waits, self._waits = self._waits, []
+        seconds = self._device.seconds
+        if self._device.trace is not None:
+            for before, after in waits:
+                self._device.trace.add("waits of compute", "weights_arrived", before, after)
+        return sum(max(0.0, seconds(after) - seconds(before)) for before, after in waits)
 
     def _forget_residents(self) -> None:
         """What lies in the slots may be old by the next fetch."""

@@ -26,6 +26,8 @@ class StepStats(Protocol):
     @property
     def optimizer_exposed_seconds(self) -> float: ...
     @property
+    def weights_exposed_seconds(self) -> float: ...
+    @property
     def device_peak_bytes(self) -> int: ...
     @property
     def host_peak_bytes(self) -> int: ...
@@ -44,6 +46,7 @@ def metrics_line(step: int, lr: float, stats: StepStats) -> dict[str, Any]:
         "h2d_bytes": stats.h2d_bytes,
         "d2h_bytes": stats.d2h_bytes,
         "optimizer_exposed_seconds": stats.optimizer_exposed_seconds,
+        "weights_exposed_seconds": stats.weights_exposed_seconds,
         "device_peak_bytes": stats.device_peak_bytes,
         "host_peak_bytes": stats.host_peak_bytes,
     }

@@ -16,6 +16,7 @@ from megatrain.train.interrupt import StopOnInterrupt
 from megatrain.train.loop import LoopResult, train
 from megatrain.train.metrics import MetricsFile
 from megatrain.train.model_settings import ModelSettings, Vocabulary, check_fit, read_model_settings
+from megatrain.train.profile import ProfiledEngine
 from megatrain.train.progress import show_progress
 from megatrain.train.run_folder import RunFolder
 from megatrain.train.trial import try_out
@@ -38,8 +39,9 @@ class RunResult:
     interrupted: bool
 
 
-def run(config: Config, *, replace: bool = False) -> RunResult:
+def run(config: Config, *, replace: bool = False, profile_steps: int = 0) -> RunResult:
     """Train as `config` says; with `replace`, a finished run in `output` gives way to it once it is done.
+    `profile_steps`: how many steps to write a trace of.
 
     Raises ConfigError and CapacityError before anything is written, and most of them before the texts are read.
     """
@@ -63,7 +65,7 @@ def run(config: Config, *, replace: bool = False) -> RunResult:
     with StopOnInterrupt() as stop:
         folder.create(config)
         try:
-            result = _train(config, engine, data, folder, stop)
+            result = _train(config, engine, data, folder, stop, profile_steps)
         except BaseException:
             if not folder.metrics.exists() or not folder.metrics.stat().st_size:
                 folder.discard()  # nothing of it was logged: there is nothing to keep
@@ -103,7 +105,14 @@ def _evaluate(config: Config, engine: "Engine", data: build.Data, stop: StopOnIn
     return evaluation
 
 
-def _train(config: Config, engine: "Engine", data: build.Data, folder: RunFolder, stop: StopOnInterrupt) -> LoopResult:
+def _train(
+    config: Config,
+    engine: "Engine",
+    data: build.Data,
+    folder: RunFolder,
+    stop: StopOnInterrupt,
+    profile_steps: int,
+) -> LoopResult:
     batches = StepBatches(
         data.sequences,
         micro_batch=config.engine.micro_batch,
@@ -121,9 +130,10 @@ def _train(config: Config, engine: "Engine", data: build.Data, folder: RunFolder
         min_ratio=schedule.min_lr_ratio,
     )
     engine.model.train()
+    profiled = ProfiledEngine(engine, profile_steps, data.steps, folder.trace) if profile_steps else None
     with MetricsFile(folder.metrics) as metrics:
-        return train(
-            engine,
+        result = train(
+            profiled or engine,
             batches_of=batches.of_step,
             learning_rate_of=learning_rate_of,
             total_steps=data.steps,
@@ -132,6 +142,10 @@ def _train(config: Config, engine: "Engine", data: build.Data, folder: RunFolder
             stop=stop,
             log_every=config.train.log_every,
         )
+    if profiled is not None:
+        profiled.finish()
+        _say(f"wrote {folder.trace}; open it in ui.perfetto.dev")
+    return result
 
 
 def _say(text: str) -> None:

@@ -12,7 +12,7 @@ from megatrain.config import Config, to_yaml
 from megatrain.errors import CapacityError, ConfigError
 from megatrain.sizes import format_bytes
 
-_OWN_FILES = frozenset({"config.yaml", "metrics.jsonl", "model"})
+_OWN_FILES = frozenset({"config.yaml", "metrics.jsonl", "model", "trace.json"})
 
 
 def model_folder(path: str) -> str:
@@ -94,6 +94,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """The metrics file."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def trace(self) -> Path:
+        """The timeline of `--profile`."""
+        return self.path / "trace.json"
 
     def require_room(self, model_bytes: int) -> None:
         """Raise CapacityError where the disk has no room for a model of that size."""
