@@ -199,6 +199,10 @@ class EngineConfig:
     threads: int | None = field(
         default=None, metadata=_about(or_null(whole(1)), "host threads of the optimizer; null: one per core")
     )
+    compile: str = field(
+        default="off",
+        metadata=_about(choice("off", "blocks"), "blocks: torch.compile, one graph per kind of block"),
+    )
     keep_graphs: int | str = field(
         default="auto",
         metadata=_about(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from megatrain.device.base import ComputeDevice, streams
 from megatrain.device.trace import Trace
 from megatrain.engine import setup
+from megatrain.engine.compiled import check_compile, compile_blocks
 from megatrain.engine.executor import Executor
 from megatrain.engine.gradient_stream import GradientStream
 from megatrain.engine.gradients import GradientBook
@@ -53,6 +54,8 @@ class Engine:
     keep_graphs:   units that keep their graph instead of being recomputed, the same bits in less time: 'auto' (from
                    the second step on, as many as fit into half of the free memory), 'off', or a number of last units.
     slots:         units of a size whose weights may be on a streaming device at once; None: 2.
+    compile:       'off', or 'blocks': blocks run as graphs of torch.compile, one per kind. Sums inside a block may then
+                   be added up in another order (last bits), and the first steps wait for the compiler.
 
     Raises ConfigError for a wrong setting and CapacityError when the plan does not fit into host memory.
     """
@@ -70,6 +73,7 @@ class Engine:
         threads: int | None = None,
         keep_graphs: KeepGraphs = "auto",
         slots: int | None = None,
+        compile: str = "off",
         *,
         _mapped: bool = False,
     ) -> None:
@@ -78,10 +82,11 @@ class Engine:
         setup.check_clipping(clip_norm, clip_scope)
         setup.check_threads(threads)
         check_keep_graphs(keep_graphs)
-        self.model = model
+        self.model, self._compile = model, compile
         setup.check_slots(slots)
         self.precision = setup.resolve_precision(precision, setup.make_device(device))
         self.device = setup.make_device(device, self.precision, device_memory)
+        check_compile(compile, self.device.torch_device)
         self.clip_norm, self.clip_scope, self.seed = clip_norm, clip_scope, seed
         self.keeps_gradients = setup.keeps_gradients(clip_norm, clip_scope)
         self.step_count = 0
@@ -363,6 +368,8 @@ class Engine:
     def _attach(self) -> None:
         model = self.model
         self._blocks = install_units(self.partition.units, self.executor)
+        if self._compile == "blocks":
+            compile_blocks(self._blocks)
         self.executor.hand_over.carried = [block.attributes.save for block in self._blocks]
         self.executor.watched = [block.attributes for block in self._blocks]
         self._undo: list[Callable[[], None]] = []

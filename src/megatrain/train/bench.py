@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=2, help="steps of a measurement; default: 2")
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of the layers, for a quick look")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--compile", action="store_true", help="measure speed with compiled blocks, too")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--settings", help=argparse.SUPPRESS)
     return parser
@@ -139,6 +140,8 @@ def _speed(options: argparse.Namespace, peers: list[str], say: Callable[..., Non
         "megatrain": base | {"keep_graphs": "auto"},
         "megatrain, recomputing": base | {"keep_graphs": "off"},
     }
+    if options.compile:
+        systems["megatrain, compiled"] = base | {"keep_graphs": "auto", "compile": "blocks"}
     systems |= {peer: base for peer in peers}
     seconds: dict[str, list[float]] = {name: [] for name in systems}
     for _ in range(options.rounds):
@@ -160,9 +163,10 @@ def _speed_worker(settings: dict[str, Any]) -> dict[str, Any]:
     _prepare(settings)
     engine = Engine(
         _model(settings), precision=settings["precision"], threads=settings["threads"],
-        keep_graphs=settings["keep_graphs"],
+        keep_graphs=settings["keep_graphs"], compile=settings.get("compile", "off"),
     )  # fmt: skip
-    engine.train_step([_batch(settings, 0)])
+    for _ in range(2 if "compile" in settings else 1):  # kept graphs are compiled in the second step
+        engine.train_step([_batch(settings, 0)])
     engine.flush()
 
     def step(number: int) -> None:

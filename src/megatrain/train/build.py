@@ -180,6 +180,7 @@ def _engine_settings(config: Config) -> dict[str, Any]:
         "threads": config.engine.threads,
         "keep_graphs": config.engine.keep_graphs,
         "slots": config.engine.slots,
+        "compile": config.engine.compile,
     }
 
 

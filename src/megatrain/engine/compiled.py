@@ -1,0 +1,43 @@
+"""`engine.compile: blocks`: one compiled graph per kind of block, not one per layer.
+
+The layers of a model run the same code over different weights. What is compiled is the forward of their class, called
+with the module: PyTorch takes weights as inputs of the graph, so all layers share it, whatever slot theirs lie in.
+"""
+
+import functools
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatrain.errors import ConfigError
+from megatrain.model.block import UnitForward
+
+COMPILE = ("off", "blocks")
+
+
+def check_compile(setting: str, device: torch.device) -> None:
+    """Raise ConfigError for a wrong setting, or where what it needs is missing."""
+    if setting not in COMPILE:
+        raise ConfigError(f"engine.compile is {setting!r}; it must be one of {', '.join(COMPILE)}")
+    if setting == "blocks" and device.type == "cpu" and _cpp_compiler() is None:
+        raise ConfigError("engine.compile is 'blocks', which needs a C++ compiler on the cpu; install g++, or use off")
+
+
+def compile_blocks(blocks: list[UnitForward]) -> None:
+    """Compile the forward of every class of which the model has several units."""
+    count = Counter(type(block.unit.module) for block in blocks)
+    compiled: dict[type, Callable[..., Any]] = {}
+    for block in blocks:
+        kind = type(block.unit.module)
+        if count[kind] > 1:
+            if kind not in compiled:
+                compiled[kind] = torch.compile(kind.forward)
+            block.forward = functools.partial(compiled[kind], block.unit.module)
+
+
+def _cpp_compiler() -> str | None:
+    return next((c for c in (os.environ.get("CXX"), "g++", "clang++") if c and shutil.which(c)), None)
