@@ -1,4 +1,7 @@
-"""The `megatrain` command. Exit codes: 0 done, 1 failed, 2 bad usage or settings, 130 interrupted twice."""
+"""The `megatrain` command.
+
+Exit codes: 0 done, 1 failed (or doctor found a problem), 2 bad usage or settings, 130 interrupted twice.
+"""
 
 import argparse
 import contextlib
@@ -26,11 +29,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Errors are one line on standard error."""
     logging.basicConfig(format="megatrain: %(message)s", level=logging.WARNING)
     arguments = list(sys.argv[1:] if argv is None else argv)
+    environment = dict(os.environ)
     # Before torch is imported. OpenMP threads that spin while they wait take the core from whoever they wait for:
     # beside another busy process a step on two cores took 13 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        return _dispatch(arguments)
+        return _dispatch(arguments, environment)
     except (ConfigError, CapacityError) as error:
         return _fail(error, WRONG)
     except MegaTrainError as error:
@@ -46,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("interrupted", INTERRUPTED)
 
 
-def _dispatch(arguments: list[str]) -> int:
+def _dispatch(arguments: list[str], environment: dict[str, str]) -> int:
+    """`environment`: as this program was started with."""
     if arguments[:1] == ["bench"]:  # it has options of its own
         from megatrain.train.bench import main as bench
 
@@ -63,6 +68,10 @@ def _dispatch(arguments: list[str]) -> int:
         return _generate(known)
     if known.command == "export":
         return _export(known)
+    if known.command == "doctor":
+        from megatrain.doctor.report import doctor
+
+        return DONE if doctor(environment, as_json=known.json) else FAILED
     print(describe(), end="\n")
     return DONE
 
@@ -107,6 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", type=_path, metavar="OUT", help="a new folder")
     export.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     commands.add_parser("config", help="print every key, its default and its meaning")
+    doctor = commands.add_parser(
+        "doctor", help="say what this machine offers for training and what will bite", allow_abbrev=False
+    )
+    doctor.add_argument("--json", action="store_true", help="print one JSON object; null is unknown")
     commands.add_parser("bench", help="measure speed and memory", add_help=False)
     return parser
 

@@ -30,7 +30,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {"errors", "sizes", "threads", "schedule", "model", "optim", "memory", "device"},
     "data": {"errors", "sizes"},
     "train": {"errors", "sizes", "yaml_file", "config", "data", "model", "optim", "memory", "device", "engine"},
-    "cli": {"version", "errors", "sizes", "config", "config_kinds", "train"},
+    "doctor": {"version", "sizes", "memory.limits"},
+    "cli": {"version", "errors", "sizes", "config", "config_kinds", "train", "doctor"},
     "__main__": {"cli"},
     "": {"version", "errors", "engine.engine", "optim.adamw"},  # the package itself: its public names
 }

@@ -109,14 +109,16 @@ def _tightest_group(root: Path) -> tuple[int, int] | None:
     """(limit, used) of the enclosing group that leaves the least room; None where no group has a limit."""
     groups = [
         (limit, used)
-        for folder, v2 in _group_folders(root)
+        for folder, v2 in group_folders(root)
         if (limit := _group_limit(folder, v2)) is not None and (used := _group_used(folder, v2)) is not None
     ]
     return min(groups, key=lambda group: group[0] - group[1], default=None)
 
 
-def _group_folders(root: Path) -> Iterator[tuple[Path, bool]]:
-    """Folders of this process's memory groups, innermost first, each with whether it is cgroup v2.
+def group_folders(root: Path, controller: str = "memory") -> Iterator[tuple[Path, bool]]:
+    """Folders of this process's groups, innermost first, each with whether it is cgroup v2.
+
+    `controller`: what the groups limit, such as `memory` or `cpu`; v2 has one tree for all.
 
     In a container the path in `/proc/self/cgroup` may be the host's while only the container's own group is
     mounted, at the mount point itself; folders that do not exist are therefore skipped, and the mount point
@@ -127,10 +129,10 @@ def _group_folders(root: Path) -> Iterator[tuple[Path, bool]]:
         controllers, _, name = rest.partition(":")
         v2 = number == "0" and not controllers
         if v2:
-            # beside v1 groups ("hybrid"), v2 is mounted at `unified` and carries no memory limits
+            # beside v1 groups ("hybrid"), v2 is mounted at `unified` and carries no limits of v1's controllers
             mount = root / "sys/fs/cgroup"
-        elif "memory" in controllers.split(","):
-            mount = root / "sys/fs/cgroup/memory"
+        elif controller in controllers.split(","):
+            mount = root / "sys/fs/cgroup" / controller
         else:
             continue
         # a path that leaves the mount ("/../x": a group outside our namespace) cannot be read from here
