@@ -189,6 +189,8 @@ SOURCES = Kind("a path, stdlib, or a list of these", _parse_sources)
 BETAS = Kind("two numbers from 0 up to but not 1, such as [0.9, 0.95]", _parse_betas)
 MAPPING = Kind("a mapping with model_type", _parse_mapping)
 BPE = Kind("{train: bpe, vocab_size: N} with N of at least 259", _parse_bpe)
+
+
 def _parse_device(value: Any) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|lagged|cuda(:\d{1,3})?", value):
         raise ValueError

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 import time
 import warnings
 from itertools import pairwise
@@ -90,6 +91,24 @@ def test_any_interleaving(seed: int) -> None:
     host = train(Net(count=5), "cpu", micro_batches=1 + seed % 3)
     late = train(Net(count=5), lagged(seed=seed, longest_delay_seconds=0.003), micro_batches=1 + seed % 3)
     assert same(late, host)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(200))
+def test_any_of_many_interleavings(seed: int) -> None:
+    draw = random.Random(seed)
+    settings = {
+        "micro_batches": draw.randint(1, 4),
+        "slots": draw.randint(1, 4),
+        "keep_graphs": draw.choice(["off", "auto", 2]),
+        "clip_scope": draw.choice(["global", "unit"]),
+    }
+    memory, slow = draw.choice([None, 12_000]), draw.choice(["", "up", "down", "compute"])
+    print(f"\nseed {seed}: {settings}, memory {memory}, slow {slow!r}")
+    count = draw.randint(2, 7)
+    host = train(Net(count=count, dropout=0.1), "cpu", **settings)
+    device = lagged(seed=seed, memory_bytes=memory, slow=slow, longest_delay_seconds=0.003)
+    assert same(train(Net(count=count, dropout=0.1), device, **settings), host)
 
 
 def test_a_model_twenty_times_the_memory() -> None:

@@ -406,8 +406,11 @@ class WeightStream:
         """Keep the order of this kind of pass, what it needed, and allocate the slots for its schedule."""
         fixed = self._fixed_bytes
         wanted = slot_classes(self._streamed_bytes, walk.visits, self._per_class)
+        memory = self._device.memory_bytes
+        ahead = max(self.inputs.bytes_by_unit.values(), default=0)  # by schedule, inputs come back one visit earlier
+        room = None if memory is None else memory - self._device.peak_bytes() - ahead
         for group, slots in zip(self._slots, wanted, strict=True):
-            self._grow(group, slots)
+            room = self._grow(group, slots, room)
         self._orders[walk.kind] = Order(
             tuple(walk.visits),
             dict(self.inputs.bytes_by_unit),
@@ -437,12 +440,16 @@ class WeightStream:
         self._fixed_bytes += n_bytes
         return DeviceSlot(buffer)
 
-    def _grow(self, group: list[DeviceSlot], wanted: SlotClass) -> None:
-        try:
-            while len(group) < wanted.count:
+    def _grow(self, group: list[DeviceSlot], wanted: SlotClass, room: int | None) -> int | None:
+        """Allocate slots as long as there is `room` (None: no limit) beside what a pass has needed; returns the rest.
+        With fewer slots less is copied ahead, and nothing else changes."""
+        while len(group) < wanted.count and (room is None or room >= wanted.slot_bytes):
+            try:
                 group.append(self._new_slot(wanted.slot_bytes))
-        except CapacityError:  # fewer slots: less is copied ahead, nothing else
-            pass
+            except CapacityError:
+                return 0
+            room = None if room is None else room - wanted.slot_bytes
+        return room
 
     def _numbered(self, number: int) -> DeviceSlot:
         for group in self._slots:
