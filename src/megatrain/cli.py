@@ -10,7 +10,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,12 +27,18 @@ _DEMO_TEMPERATURE = 0.5  # a model this small wanders off at higher ones
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Errors are one line on standard error."""
-    logging.basicConfig(format="megatrain: %(message)s", level=logging.WARNING)
+    with _own_warnings():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     environment = dict(os.environ)
     # Before torch is imported. OpenMP threads that spin while they wait take the core from whoever they wait for:
     # beside another busy process a step on two cores took 13 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before huggingface_hub is imported, too: it warns of every attempt to reach the hub; the last one is our error.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
         return _dispatch(arguments, environment)
     except (ConfigError, CapacityError) as error:
@@ -48,6 +54,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{type(error).__name__}: {error} (MEGATRAIN_DEBUG=1 shows where)", FAILED)
     except KeyboardInterrupt:  # outside of training there is nothing to save
         return _fail("interrupted", INTERRUPTED)
+
+
+@contextlib.contextmanager
+def _own_warnings() -> Iterator[None]:
+    """This package's warnings on standard error; what other libraries log is their own affair."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("megatrain: %(message)s"))
+    logger = logging.getLogger("megatrain")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _dispatch(arguments: list[str], environment: dict[str, str]) -> int:

@@ -25,10 +25,20 @@ class KeptThread:
         raised, or None; `over` must not raise."""
         self._calls.put((call, over))
 
+    def settle(self) -> None:
+        """Returns when the thread holds nothing of the calls before, not even what they raised."""
+        settled = threading.Event()
+        self._calls.put((_nothing, lambda _error: settled.set()))
+        settled.wait()
+
     def close(self) -> None:
         """Ends the thread after the calls that have been started."""
         self._end()
         self._thread.join()
+
+
+def _nothing() -> None:
+    """A call that shows that those before it are over."""
 
 
 def _serve(calls: _Calls) -> None:

@@ -1,6 +1,10 @@
 """The command line: what each mistake says, and that it costs nothing but a line."""
 
 import json
+import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -423,3 +427,44 @@ def test_generate_and_export_say_what_is_missing(tmp_path: Path, capsys: pytest.
     (tmp_path / "file").write_text("")
     assert cli.main(["export", str(tmp_path), str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("give a new folder") == 1
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; time.sleep = lambda seconds: None\n"  # between attempts
+        "from megatrain import cli; sys.exit(cli.main(['generate', 'nowhere', '--prompt', 'x']))"
+    )
+    left_out = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY")
+    environment = {name: value for name, value in os.environ.items() if name not in left_out}
+    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("megatrain: nowhere is no folder here") and done.stderr.count("\n") == 1
+
+
+def test_the_command_leaves_the_root_logger_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])
+    own = list(logging.getLogger("megatrain").handlers)
+    assert cli.main(["train"]) == 2
+    assert logging.root.handlers == [] and logging.getLogger("megatrain").handlers == own
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_no_more_text_than_a_learned_table_has_positions(
+    family: str, settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opt = {"model_type": "opt", "hidden_size": 16, "ffn_dim": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    opt |= {"word_embed_proj_dim": 16, "max_position_embeddings": 40}
+    settings["model"]["config"] = {**GPT2, "n_positions": 40} if family == "gpt2" else opt
+    settings["train"] = {"steps": 1}
+    assert run(settings, tmp_path) == 0
+    capsys.readouterr()
+    command = ["generate", str(tmp_path / "run"), "--prompt", "x", "--max-new-tokens"]
+    assert cli.main([*command, "41"]) == 2
+    message = "max-new-tokens is 41; the model has 40 positions and the prompt 1 tokens, so it must be at most 40"
+    assert message in capsys.readouterr().err
+    assert cli.main([*command, "40"]) == 0
+    assert cli.main(["generate", str(tmp_path / "run"), "--prompt", "~" * 41]) == 2
+    assert "the prompt has 41 tokens and the model 40 positions; shorten it" in capsys.readouterr().err

@@ -63,7 +63,9 @@ def test_jsonl_gives_one_document_per_line(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ('{"body": "x"}', "data.text_field: {path} line 1 has no text in field 'text'; its fields are: body"),
-        ('{"text": 3}', "data.text_field: {path} line 1 has no text in field 'text'; its fields are: text"),
+        ('{"text": 3}', "data.text_field: {path} line 1 has a number in field 'text'; expected a string"),
+        ('{"text": null}', "data.text_field: {path} line 1 has null in field 'text'; expected a string"),
+        ('{"text": ["x"]}', "data.text_field: {path} line 1 has a list in field 'text'; expected a string"),
         ("[1]", "data.train: {path} line 1 is a list; expected a JSON object"),
         ("{", "data.train: {path} line 1 is not JSON; a .jsonl file has one JSON object per line"),
         ("[" * 99_999, "data.train: {path} line 1 is not JSON; a .jsonl file has one JSON object per line"),

@@ -3,9 +3,11 @@
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_engine_toys import (
+    WIDTH,
     Block,
     Net,
     Output,
@@ -129,3 +131,149 @@ def test_a_units_own_tensors_are_not_kept_from_call_to_call() -> None:
     engine = assert_trains_like_plain(Nets(Remembers), micro_batches=1)
     kept = [value for block in engine._blocks for value in block.attributes._kept.values()]
     assert not any(isinstance(value, Tensor) for value in kept)
+
+
+# -- what cannot be repeated is noticed, whatever it is ---------------------------------------------------
+
+
+class InPlace(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = torch.ones(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.factor.mul_(1.1)
+        return super().forward(x) * self.factor
+
+
+class Counting(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = [0.0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(self.seen[-1] + 0.1)
+        return super().forward(x) * (1 + self.seen[-1])
+
+
+class OwnGenerator(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * torch.rand(x.shape, generator=self.generator)
+
+
+class NumpyNoise(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * float(np.random.default_rng().random())
+
+
+@pytest.mark.parametrize("block", [InPlace, Counting, OwnGenerator, NumpyNoise])
+def test_a_unit_that_cannot_be_repeated_is_refused_by_name(block: Any) -> None:
+    engine = make_engine(Net(block), keep_graphs="off")
+    with pytest.raises(UnsupportedModelError, match=r"unit blocks\.1: .*(another result|puts tensors)"):
+        engine.train_step([make_batch(0)])
+    engine.close()
+
+
+class WithBuffer(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale
+
+
+class TellingBuffers(Telling):
+    def __init__(self, values: Any) -> None:
+        Net.__init__(self, WithBuffer)
+        self.what, self.values = "scale", values
+
+
+def none_or_mask(input_ids: Tensor) -> Any:
+    return mask(input_ids) if input_ids.shape[1] > 6 else None
+
+
+class TupleOrNothing(Told):
+    def forward(self, x: Tensor) -> Tensor:
+        factor = self.scale[0] if isinstance(self.scale, tuple) else 1.0 if self.scale is None else self.scale
+        return Block.forward(self, x) * factor
+
+
+@pytest.mark.parametrize("kind", ["buffer", "none", "tuple"])
+def test_other_kinds_of_settings_are_found_again_too(kind: str) -> None:
+    if kind == "buffer":
+        model: Net = TellingBuffers(mask)
+    else:
+        values = none_or_mask if kind == "none" else (lambda ids: (mask(ids),))
+        model = Telling("scale", values)
+        for block in model.blocks:
+            block.__class__ = TupleOrNothing
+    plain = copy.deepcopy(model)
+    engine, trainer = make_engine(model, clip_norm=None), plain_trainer(plain, clip_norm=None)
+    for net in (plain, engine.model):
+        losses = [net(**batch).loss for batch in (make_batch(1, length=5), make_batch(2, length=9))]
+        for loss in losses:
+            loss.backward()
+    engine.step()
+    trainer.update(1.0)
+    engine.flush()
+    for expected, found in zip(plain.parameters(), engine.model.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+class UsersCache:
+    """Looks like a cache and is none of transformers'."""
+
+    def __init__(self) -> None:
+        self.states: list[Tensor] = []
+
+
+class Caching(Block):
+    def forward(self, x: Tensor, cache: Any = None) -> Tensor:
+        cache.states.append(x.detach())
+        return super().forward(x) + len(cache.states)
+
+
+class Calls(Block):
+    def forward(self, x: Tensor, cache: Any = None) -> Tensor:
+        return super().forward(x) * cache(x)
+
+
+class Summing:
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, x: Tensor) -> float:
+        self.calls += 1
+        return 1.0 / self.calls
+
+
+@pytest.mark.parametrize(("block", "make"), [(Caching, UsersCache), (Calls, Summing)])
+def test_objects_with_a_state_are_refused_as_arguments(block: Any, make: Any) -> None:
+    class Passing(Net):
+        def hidden(self, input_ids: Tensor) -> Tensor:
+            x, shared = self.embed(input_ids), make()
+            for one in self.blocks:
+                x = one(x, cache=shared)
+            return x
+
+    with pytest.raises(UnsupportedModelError, match=rf"unit blocks\.0: argument .*{make.__name__}"):
+        make_engine(Passing(block)).train_step([make_batch(0)])
+
+
+class Recurrent(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = torch.nn.LSTM(WIDTH, WIDTH, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.rnn(super().forward(x))[0]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_recurrent_layers_of_torch_train(micro_batches: int) -> None:
+    assert_trains_like_plain(Net(Recurrent), micro_batches=micro_batches)

@@ -187,6 +187,19 @@ def test_a_first_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
+@pytest.mark.parametrize(("steps", "done"), [(30, 13), (4, None), (3, None)])
+def test_gradients_that_stay_infinite_end_the_run(steps: int, done: int | None, tmp_path: Path) -> None:
+    class Broken(StandIn):
+        def train_step(self, batches: Any, lr: float | None = None) -> Any:
+            stats = vars(super().train_step(batches, lr))
+            return SimpleNamespace(**stats | {"skipped": done is None or len(self.calls) > 3})
+
+    ended = done or steps
+    with pytest.raises(MegaTrainError, match=f"^step {ended}: no finite gradient in {min(steps, 10)} steps in a row"):
+        run_loop(Broken(), tmp_path, steps=steps)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == ended
+
+
 def config(**train_settings: Any) -> Any:
     return parse_config({"model": {"path": "m"}, "data": {"train": "a", "seq_len": 10}, "train": train_settings})
 

@@ -29,6 +29,14 @@ JSONL_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 _STDLIB_SKIPPED = frozenset({"test", "tests", "idle_test", "encodings", "pydoc_data"})
 _INSTALLED = frozenset({"site-packages", "dist-packages", "__pycache__"})
 _HELD_OUT_ONE_IN = 32
+_JSON_KINDS = {
+    type(None): "null",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    list: "a list",
+    dict: "an object",
+}
 
 Split = Literal["train", "eval"]
 _log = logging.getLogger(__name__)
@@ -102,6 +110,9 @@ class Corpus:
         if not isinstance(record, dict):
             raise ConfigError(f"{self.key}: {where} is a {type(record).__name__}; expected a JSON object")
         text = record.get(self.text_field)
+        if self.text_field in record and not isinstance(text, str):
+            kind = _JSON_KINDS[type(text)]
+            raise ConfigError(f"data.text_field: {where} has {kind} in field {self.text_field!r}; expected a string")
         if not isinstance(text, str):
             fields = ", ".join(sorted(map(str, record))) or "none"
             raise ConfigError(

@@ -3,7 +3,7 @@
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Self
@@ -19,7 +19,7 @@ from megatrain.engine.executor import Executor
 from megatrain.engine.gradient_stream import GradientStream
 from megatrain.engine.gradients import GradientBook
 from megatrain.engine.host_thread import HostThread
-from megatrain.engine.kept_graphs import KeepGraphs, KeptGraphs, check_keep_graphs
+from megatrain.engine.kept_graphs import KeepGraphs, KeptGraphs
 from megatrain.engine.step import Batch, StepClock, StepStats, train_step
 from megatrain.engine.targets import labels_are_shifted
 from megatrain.engine.updates import PendingUpdates, gradient_arrays, unit_updates
@@ -34,7 +34,7 @@ from megatrain.model.head import ChunkedHead
 from megatrain.model.hidden import HiddenParameters
 from megatrain.model.partition import partition
 from megatrain.model.root import RootForward, guard, report_device, unguard
-from megatrain.optim.adamw import AdamW, EngineOptimizer
+from megatrain.optim.adamw import AdamW, EngineOptimizer, check_learning_rate
 from megatrain.optim.compilation import compile_kernels
 from megatrain.optim.workers import Workers
 
@@ -43,12 +43,14 @@ class Engine:
     """Trains `model` in place, with exact fp32 masters on the host.
 
     optimizer:     `megatrain.AdamW`.
-    device:        'auto' (a GPU where there is one), 'cpu', 'cuda', 'cuda:1', 'lagged' (for tests), or a device object.
+    device:        'auto' (a GPU where there is one), 'cpu', 'cuda', 'cuda:1', 'lagged' (for tests), a torch.device,
+                   or a device object.
     precision:     'bf16' (bf16 compute, fp32 master), 'fp32', or 'auto' (bf16 where the device computes it natively).
     clip_norm:     largest gradient norm, or None. With clip_scope 'global' it is the norm over all parameters, and
                    gradients are kept until it is known (2 bytes per parameter in bf16); with 'unit' each unit is
                    clipped by its own norm and updated at once.
-    device_memory: bytes that the compute device may use; None: all. The host as device has no limit of its own.
+    device_memory: bytes that the compute device may use, or a size such as '24GiB'; None: all. The host as device has
+                   no limit of its own.
     seed:          of the random streams of micro-batches (dropout).
     threads:       of the optimizer's kernels; None: as many as torch computes with.
     keep_graphs:   units that keep their graph instead of being recomputed, the same bits in less time: 'auto' (from
@@ -64,11 +66,11 @@ class Engine:
         self,
         model: nn.Module,
         optimizer: AdamW | None = None,
-        device: str | ComputeDevice = "auto",
+        device: str | torch.device | ComputeDevice = "auto",
         precision: str = "auto",
         clip_norm: float | None = 1.0,
         clip_scope: str = "global",
-        device_memory: int | None = None,
+        device_memory: int | str | None = None,
         seed: int = 0,
         threads: int | None = None,
         keep_graphs: KeepGraphs = "auto",
@@ -77,15 +79,15 @@ class Engine:
         *,
         _mapped: bool = False,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"model is a {type(model).__name__}; pass an nn.Module, or use Engine.from_pretrained")
         if any(isinstance(m.__dict__.get("forward"), UnitForward) for m in model.modules()):
             raise ConfigError("model: another Engine owns it or a part of it; close that one first")
-        setup.check_clipping(clip_norm, clip_scope)
-        setup.check_threads(threads)
-        check_keep_graphs(keep_graphs)
+        settings = {"clip_norm": clip_norm, "clip_scope": clip_scope, "device_memory": device_memory, "seed": seed}
+        setup.check_arguments(optimizer, settings | {"threads": threads, "keep_graphs": keep_graphs, "slots": slots})
         self.model, self._compile = model, compile
-        setup.check_slots(slots)
         self.precision = setup.resolve_precision(precision, setup.make_device(device))
-        self.device = setup.make_device(device, self.precision, device_memory)
+        self.device = setup.make_device(device, self.precision, setup.device_memory_bytes(device_memory))
         check_compile(compile, self.device.torch_device)
         self.clip_norm, self.clip_scope, self.seed = clip_norm, clip_scope, seed
         self.keeps_gradients = setup.keeps_gradients(clip_norm, clip_scope)
@@ -134,6 +136,7 @@ class Engine:
         from megatrain.model.loading import build_on_meta, load_config, load_pretrained
 
         attention = settings.pop("attn_implementation", None)
+        setup.check_arguments(optimizer, settings)
         device = setup.make_device(settings.get("device", "auto"))
         # in fp32 the model is made in fp32, so that what it computes from its dtype (tables, scales) is too
         exact = setup.resolve_precision(settings.get("precision", "auto"), device) == "fp32"
@@ -147,22 +150,19 @@ class Engine:
 
     # -- training ---------------------------------------------------------------------------------------------
 
-    def train_step(self, batches: Sequence[Batch], lr: float | None = None) -> StepStats:
+    def train_step(self, batches: Iterable[Batch], lr: float | None = None) -> StepStats:
         """One optimizer step over `batches`, its micro-batches: mappings of the model's arguments with `labels`.
 
         Labels are not shifted and -100 is ignored, as in transformers. The loss is the mean over the target tokens of
         all micro-batches, whatever their shapes. Weights are updated as if synchronously; a non-finite gradient norm
         skips the step and changes nothing (NonFiniteGradientError where units are updated before the norm is known).
         """
-        if not batches:
-            raise ConfigError("batches is empty; a step needs at least one micro-batch")
-        for number, batch in enumerate(batches):
-            if "labels" not in batch:
-                raise ConfigError(f"batches[{number}] has no labels; it has {', '.join(batch) or 'nothing'}")
-        return train_step(self, batches, lr)
+        self._require_open()
+        return train_step(self, _checked_batches(batches), lr)
 
     def step(self, lr: float | None = None) -> StepStats:
         """Apply the gradients of the backward calls since the last step (`engine.model(**batch).loss.backward()`)."""
+        self._require_open()
         clock = StepClock(self)
         self.begin_step(lr)
         self.gradients.finish()
@@ -172,6 +172,7 @@ class Engine:
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """The norm of the gradients gathered so far, fp64; the next `step` clips to `max_norm` instead of clip_norm."""
+        self._require_open()
         self.gradients.finish()
         self._clip_override = float(max_norm)
         return torch.tensor(self.gradients.norm(), dtype=torch.float64)
@@ -200,10 +201,16 @@ class Engine:
     # -- parts of a step --------------------------------------------------------------------------------------
 
     def begin_step(self, lr: float | None) -> None:
+        if lr is not None:
+            check_learning_rate(lr)
         self.store.check_addresses()
         self._notice_writes()
         if lr is not None:
             self.optimizer.set_lr(lr)
+
+    def _require_open(self) -> None:
+        if not self._attached:
+            raise RuntimeError("this engine is closed")
 
     def _notice_writes(self) -> None:
         self.store.notice_writes(self.updates.is_pending)
@@ -448,6 +455,26 @@ class Engine:
         self.close()
 
 
+def _checked_batches(batches: Iterable[Batch]) -> list[Batch]:
+    """The micro-batches of a step as a list. Raises ConfigError where they are not mappings with labels."""
+    if isinstance(batches, (Mapping, Tensor, str)) or not isinstance(batches, Iterable):
+        raise ConfigError(f"batches is a {type(batches).__name__}; it must be a list of micro-batches, such as [batch]")
+    batches = list(batches)
+    if not batches:
+        raise ConfigError("batches is empty; a step needs at least one micro-batch")
+    for number, batch in enumerate(batches):
+        if not isinstance(batch, Mapping):
+            raise ConfigError(
+                f"batches[{number}] is a {type(batch).__name__}; it must be a dict of the model's arguments with labels"
+            )
+        if "labels" not in batch:
+            raise ConfigError(f"batches[{number}] has no labels; it has {', '.join(map(str, batch)) or 'nothing'}")
+        if not isinstance(batch["labels"], Tensor):
+            kind = type(batch["labels"]).__name__
+            raise ConfigError(f"batches[{number}]['labels'] is of type {kind}; it must be a tensor of token ids")
+    return batches
+
+
 def _nothing() -> None:
     """Nothing to wait for."""
 
@@ -476,6 +503,7 @@ def _refuse_meta(model: nn.Module) -> None:
 
 def check_plan(model: nn.Module, optimizer: AdamW | None, settings: Mapping[str, Any]) -> None:
     """Raise CapacityError where a model that exists only as shapes (on the meta device) would not fit."""
+    setup.check_arguments(optimizer, settings)
     part = partition(model)
     _, group_of = (optimizer or AdamW()).group_slots(part.slots)
     precision = setup.resolve_precision(

@@ -1,6 +1,10 @@
 """From what the user asked for to what the engine works with: device, precision, layouts, plan."""
 
+import logging
 import os
+from collections.abc import Mapping
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,24 +14,74 @@ from megatrain.device.cpu import CpuDevice
 from megatrain.device.cuda import CudaDevice
 from megatrain.device.lagged import LaggedDevice
 from megatrain.engine.gradient_stream import largest_staging_bytes
+from megatrain.engine.kept_graphs import check_keep_graphs
 from megatrain.errors import ConfigError
 from megatrain.memory.layout import BYTES, Request, SlabLayout, lay_out
 from megatrain.memory.plan import MemoryPlan, plan_memory
 from megatrain.memory.store import HostStore, home_layouts
 from megatrain.model.partition import ParameterSlot, Partition
+from megatrain.optim.adamw import AdamW
+from megatrain.sizes import parse_bytes
 
 PRECISIONS = ("auto", "bf16", "fp32")
 CLIP_SCOPES = ("global", "unit")
+_log = logging.getLogger(__name__)
 
 
-def make_device(device: str | ComputeDevice, precision: str = "auto", memory_bytes: int | None = None) -> ComputeDevice:
+def check_arguments(optimizer: AdamW | None, settings: Mapping[str, Any]) -> None:
+    """Raise ConfigError where one of the Engine's arguments is of a wrong type or out of its range.
+
+    Left out: model, device, precision and compile, which are checked where they are put to use.
+    """
+    if optimizer is not None and not isinstance(optimizer, AdamW):
+        kind = optimizer if isinstance(optimizer, type) else type(optimizer)
+        what = repr(optimizer) if isinstance(optimizer, str) else f"{kind.__module__}.{kind.__qualname__}"
+        raise ConfigError(f"optimizer is {what}; pass mt.AdamW(...), megatrain's own, or None for its defaults")
+    check_clipping(settings.get("clip_norm"), settings.get("clip_scope", "global"))
+    check_threads(settings.get("threads"))
+    check_slots(settings.get("slots"))
+    check_keep_graphs(settings.get("keep_graphs", "auto"))
+    device_memory_bytes(settings.get("device_memory"))
+    if not _is_whole(seed := settings.get("seed", 0)):
+        raise ConfigError(f"train.seed is {seed!r}; it must be a whole number")
+
+
+def device_memory_bytes(value: int | str | None) -> int | None:
+    """The setting device_memory in bytes. Raises ConfigError where it is no size."""
+    right = "it must be a number of bytes > 0, a size such as '24GiB', or None for all there is"
+    size: Any = value
+    if isinstance(value, str):
+        try:
+            size = parse_bytes(value)
+        except ValueError:
+            size = None
+    elif value is None:
+        return None
+    if not _is_whole(size) or size <= 0:
+        raise ConfigError(f"engine.device_memory is {value!r}; {right}")
+    return int(size)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def make_device(
+    device: str | torch.device | ComputeDevice, precision: str = "auto", memory_bytes: int | None = None
+) -> ComputeDevice:
     """The compute device called `device` (auto: a GPU where there is one, else the host), or `device` itself where it
     is one. Raises ConfigError for anything else."""
+    if isinstance(device, torch.device):
+        device = device.type if device.type == "cpu" else str(device)
     if not isinstance(device, str):
+        if not hasattr(device, "torch_device"):
+            raise ConfigError(f"engine.device is {device!r}; it must be auto, cpu, cuda, cuda:NUMBER or lagged")
         return device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
+        if memory_bytes is not None:
+            _log.warning("engine.device_memory has no effect on cpu, which computes in the host's own memory")
         return CpuDevice(precision)
     if device == "lagged":
         return LaggedDevice(precision, memory_bytes)
@@ -38,8 +92,8 @@ def make_device(device: str | ComputeDevice, precision: str = "auto", memory_byt
 
 
 def check_slots(slots: int | None) -> None:
-    if slots is not None and not 1 <= slots <= 64:
-        raise ConfigError(f"engine.slots is {slots}; it must be a number from 1 to 64")
+    if slots is not None and not (_is_whole(slots) and 1 <= slots <= 64):
+        raise ConfigError(f"engine.slots is {slots!r}; it must be a number from 1 to 64")
 
 
 def largest_gradient_bytes(store: HostStore) -> int:
@@ -61,7 +115,8 @@ def resolve_precision(name: str, device: ComputeDevice) -> str:
 
 
 def check_clipping(norm: float | None, scope: str) -> None:
-    if norm is not None and not norm > 0:
+    number = isinstance(norm, Real) and not isinstance(norm, bool)
+    if norm is not None and not (number and norm > 0):
         raise ConfigError(f"train.clip_norm is {norm!r}; it must be a number > 0, or None for no clipping")
     if scope not in CLIP_SCOPES:
         raise ConfigError(f"train.clip_scope is {scope!r}; it must be one of {', '.join(CLIP_SCOPES)}")
@@ -69,8 +124,8 @@ def check_clipping(norm: float | None, scope: str) -> None:
 
 def check_threads(threads: int | None) -> None:
     most = 4 * (os.cpu_count() or 1)
-    if threads is not None and not 1 <= threads <= most:
-        raise ConfigError(f"engine.threads is {threads}; it must be a number from 1 to {most} on this machine")
+    if threads is not None and not (_is_whole(threads) and 1 <= threads <= most):
+        raise ConfigError(f"engine.threads is {threads!r}; it must be a number from 1 to {most} on this machine")
 
 
 def weight_dtypes(model: nn.Module, part: Partition, precision: str) -> dict[int, str]:

@@ -159,6 +159,7 @@ class UnitCall:
         self.result: _Result | None = None
         self.own_outputs: list[bool] = []  # whether each output requires a gradient
         self.kept_inputs: dict[int, Any] = {}  # by position, those that the host keeps
+        self.digest: Digest | None = None  # of the first run's results, while the model is being learnt
         self.open = False  # its backward is still to come
 
     def __del__(self) -> None:
@@ -198,6 +199,7 @@ class UnitCall:
         if any(t._version != v for t, v in zip(inputs, versions, strict=True)):
             raise UnsupportedModelError(f"{block.where}: it changed an input tensor in place; it cannot be recomputed")
         if self.generation < LOOK_STEPS:
+            self.digest = Digest(result.tensors)
             refuse_foreign_tensors(block.where, result.tensors, [*result.given])
         self.result = result
         self.own_outputs = [t.requires_grad for t in result.tensors]
@@ -218,6 +220,12 @@ class UnitCall:
         self.kept_inputs = {}
         if graph is None:
             graph = self._recompute(inputs, needed, weights)
+            if self.digest is not None and not self.digest.matches(graph.result.tensors):
+                raise UnsupportedModelError(
+                    f"{block.where}: run again in backward, it gave another result: it depends on something besides its"
+                    " arguments that has changed since its forward (an object that the model changes, random numbers"
+                    " that are not torch's, a tensor changed in place). Pass it as an argument"
+                )
         input_gradients, parameter_gradients = graph.differentiate(output_gradients)
         self.open = False
         host.receive(block.unit, parameter_gradients)
@@ -232,6 +240,29 @@ class UnitCall:
                 stack.enter_context(self.random.replaying())
             stack.enter_context(WrittenBuffers.replaying(self.buffers))
             return _Graph(self, inputs, weights, block.attributes.snapshot(), needed)
+
+
+_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}  # of the sum of magnitudes; half precision: 1e-3
+
+
+class Digest:
+    """Sums over floating results, to tell whether a second run gave the same. The same arithmetic differs in the last
+    bits at most (a compiled graph, a GPU's atomics); another mask, state or random number differs by far more."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self._tolerances = [_TOLERANCE.get(t.dtype, 1e-3) for t in tensors if t.is_floating_point()]
+        with torch.no_grad():
+            floating = [t.detach().double() for t in tensors if t.is_floating_point() and t.numel()]
+            self._sums = [torch.stack([t.sum(), t.abs().sum(), t.square().sum().sqrt()]) for t in floating]
+
+    def matches(self, tensors: list[Tensor]) -> bool:
+        other = Digest(tensors)
+        if len(self._sums) != len(other._sums):
+            return False
+        for mine, theirs, tolerance in zip(self._sums, other._sums, self._tolerances, strict=False):
+            if bool(torch.isfinite(mine).all()) and not bool(((mine - theirs).abs() <= tolerance * mine[1]).all()):
+                return False
+        return True
 
 
 class _Graph:
@@ -300,7 +331,7 @@ class _Result:
         ):
             returned = _without_leaf_errors(block, args, kwargs)
         entries = written_entries(flat, seen, inputs)
-        self.attributes, assigned = block.attributes.written(attributes)
+        self.attributes, assigned = block.attributes.written(attributes, weights.values())
         self.given = [*inputs, *weights.values()]
         self.owners = [(mapping, key) for mapping, key, _ in entries]
         tree = (returned, [value for _, _, value in entries], captured, assigned)
@@ -317,8 +348,8 @@ class _Result:
         for (mapping, key), value in zip(self.owners, entry_values, strict=True):
             mapping[key] = value  # type: ignore[index]
         call.capture.deliver(captured)
-        for (module, name), value in zip(self.attributes, attribute_values, strict=True):
-            module.__dict__[name] = value
+        for (holder, name), value in zip(self.attributes, attribute_values, strict=True):
+            holder[name] = value
         return returned
 
 

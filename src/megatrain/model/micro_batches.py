@@ -63,6 +63,8 @@ class HandOver:
         self._start_and_wait(body)
         outside.restore()
         if self._failure is not None:
+            for thread in self._threads:
+                thread.settle()  # errors hold frames, and these graphs, which no thread may free while the process ends
             failure, self._failure = self._failure, None
             raise failure
         return results

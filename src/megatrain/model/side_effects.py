@@ -6,7 +6,7 @@ numbers drawn, and autocast.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -56,20 +56,25 @@ class CapturedOutputs:
             self._outer[key].extend(values)
 
 
-Attributes = dict[tuple[int, str], Any]  # by number of the module in the unit and name
+Attributes = dict[tuple[int, str], Any]  # by number of the module's dict in the unit and name
 
 
 class WrittenAttributes:
-    """Plain attributes of the unit's modules: those its forward assigns, and those that others set for it.
+    """Attributes and buffers of the unit's modules: those its forward assigns, and those that others set for it.
 
     A tensor that the forward assigns (`self.aux_loss = ...`) becomes an output of the node, so that it keeps its
     gradient. A list or dict into which it puts tensors cannot be followed and is refused. Whatever else it finds on
     its modules (a counter of its own, a flag or a mask that the model sets on them, training or evaluation mode),
-    recomputation finds as it was.
+    recomputation finds as it was. What is changed in place behind this record, `block.Digest` notices.
     """
 
     def __init__(self, module: nn.Module, where: str) -> None:
-        self._modules = list(module.modules())
+        modules = list(module.modules())
+        self._names = [type(m).__name__ for m in modules] * 2
+        self._plain = len(
+            modules
+        )  # the first so many hold attributes, the rest buffers (`WrittenBuffers` follows those)
+        self._holders: list[dict[str, Any]] = [*(m.__dict__ for m in modules), *(m._buffers for m in modules)]
         self._where = where
         self._left: Attributes = {}  # by the last run or the model, while it is watched
         self._set_by_model: set[tuple[int, str]] = set()
@@ -77,22 +82,22 @@ class WrittenAttributes:
         self.known: set[tuple[int, str]] = set()  # attributes whose tensors the forward assigns
 
     def snapshot(self) -> Attributes:
-        """What the attributes hold; containers by their tensors' identities."""
-        return {key: _held(value) for key, value in self._scan()}
+        """What there is before a run."""
+        return {key: _Listed(value) if isinstance(value, (list, dict)) else value for key, value in self._scan()}
 
     def watch(self) -> None:
         """A step with several micro-batches begins."""
-        self._left = self.snapshot()
+        self._left = self._versions()
         self._set_by_model.clear()
 
     def ran(self) -> None:
         """What is there now, the unit has left."""
-        self._left = self.snapshot()
+        self._left = self._versions()
 
     def shared(self, first: bool) -> str | None:
         """What the model has set since it was last looked: of micro-batches that run in turns, each would read the
         other's. The `first` one may set each attribute once: a model may set constants in its first forward."""
-        found = self.snapshot()
+        found = self._versions()
         new = [key for key, value in found.items() if key not in self.known and _differ(value, self._left.get(key))]
         shared = [key for key in new if key in self._set_by_model or not first]
         self._set_by_model.update(new)
@@ -101,86 +106,122 @@ class WrittenAttributes:
             return None
         number, name = shared[0]
         return (
-            f"{self._where}: the model sets {type(self._modules[number]).__name__}.{name} while it runs, and"
-            " micro-batches that run in turns would read one another's; pass it as an argument, or give each step one"
-            " micro-batch"
+            f"{self._where}: the model sets {self._names[number]}.{name} while it runs, and micro-batches that run in"
+            " turns would read one another's; pass it as an argument, or give each step one micro-batch"
         )
 
-    def written(self, before: Attributes) -> tuple[list[tuple[nn.Module, str]], list[Tensor]]:
-        """(places, tensors) that the run assigned. Raises UnsupportedModelError for a container it changed."""
+    def written(self, before: Attributes, weights: Iterable[Tensor]) -> tuple[list[tuple[Any, str]], list[Tensor]]:
+        """(places, tensors) that the run assigned: each place is a dict and a name in it. A list of the unit's own
+        `weights` (recurrent layers make one) is put back. Raises UnsupportedModelError for a container it changed."""
         places, tensors = [], []
-        for (number, name), value in self._scan():
+        own = {id(w) for w in weights}
+        for (number, name), value in list(self._scan()):
             was = before.get((number, name))
+            if number >= self._plain:
+                continue
             if isinstance(value, Tensor) and value is not was:
-                places.append((self._modules[number], name))
+                places.append((self._holders[number], name))
                 tensors.append(value)
                 self.known.add((number, name))
-            elif isinstance(value, (list, dict)) and _held(value) != was:
-                raise UnsupportedModelError(
-                    f"{self._where}: its forward puts tensors into the attribute {name}; recomputation would put them"
-                    " there twice. Return them, or assign a tensor to an attribute"
-                )
+            elif isinstance(value, (list, dict)) and (was is None or not was.same(value)):
+                if not isinstance(was, _Listed) or any(
+                    isinstance(v, Tensor) and id(v) not in own for v in _items(value)
+                ):
+                    raise UnsupportedModelError(
+                        f"{self._where}: its forward puts tensors into the attribute {name}; recomputation would put"
+                        " them there twice. Return them, or assign a tensor to an attribute"
+                    )
+                self._holders[number][name] = was.original
         return places, tensors
 
     def worth_keeping(self, found: Attributes) -> Attributes:
-        """Of what a run found: not the tensors that the forward assigns, which hold other calls' graphs. Most calls
-        find the same, and share one record of it."""
-        kept = {k: v for k, v in found.items() if isinstance(v, (*_PLAIN, Tensor)) and k not in self.known}
+        """Of what a run found: not lists, and not tensors of the forward's own that hold other calls' graphs. Most
+        calls find the same, and share one record of it."""
+        kept = {
+            key: value
+            for key, value in found.items()
+            if not isinstance(value, _Listed)
+            and not (key in self.known and isinstance(value, Tensor) and value.requires_grad)
+        }
         if kept.keys() != self._kept.keys() or any(_differ(value, self._kept[k]) for k, value in kept.items()):
             self._kept = kept
         return self._kept
 
     @contextmanager
     def replaying(self, found: Attributes) -> Iterator[None]:
-        """Run with the attributes as the forward found them, and leave every one as it is now."""
+        """Run with everything as the forward found it, and leave it as it is now."""
         restore = self.save()
         current = []
         for (number, name), value in found.items():
-            attributes = self._modules[number].__dict__
-            if name in attributes and _differ(attributes[name], value):
-                current.append((attributes, name, attributes[name]))
-                attributes[name] = value
+            holder = self._holders[number]
+            if name in holder and _differ(holder[name], value):
+                current.append((holder, name, holder[name]))
+                holder[name] = value
         try:
             yield
         finally:
-            for attributes, name, value in current:
-                attributes[name] = value
+            for holder, name, value in current:
+                holder[name] = value
             restore()
 
     def save(self) -> Callable[[], None]:
         """Remember the assigned tensors; the result puts them back (another micro-batch may run in between)."""
-        now = [(self._modules[number], name) for number, name in self.known]
-        values = [(m, name, m.__dict__[name]) for m, name in now if name in m.__dict__]
+        values = [
+            (self._holders[n], name, self._holders[n][name]) for n, name in self.known if name in self._holders[n]
+        ]
 
         def restore() -> None:
-            for module, name, value in values:
-                module.__dict__[name] = value
+            for holder, name, value in values:
+                holder[name] = value
 
         return restore
 
+    def _versions(self) -> Attributes:
+        """What there is, with the version of each tensor: changing it in place counts as setting it."""
+        return {k: _Version(v, v._version) if isinstance(v, Tensor) else v for k, v in self.snapshot().items()}
+
     def _scan(self) -> Iterator[tuple[tuple[int, str], Any]]:
-        for number, module in enumerate(self._modules):
-            for name, value in module.__dict__.items():
-                if isinstance(value, _FOLLOWED) and name not in _MODULE_ATTRIBUTES:
+        for number, holder in enumerate(self._holders):
+            for name, value in holder.items():
+                if name not in _MODULE_ATTRIBUTES and not isinstance(value, _NOT_FOLLOWED):
                     yield (number, name), value
 
 
-_PLAIN = (int, float, str)
-_FOLLOWED = (Tensor, list, dict, *_PLAIN)
-_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__) - {"training"}
+@dataclass(frozen=True, slots=True)
+class _Version:
+    tensor: Tensor
+    version: int
+
+
+class _Listed:
+    """A list or dict and what was in it."""
+
+    def __init__(self, container: Any) -> None:
+        self.original = container
+        self.content = [id(v) if isinstance(v, Tensor) else v for v in _items(container) if isinstance(v, _COMPARED)]
+
+    def same(self, container: Any) -> bool:
+        return self.content == _Listed(container).content
+
+
+_COMPARED = (Tensor, int, float, str, type(None))
+_NOT_FOLLOWED = (nn.Module, set)
+_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__) - {"training"} | {"forward", "_apply", "to"}
+
+
+def _items(container: Any) -> Any:
+    return container.values() if isinstance(container, dict) else container
 
 
 def _differ(value: Any, other: Any) -> bool:
-    if isinstance(value, Tensor) or isinstance(other, Tensor):
-        return value is not other
-    return bool(value != other)
-
-
-def _held(value: Any) -> Any:
-    if isinstance(value, (list, dict)):
-        values = value.values() if isinstance(value, dict) else value
-        return tuple(id(v) for v in values if isinstance(v, Tensor))
-    return value
+    """Whether two found values are not the same: numbers and text by value, all else by identity."""
+    if isinstance(value, (bool, int, float, str)) and isinstance(other, (bool, int, float, str)):
+        return bool(value != other)
+    if isinstance(value, _Version) and isinstance(other, _Version):
+        return value.tensor is not other.tensor or value.version != other.version
+    if isinstance(value, _Listed) and isinstance(other, _Listed):
+        return value.original is not other.original or value.content != other.content
+    return value is not other
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,8 +96,11 @@ class CacheError(UnsupportedModelError):
 
 
 def _is_cache(node: Any) -> bool:
+    """Caches of transformers, whose copies are known to be cheap and independent; others are refused as arguments."""
     caches = sys.modules.get("transformers.cache_utils")
-    return (caches is not None and isinstance(node, caches.Cache)) or type(node).__name__.endswith("Cache")
+    kind = type(node)
+    known = kind.__module__.startswith("transformers.") and kind.__name__.endswith("Cache")
+    return known or (caches is not None and isinstance(node, caches.Cache))
 
 
 class _EmptyCache:
@@ -155,7 +158,7 @@ def _copy_cache(node: Any, depth: int) -> Any:
 
 def _is_known_constant(node: Any) -> bool:
     """Configurations, and masks made by flex attention: read by the unit, never written."""
-    return hasattr(node, "model_type") or type(node).__name__ == "BlockMask" or callable(node)
+    return hasattr(node, "model_type") or type(node).__name__ == "BlockMask"
 
 
 def _build(node: Any, tensors: list[Tensor]) -> Any:

@@ -1,8 +1,10 @@
 """AdamW as the user states it, and as a real torch Optimizer over the engine's host parameters."""
 
 import fnmatch
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Protocol
 
 import torch
@@ -28,25 +30,37 @@ class AdamW:
     param_groups: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
-        _check("lr", self.lr, 0 <= self.lr < float("inf"), "a number >= 0")
-        ok = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
+        _check("lr", self.lr, _is_finite(self.lr) and self.lr >= 0, "a finite number >= 0")
+        pair = isinstance(self.betas, (tuple, list)) and len(self.betas) == 2
+        ok = pair and all(_is_finite(b) and 0 <= b < 1 for b in self.betas)
         _check("betas", self.betas, ok, "two numbers in [0, 1)")
-        _check("eps", self.eps, self.eps > 0, "a number > 0")
-        _check("weight_decay", self.weight_decay, self.weight_decay >= 0, "a number >= 0")
+        _check("eps", self.eps, _is_finite(self.eps) and self.eps > 0, "a finite number > 0")
+        decay = self.weight_decay
+        _check("weight_decay", decay, _is_finite(decay) and decay >= 0, "a finite number >= 0")
+        groups = self.param_groups
+        right = "a list of mappings with 'params'"
+        _check("param_groups", groups, isinstance(groups, Sequence) and not isinstance(groups, str), right)
         allowed = {"params", "lr", "betas", "eps", "weight_decay"}
         for number, group in enumerate(self.param_groups):
-            unknown = set(group) - allowed
             name = f"param_groups[{number}]"
+            _check(name, group, isinstance(group, Mapping), "a mapping with 'params'")
+            unknown = set(group) - allowed
             _check(
                 name,
                 dict(group),
                 not unknown and "params" in group,
                 f"'params' and any of {sorted(allowed)[:-1]}",
             )
+            if not isinstance(group["params"], str) and not _are_strings(group["params"]):
+                raise ConfigError(
+                    f"optimizer.{name}.params must be a pattern of names such as '*.bias', or a list of such"
+                )
             self._with(group)  # checks the values
 
     def _with(self, group: Mapping[str, Any]) -> "AdamW":
-        values: dict[str, Any] = {k: tuple(v) if k == "betas" else v for k, v in group.items() if k != "params"}
+        values: dict[str, Any] = {
+            k: tuple(v) if k == "betas" and isinstance(v, list) else v for k, v in group.items() if k != "params"
+        }
         return replace(self, param_groups=(), **values)
 
     def group_slots(self, slots: Iterable[ParameterSlot]) -> tuple[list[dict[str, Any]], dict[int, int]]:
@@ -95,6 +109,22 @@ class AdamW:
 
 def _patterns(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
+
+
+def _are_strings(value: Any) -> bool:
+    return isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(one, str) for one in value)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether it is a number, and neither inf nor nan."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_learning_rate(lr: float | Tensor) -> None:
+    """Raise ConfigError unless `lr`, the learning rate of a step, is a finite number >= 0."""
+    value = lr.item() if isinstance(lr, Tensor) and lr.numel() == 1 else lr
+    if not (_is_finite(value) and value >= 0):
+        raise ConfigError(f"lr is {lr!r}; it must be a finite number >= 0")
 
 
 def _check(name: str, value: Any, ok: bool, right: str) -> None:
@@ -152,7 +182,8 @@ class EngineOptimizer(torch.optim.Optimizer):
         self._host.load_optimizer_state(state_dict["state"])
 
     def set_lr(self, lr: float) -> None:
-        """Learning rate of this step for every group, in the proportions the groups were given."""
+        """Learning rate of this step for every group, in the proportions the groups were given. Raises ConfigError."""
+        check_learning_rate(lr)
         for group in self.param_groups:
             group["lr"] = lr * group["lr_scale"]
 

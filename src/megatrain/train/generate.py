@@ -28,6 +28,7 @@ def generate(
     if not CpuDevice().native_bf16():
         model = model.float()  # bf16 is emulated here, several times slower
     model.eval()
+    positions = _learned_positions(model)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 0.95}
@@ -35,6 +36,8 @@ def generate(
     for prompt in prompts:
         # in training a document follows the end of the one before
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+        if positions is not None:
+            _check_length(len(ids), max_new_tokens, positions)
         tokens = torch.tensor([ids])
         torch.manual_seed(seed)
         with torch.no_grad():
@@ -47,6 +50,33 @@ def generate(
             )
         texts.append(prompt + str(tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True)))
     return texts
+
+
+def _learned_positions(model: Any) -> int | None:
+    """How many positions the model has learned a vector for; None where it computes them, without a limit."""
+    import torch
+
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int):
+        return None
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        # some tables begin with a few rows for padding
+        if isinstance(module, torch.nn.Embedding) and ("pos" in last or last == "wpe"):
+            if 0 <= module.num_embeddings - limit <= 8:
+                return limit
+    return None
+
+
+def _check_length(prompt_tokens: int, max_new_tokens: int, positions: int) -> None:
+    most = positions - prompt_tokens + 1  # the last token is not read again
+    if most < 1:
+        raise ConfigError(f"the prompt has {prompt_tokens} tokens and the model {positions} positions; shorten it")
+    if max_new_tokens > most:
+        raise ConfigError(
+            f"max-new-tokens is {max_new_tokens}; the model has {positions} positions and the prompt {prompt_tokens} "
+            f"tokens, so it must be at most {most}"
+        )
 
 
 def export(run: str, out: str, *, dtype: str = "bf16") -> None:

@@ -12,6 +12,8 @@ from megatrain.train.interrupt import StopOnInterrupt
 from megatrain.train.metrics import MetricsFile, StepStats, metrics_line
 from megatrain.train.progress import Progress
 
+_MOST_SKIPPED = 10  # steps in a row; what leads to so many does not pass
+
 
 class TrainingEngine(Protocol):
     """The part of the engine that the loop uses."""
@@ -43,20 +45,28 @@ def train(
     """Train from step 0 until `total_steps` are done or `stop` is requested.
 
     `batches_of` and `learning_rate_of` take the number of the step, from 0. Raises MegaTrainError where the first
-    loss is not finite: no later step would change that.
+    loss is not finite, since no later step would change that, and where the gradient of many steps in a row, or of all
+    of the run, is not.
     """
-    done, skipped, loss = 0, 0, None
+    done, skipped, in_a_row, loss = 0, 0, 0, None
     with progress:
         while done < total_steps and not stop.requested:
             batches = batches_of(done)
             lr = learning_rate_of(done)
             stats = engine.train_step(batches, lr=lr)
             done, skipped, loss = done + 1, skipped + stats.skipped, stats.loss
+            in_a_row = in_a_row + 1 if stats.skipped else 0
             if done == 1 and loss is not None and not math.isfinite(loss):
                 raise MegaTrainError(f"the loss of the first step is {loss}: a setting or weight of the model is wrong")
 
             line = metrics_line(done, lr, stats)
-            if done % log_every == 0 or done == total_steps or stop.requested:
+            hopeless = in_a_row >= _MOST_SKIPPED or (done == total_steps and skipped == done)
+            if done % log_every == 0 or done == total_steps or stop.requested or hopeless:
                 metrics.write(line)
             progress.update(line)
+            if hopeless:
+                raise MegaTrainError(
+                    f"step {done}: no finite gradient in {in_a_row} steps in a row; they changed nothing, the run ends "
+                    "here and no model is saved. Try a lower learning rate"
+                )
     return LoopResult(steps=done, interrupted=done < total_steps, last_loss=loss, skipped=skipped)

@@ -1,0 +1,121 @@
+"""What an engine says to arguments that are wrong, before anything has changed."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from test_engine_toys import Net, batches_of, make_batch, make_engine
+from torch import nn
+
+import megatrain as mt
+from megatrain.engine.setup import device_memory_bytes
+from megatrain.errors import ConfigError
+
+NAN, INF = float("nan"), float("inf")
+OTHER_ADAMW = torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("device", None, "engine.device is None; it must be auto, cpu"),
+        ("device", 5, "engine.device is 5; it must be auto, cpu"),
+        ("device", torch.device("meta"), "engine.device is 'meta'; it must be auto, cpu"),
+        ("optimizer", OTHER_ADAMW, "optimizer is torch.optim.adamw.AdamW; pass mt.AdamW(...)"),
+        ("optimizer", "adamw", "optimizer is 'adamw'; pass mt.AdamW(...)"),
+        ("optimizer", mt.AdamW, "optimizer is megatrain.optim.adamw.AdamW; pass mt.AdamW(...)"),
+        ("clip_norm", "1", "train.clip_norm is '1'; it must be a number > 0"),
+        ("clip_norm", True, "train.clip_norm is True; it must be a number > 0"),
+        ("clip_norm", NAN, "train.clip_norm is nan; it must be a number > 0"),
+        ("threads", "2", "engine.threads is '2'; it must be a number from 1"),
+        ("threads", True, "engine.threads is True; it must be a number from 1"),
+        ("seed", "a", "train.seed is 'a'; it must be a whole number"),
+        ("device_memory", -1, "engine.device_memory is -1; it must be a number of bytes > 0"),
+        ("device_memory", "much", "engine.device_memory is 'much'; it must be a number of bytes > 0"),
+        ("device_memory", NAN, "engine.device_memory is nan; it must be a number of bytes > 0"),
+        ("slots", "2", "engine.slots is '2'; it must be a number from 1 to 64"),
+        ("slots", True, "engine.slots is True; it must be a number from 1 to 64"),
+        ("keep_graphs", None, "engine.keep_graphs is None; it must be auto, off or a number"),
+        ("keep_graphs", True, "engine.keep_graphs is True; it must be auto, off or a number"),
+    ],
+)
+def test_a_wrong_argument_is_named(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        make_engine(Net(), **{name: value})
+
+
+def test_a_model_that_is_none() -> None:
+    with pytest.raises(ConfigError, match=r"^model is a str; pass an nn.Module, or use Engine.from_pretrained"):
+        make_engine("gpt2")  # type: ignore[arg-type]
+
+
+def test_a_wrong_argument_is_named_before_a_checkpoint_is_read() -> None:
+    with pytest.raises(ConfigError, match=r"^optimizer is 'adamw'"):
+        mt.Engine.from_pretrained("nowhere", "adamw")  # type: ignore[arg-type]
+
+
+def test_devices_and_sizes_in_other_forms(caplog: pytest.LogCaptureFixture) -> None:
+    with make_engine(Net(), device=torch.device("cpu")) as engine:
+        assert engine.device.torch_device == torch.device("cpu")
+    assert not caplog.messages
+    assert (device_memory_bytes("1GB"), device_memory_bytes(7), device_memory_bytes(None)) == (10**9, 7, None)
+    make_engine(Net(), device="cpu", device_memory="1GB").close()
+    (message,) = caplog.messages
+    assert message.startswith("engine.device_memory has no effect on cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [(name, value) for name in ("lr", "eps", "weight_decay") for value in ("1", None, True, INF, NAN, -1.0)]
+    + [("betas", value) for value in (0.9, "ab", None, (0.9,), (0.9, "x"), (0.9, NAN), (True, 0.9))]
+    + [("param_groups", value) for value in ({"params": "*"}, "x", None, ["x"], [{"params": 3}], [{"params": [3]}])]
+    + [("param_groups", [{"params": "*", "betas": 3}]), ("param_groups", [{"params": "*", "lr": INF}])],
+)
+def test_wrong_hyper_parameters_are_named(name: str, value: Any) -> None:
+    group = name == "param_groups" and isinstance(value, list) and isinstance(value[0], dict)
+    with pytest.raises(ConfigError, match=r"^optimizer\." if group else rf"^optimizer\.{name}"):
+        mt.AdamW(**{name: value})
+
+
+@pytest.mark.parametrize("lr", [NAN, INF, -0.1, "1", True])
+def test_a_wrong_learning_rate_changes_nothing(lr: Any) -> None:
+    with make_engine(Net()) as engine:
+        before = [dict(group) for group in engine.optimizer.param_groups]
+        for call in (engine.optimizer.set_lr, engine.step, lambda lr: engine.train_step(batches_of(0, 2), lr=lr)):
+            with pytest.raises(ConfigError, match=r"^lr is .*; it must be a finite number >= 0"):
+                call(lr)
+        assert [dict(group) for group in engine.optimizer.param_groups] == before
+        assert engine.step_count == 0
+        engine.train_step(batches_of(0, 2), lr=0.01)
+
+
+def test_a_closed_engine_says_so() -> None:
+    engine = make_engine(Net())
+    engine.close()
+    for call in (lambda: engine.train_step(batches_of(0, 1)), engine.step, lambda: engine.clip_grad_norm_(1.0)):
+        with pytest.raises(RuntimeError, match=r"^this engine is closed$"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        (make_batch(0), "batches is a dict; it must be a list of micro-batches"),
+        (None, "batches is a NoneType; it must be a list"),
+        (torch.zeros(2), "batches is a Tensor; it must be a list"),
+        ((), "batches is empty"),
+        ([[1]], "batches[0] is a list; it must be a dict"),
+        ([{**make_batch(0), "labels": None}], "batches[0]['labels'] is of type NoneType; it must be a tensor"),
+        ([make_batch(0), {**make_batch(0), "labels": [1]}], "batches[1]['labels'] is of type list; it must be a"),
+    ],
+)
+def test_wrong_batches(batches: Any, message: str) -> None:
+    with make_engine(Net()) as engine, pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        engine.train_step(batches)
+
+
+def test_batches_may_come_from_a_generator() -> None:
+    with make_engine(Net()) as engine, make_engine(Net()) as other:
+        losses = engine.train_step(batch for batch in batches_of(0, 2)).loss, other.train_step(batches_of(0, 2)).loss
+    assert losses[0] == losses[1]
