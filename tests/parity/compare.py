@@ -15,6 +15,7 @@ from reference import (
     UnitInputs,
     gradient_differences,
     largest_relative_difference,
+    placed,
     plain_norm,
     weight_differences,
 )
@@ -154,11 +155,14 @@ def _compare(
         whole_loss=engine.head.reason is not None,
         untie=len(first) > 1,
     )
+    where = engine.device.torch_device
+    plain.to(where)
     outside = _watch_leaves(engine)
     watch = UnitInputs(plain, [unit.name for unit in engine.partition.units], fenced=fenced)
     for step in range(steps):
         given = first if step == 0 else batches(step)
-        loss = trainer.backward([copy.deepcopy(b) for b in given], engine.shifts_labels, each=watch.end_micro_batch)
+        theirs = placed([copy.deepcopy(b) for b in given], where)
+        loss = trainer.backward(theirs, engine.shifts_labels, each=watch.end_micro_batch)
         stats = engine.train_step(given)
         found.differences += _differences(f"step {step}", plain, engine, trainer, loss, stats)
         if engine.keeps_gradients:

@@ -4,6 +4,8 @@ Micro-batches run one after the other through the unpatched model, gradients acc
 normalised by the target tokens of all micro-batches, and torch's fused AdamW updates the weights. Of the engine only
 three conventions are taken: the seed of a micro-batch's random stream, the norm from which the clipping coefficient
 is computed, and that an auxiliary loss (a mean) counts by its micro-batch's share of the target tokens.
+
+A model may be moved to another device once it has its trainer: masters and moments stay on the host.
 """
 
 import functools
@@ -14,10 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from megatrain.engine.engine import stream_seed
 
 Batch = Mapping[str, Any]
+
+
+def placed(batches: Sequence[Batch], device: torch.device) -> list[Batch]:
+    """`batches` on `device`."""
+    moved: list[Batch] = tree_map_only(Tensor, lambda tensor: tensor.to(device), list(batches))
+    return moved
 
 
 class TiedWeights:
@@ -246,7 +255,8 @@ class PlainTrainer:
         limit = float("inf") if self.clip_norm is None else self.clip_norm
         coefficient = torch.tensor(min(1.0, limit / (norm + 1e-6)), dtype=torch.float32)
         for parameter, padded in self.padded.items():
-            padded.grad = None if parameter.grad is None else _padded(parameter.grad.float() * coefficient)
+            gradient = None if parameter.grad is None else parameter.grad.float().to(padded.device)
+            padded.grad = None if gradient is None else _padded(gradient * coefficient)
             parameter.grad = None
         self.optimizer.step()
         with torch.no_grad():
@@ -339,13 +349,13 @@ def gradient_differences(plain: nn.Module, engine: Any) -> list[str]:
     for name, parameter in plain.named_parameters():
         if name not in dict(engine.model.named_parameters()):
             continue  # a tied place, given a parameter of its own
-        mine = kept.get(name)
-        if (parameter.grad is None) != (mine is None):
-            who = "engine has one, plain none" if parameter.grad is None else "plain has one, engine none"
+        mine, theirs = kept.get(name), None if parameter.grad is None else parameter.grad.cpu()
+        if (theirs is None) != (mine is None):
+            who = "engine has one, plain none" if theirs is None else "plain has one, engine none"
             differences.append(f"{name}: {who}")
-        elif mine is not None and not torch.equal(mine, parameter.grad):
-            largest = (mine - parameter.grad).abs().max().item()
-            relative = largest / max(parameter.grad.abs().max().item(), 1e-30)
+        elif mine is not None and theirs is not None and not torch.equal(mine, theirs):
+            largest = (mine - theirs).abs().max().item()
+            relative = largest / max(theirs.abs().max().item(), 1e-30)
             differences.append(f"{name}: {largest:.2e} ({relative:.1e} of the largest)")
     return differences
 
@@ -357,7 +367,7 @@ def largest_relative_difference(plain: nn.Module, engine: Any) -> float:
     model's largest gradient element is the smallest scale.
     """
     kept = kept_gradients(engine)
-    pairs = [(p.grad, kept[n]) for n, p in plain.named_parameters() if n in kept and p.grad is not None]
+    pairs = [(p.grad.cpu(), kept[n]) for n, p in plain.named_parameters() if n in kept and p.grad is not None]
     floor = 0.1 * max((float(grad.abs().max()) for grad, _ in pairs if grad.numel()), default=0.0)
     ratios = [float((a - b).abs().max()) / max(float(a.abs().max()), floor, 1e-30) for a, b in pairs if a.numel()]
     return max(ratios, default=0.0)
@@ -375,4 +385,4 @@ def kept_gradients(engine: Any) -> dict[str, Tensor]:
 def weight_differences(plain: nn.Module, engine: Any) -> list[str]:
     engine.flush()
     mine = dict(engine.model.named_parameters())
-    return [n for n, p in plain.named_parameters() if n in mine and not torch.equal(p, mine[n])]
+    return [n for n, p in plain.named_parameters() if n in mine and not torch.equal(p.cpu(), mine[n])]

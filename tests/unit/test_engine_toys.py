@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from reference import PlainTrainer, gradient_differences, kept_gradients, plain_norm, weight_differences
+from reference import PlainTrainer, gradient_differences, kept_gradients, placed, plain_norm, weight_differences
 from torch import Tensor, nn
 
 import megatrain as mt
@@ -111,17 +111,19 @@ def assert_trains_like_plain(
     tolerance: float | None = None,
     **settings: Any,
 ) -> mt.Engine:
-    """Train a copy of `model` in plain PyTorch and `model` with the engine: losses, gradients and buffers are the
-    same bits after every step, weights after the last (until then nobody looks, so updates stay deferred).
+    """Train a copy of `model` in plain PyTorch, where the engine computes, and `model` with the engine: losses,
+    gradients and buffers are the same bits after every step, weights after the last (until then nobody looks, so
+    updates stay deferred).
 
     `tolerance`: where a tensor's gradient has three or more parts, a unit sums its own before the rest are added."""
     plain = copy.deepcopy(model)
-    trainer, engine = plain_trainer(plain), make_engine(model, **settings)
+    trainer, engine = plain_trainer(plain, settings.get("clip_norm", 0.5)), make_engine(model, **settings)
+    plain.to(engine.device.torch_device)
     if prepare is not None:
         prepare(engine)
     for step in range(steps):
         batches = batches_of(step, micro_batches)
-        loss = trainer.backward(batches)
+        loss = trainer.backward(placed(batches, engine.device.torch_device))
         stats = engine.train_step(batches)
         assert stats.grad_norm > 0
         if tolerance is None:
@@ -131,7 +133,7 @@ def assert_trains_like_plain(
             assert abs(stats.loss - loss) < tolerance
             mine = kept_gradients(engine)
             for name, parameter in plain.named_parameters():
-                torch.testing.assert_close(mine[name], parameter.grad, rtol=tolerance, atol=tolerance)
+                torch.testing.assert_close(mine[name], parameter.grad.cpu(), rtol=tolerance, atol=tolerance)
         trainer.update(stats.grad_norm)
         assert_same_buffers(plain, model)
     assert tolerance is not None or weight_differences(plain, engine) == []
@@ -146,13 +148,14 @@ def free_step(engine: mt.Engine, losses: Sequence[Callable[[nn.Module], Tensor]]
 
 
 def assert_free_loop_like_plain(
-    model: nn.Module, loss: Callable[[nn.Module, dict[str, Tensor]], Tensor], *, steps: int = 3
+    model: nn.Module, loss: Callable[[nn.Module, dict[str, Tensor]], Tensor], *, steps: int = 3, **settings: Any
 ) -> mt.Engine:
     """As `assert_trains_like_plain`, under the caller's own loop and with a loss of the caller's."""
     plain = copy.deepcopy(model)
-    trainer, engine = plain_trainer(plain), make_engine(model)
+    trainer, engine = plain_trainer(plain), make_engine(model, **settings)
+    plain.to(engine.device.torch_device)
     for step in range(steps):
-        batch = make_batch(step)
+        batch: dict[str, Tensor] = dict(placed([make_batch(step)], engine.device.torch_device)[0])
         expected = loss(plain, batch)
         expected.backward()
         found = loss(model, batch)

@@ -1,14 +1,17 @@
 """An NVIDIA GPU. Copies run on two streams of their own, ordered against computation by CUDA events.
 
-No call here blocks the host but `CudaEvent.wait`, which only the host's own threads use. Computation is what the
-calling thread gives to its current stream.
+Computation is what the calling thread gives to its current stream. It is not waited for, but in `let_go`, so that the
+host does not run far ahead of memory that is on its way out. The host's own threads wait in `CudaEvent.wait`.
 """
 
 import ctypes
 import mmap
+import threading
 import time
+import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
@@ -16,16 +19,21 @@ from torch import Tensor
 
 from megatrain.device.base import After
 from megatrain.device.trace import Mark, Trace
-from megatrain.errors import CapacityError, ConfigError
+from megatrain.errors import CapacityError, ConfigError, IntegrityError
 from megatrain.sizes import format_bytes
 
 _HOST_REGISTER_DEFAULT = 0
 _ALREADY_REGISTERED = 712  # cudaErrorHostMemoryAlreadyRegistered
+_LEAVING_SHARE = 16  # inputs on their way to the host hold at most this fraction of the device's memory
+_USABLE_SHARE = 0.95  # of what is free: libraries take some past PyTorch's allocator, and no allocator packs perfectly
+
+
+_LIMITED_BY: dict[torch.device, object] = {}  # what set the limit of PyTorch's allocator that is in force
 
 
 class CudaEvent:
     def __init__(self, stream: Any) -> None:
-        self.event = torch.cuda.Event()
+        self.event = torch.cuda.Event(blocking=True)  # a waiting thread leaves its core to the optimizer
         self.event.record(stream)
 
     def wait(self) -> None:
@@ -40,28 +48,36 @@ class CudaStream:
         self.trace: Trace | None = None
         self._track = track
         self._device = device
+        self._issuing = threading.Lock()  # fetches and inputs are issued by different threads
         self.stream = torch.cuda.Stream(device)
 
     def copy(
         self, pairs: Sequence[tuple[Tensor, Tensor]], after: After, *, computed: bool = False, label: str = ""
     ) -> CudaEvent:
-        for _, event in after:
-            assert isinstance(event, CudaEvent)
-            self.stream.wait_event(event.event)
-        if computed:
-            self.stream.wait_stream(torch.cuda.current_stream(self._device))
-        start = _timed(self.stream) if self.trace is not None else None
-        with torch.no_grad(), torch.cuda.stream(self.stream):
-            for target, source in pairs:
-                target.copy_(source, non_blocking=True)
-                self.n_bytes += source.nbytes
-        if self.trace is not None:
-            self.trace.add(self._track, label, start, _timed(self.stream))
-        return CudaEvent(self.stream)
+        trace = self.trace
+        with self._issuing, torch.no_grad():
+            for _, event in after:
+                assert isinstance(event, CudaEvent)
+                self.stream.wait_event(event.event)
+            if computed:
+                self.stream.wait_stream(torch.cuda.current_stream(self._device))
+            start = _timed(self.stream) if trace is not None else None
+            with torch.cuda.stream(self.stream):
+                for target, source in pairs:
+                    target.copy_(source, non_blocking=True)
+                    self.n_bytes += source.nbytes
+            if trace is not None:
+                trace.add(self._track, label, start, _timed(self.stream))
+            return CudaEvent(self.stream)
+
+    def wait_for_computation(self) -> None:
+        """Later copies begin after what computation has been given so far."""
+        self.stream.wait_stream(torch.cuda.current_stream(self._device))
 
 
 class CudaDevice:
-    """GPU number `index`. `memory_bytes` is enforced by PyTorch's allocator: what goes beyond it is out of memory."""
+    """GPU number `index`. `memory_bytes` is enforced by PyTorch's allocator, for the whole process until `close`: what
+    goes beyond it is out of memory. CUDA's context and libraries take some hundred MB besides."""
 
     name = "cuda"
 
@@ -80,13 +96,25 @@ class CudaDevice:
                     f"engine.device_memory is {format_bytes(memory_bytes)}; the device has {format_bytes(total)}"
                 )
             torch.cuda.set_per_process_memory_fraction(memory_bytes / total, self.torch_device)
-        self.memory_bytes: int | None = memory_bytes if memory_bytes is not None else free
-        self._registered: list[int] = []
+        self._limit = object() if memory_bytes is not None else None
+        if self._limit is not None:
+            _LIMITED_BY[self.torch_device] = self._limit
+        # what PyTorch's allocator holds in this process is ours, too; `peak_bytes` counts it
+        usable = int((free + torch.cuda.memory_reserved(self.torch_device)) * _USABLE_SHARE)
+        self.memory_bytes: int | None = memory_bytes if memory_bytes is not None else usable
+        self._leaving: deque[tuple[CudaEvent, int]] = deque()
+        self._leaving_bytes = 0
+        self._host_memory_used = self._host_memory_kept = False
+        # held here until it is unregistered: the driver goes on copying to and from the pages that it has locked, and a
+        # new mapping at an address that was unmapped before would never see what is copied
+        self._registered: list[Tensor] = []
+        weakref.finalize(self, _give_back, self._registered, self._limit, self.torch_device).atexit = False
         self.up = CudaStream("up", self.torch_device)
         self.down = CudaStream("down", self.torch_device)
-        self._base = _timed(torch.cuda.current_stream(self.torch_device))
+        self._base = self.mark()
         self._base.synchronize()
         self._base_seconds = time.perf_counter()
+        self._next_base: Any = None
 
     @property
     def trace(self) -> Trace | None:
@@ -103,10 +131,13 @@ class CudaDevice:
         if isinstance(mark, float):
             return mark  # a host thread's
         mark.synchronize()
+        if self._next_base is not None and self._next_base.query():
+            self._base_seconds += self._base.elapsed_time(self._next_base) / 1000
+            self._base, self._next_base = self._next_base, None
         return self._base_seconds + float(self._base.elapsed_time(mark)) / 1000
 
     def computing(self) -> AbstractContextManager[Any]:
-        return nullcontext()
+        return torch.cuda.device(self.torch_device)  # a thread begins on GPU 0
 
     def native_bf16(self) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -116,6 +147,12 @@ class CudaDevice:
 
     def start_step(self) -> None:
         torch.cuda.reset_peak_memory_stats(self.torch_device)
+        if self._next_base is None:  # CUDA counts from a base in fp32 milliseconds: after an hour in quarters of one
+            self._next_base = self.mark()
+        if self._host_memory_kept and not self._host_memory_used:  # inputs stay on the device now
+            self._host_memory_kept = False
+            _free_host_memory()
+        self._host_memory_used = False
 
     @property
     def h2d_bytes(self) -> int:
@@ -129,40 +166,63 @@ class CudaDevice:
 
     def allocate(self, n_bytes: int, what: str) -> Tensor:
         try:
-            return torch.empty(n_bytes, dtype=torch.uint8, device=self.torch_device)
+            memory = torch.empty(n_bytes, dtype=torch.uint8, device=self.torch_device)
         except torch.OutOfMemoryError as error:
-            free, _ = torch.cuda.mem_get_info(self.torch_device)
+            free, total = torch.cuda.mem_get_info(self.torch_device)
+            ours = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
+            most = self.memory_bytes if self._limit is not None and self.memory_bytes is not None else total
+            held = torch.cuda.memory_allocated(self.torch_device)
+            free = max(0, min(free + ours, most - held))
             raise CapacityError(
-                f"engine.device_memory: {what} need {format_bytes(n_bytes)} and {format_bytes(free)} are free on"
-                f" {self.torch_device}"
+                f"engine.device_memory is {format_bytes(most)}; {what} need {format_bytes(n_bytes)} beside"
+                f" {format_bytes(held)}: {format_bytes(max(0, n_bytes - free))} missing on {self.torch_device}"
             ) from error
+        # it may have been another tensor's, which computation still reads; copies know nothing of that
+        self.up.wait_for_computation()
+        self.down.wait_for_computation()
+        return memory
 
     def hold(self, n_bytes: int) -> None:
         pass  # PyTorch's allocator counts by itself
 
     def host_memory(self, like: Tensor) -> Tensor:
-        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, pin_memory=True)
+        self._host_memory_used = self._host_memory_kept = True
+        # strides of `like`; where it overlaps itself (`expand`) or has gaps, those of a dense copy
+        return torch.empty_like(like, device="cpu", pin_memory=True)
 
     def let_go(self, tensor: Tensor, copied: Any) -> None:
         tensor.record_stream(self.down.stream)  # the allocator waits for what this stream has been given so far
+        self._leaving.append((copied, tensor.nbytes))
+        self._leaving_bytes += tensor.nbytes
+        most = (self.memory_bytes or 0) // _LEAVING_SHARE
+        # without a wait the host would go through the whole forward while all inputs are still here
+        while len(self._leaving) > 1 and (self._leaving_bytes > most or self._leaving[0][0].event.query()):
+            oldest, left_bytes = self._leaving.popleft()
+            self._leaving_bytes -= left_bytes
+            oldest.wait()
 
     def pin(self, buffer: Tensor) -> None:
         """Register host memory with the driver, page-locked, and keep it out of forked processes: a child that wrote
         to it would leave the device copying to pages that are no longer ours."""
-        address, n_bytes = buffer.data_ptr(), buffer.nbytes
-        if not n_bytes:
+        if not buffer.nbytes:
             return
-        _keep_out_of_forks(address, n_bytes)
-        code = int(torch.cuda.cudart().cudaHostRegister(address, n_bytes, _HOST_REGISTER_DEFAULT))
-        if code == _ALREADY_REGISTERED:
-            return
+        _advise(buffer, "MADV_DONTFORK")
+        with torch.cuda.device(self.torch_device):
+            code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, _HOST_REGISTER_DEFAULT))
         if code:
+            _advise(buffer, "MADV_DOFORK")
+            _forget_error(self.torch_device)
+            if code == _ALREADY_REGISTERED:
+                raise IntegrityError(
+                    f"{format_bytes(buffer.nbytes)} of the engine's host memory is page-locked already; something else"
+                    " registered it, or unmapped memory at its address that it had registered"
+                )
             raise CapacityError(
-                f"{format_bytes(n_bytes)} of host memory could not be page-locked (CUDA error {code}) after"
-                f" {len(self._registered)} buffers; raise the limit (`ulimit -l unlimited`; in WSL2 half of the memory"
-                " is the most)"
+                f"{format_bytes(buffer.nbytes)} of host memory could not be page-locked (CUDA error {code}) after"
+                f" {len(self._registered)} buffers of {format_bytes(sum(b.nbytes for b in self._registered))}; raise"
+                " the limit (`ulimit -l unlimited`; in WSL2 half of the memory is the most)"
             )
-        self._registered.append(address)
+        self._registered.append(buffer)
 
     # -- order ----------------------------------------------------------------------------------------------
 
@@ -185,10 +245,14 @@ class CudaDevice:
         torch.cuda.synchronize(self.torch_device)
 
     def close(self) -> None:
-        self.drain()
-        for address in self._registered:
-            torch.cuda.cudart().cudaHostUnregister(address)
-        self._registered.clear()
+        try:
+            self.drain()
+        finally:
+            _give_back(self._registered, self._limit, self.torch_device)
+            self._leaving.clear()
+            self._leaving_bytes = 0
+            if self._host_memory_kept:
+                _free_host_memory()
 
     def _now(self) -> CudaEvent:
         return CudaEvent(torch.cuda.current_stream(self.torch_device))
@@ -200,9 +264,39 @@ def _timed(stream: Any) -> Any:
     return event
 
 
-def _keep_out_of_forks(address: int, n_bytes: int) -> None:
-    advice = getattr(mmap, "MADV_DONTFORK", None)
-    start = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
-    length = (address + n_bytes) // mmap.PAGESIZE * mmap.PAGESIZE - start
-    if advice is not None and length > 0:
+def _give_back(buffers: list[Tensor], limit: object | None, device: torch.device) -> None:
+    """Unregister memory, once no copy is under way, and lift the limit if it is still the device's own."""
+    if limit is not None and _LIMITED_BY.get(device) is limit:
+        del _LIMITED_BY[device]
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    if not buffers:
+        return
+    with suppress(RuntimeError):  # of a device that has failed: the process goes on without it
+        torch.cuda.synchronize(device)
+    with torch.cuda.device(device):
+        while buffers:
+            buffer = buffers.pop()
+            if int(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())):
+                _forget_error(device)
+            _advise(buffer, "MADV_DOFORK")
+
+
+def _forget_error(device: torch.device) -> None:
+    """CUDA reports a failed call once more at the next kernel: let that be this one."""
+    with suppress(RuntimeError):
+        torch.ones(1, device=device)
+
+
+def _free_host_memory() -> None:
+    """Page-locked memory that PyTorch keeps for reuse."""
+    getattr(torch._C, "_host_emptyCache", lambda: None)()
+
+
+def _advise(buffer: Tensor, name: str) -> None:
+    """madvise, on every page that the buffer touches: a driver locks whole pages. The buffer is a mapping of its own
+    (`memory.arena`)."""
+    advice = getattr(mmap, name, None)
+    start = buffer.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    length = -(-(buffer.data_ptr() + buffer.nbytes - start) // mmap.PAGESIZE) * mmap.PAGESIZE
+    if advice is not None:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(advice))

@@ -228,6 +228,12 @@ class Engine:
         if chosen is not None:
             self.executor.kept_units = chosen
 
+    def free_compute_bytes(self) -> int:
+        """Memory that is left over where graphs would be kept."""
+        if streams(self.device) and self.device.memory_bytes is not None:
+            return max(0, self.device.memory_bytes - self.device.peak_bytes())
+        return host_memory_limits().free_bytes
+
     def watch_attributes(self) -> None:
         """In the first steps, notice what micro-batches in turns would read of one another."""
         if self.executor.generation < LOOK_STEPS:
@@ -247,6 +253,7 @@ class Engine:
             for home, entries in sorted(self.gradients.touched().items()):
                 unit_scale = self._clip_scale(self.gradients.unit_norm(entries)) if scale is None else scale
                 self._schedule(home, entries, unit_scale)
+            self.weights.before_update()
             self.updates.start()
         self.end_step()
         self.step_count += 1

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatrain.engine.executor import BACKWARD, HEAD, backward
 from megatrain.engine.targets import count_targets
 from megatrain.errors import ConfigError
-from megatrain.memory.limits import host_memory_limits, peak_resident_bytes
+from megatrain.memory.limits import peak_resident_bytes
 from megatrain.model.head import IGNORED
 from megatrain.model.side_effects import RandomState
 
@@ -70,7 +70,7 @@ def train_step(engine: "Engine", batches: Sequence[Batch], lr: float | None) -> 
         raise
     finally:
         random.restore()
-    engine.kept_graphs.finish_measuring(host_memory_limits().free_bytes)
+    engine.kept_graphs.finish_measuring(engine.free_compute_bytes())
     norm = engine.gradients.norm()
     skipped = not engine.decide_update(norm)
     return clock.stats(sum(_value(parts) for parts in losses), norm, sum(targets), skipped)

@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -74,6 +75,9 @@ class Weights(Protocol):
     def unpin(self, unit: int) -> None:
         """One graph less."""
 
+    def before_update(self) -> None:
+        """Return when nothing reads the host's weights any more: they are about to change."""
+
     def changed(self) -> None:
         """The host's weights have changed."""
 
@@ -126,6 +130,9 @@ class HostWeights:
         pass
 
     def unpin(self, unit: int) -> None:
+        pass
+
+    def before_update(self) -> None:
         pass
 
     def changed(self) -> None:
@@ -272,6 +279,7 @@ class WeightStream:
         self._outer: list[Walk] = []
         self._waits: list[tuple[Mark, Mark]] = []  # of computation, for weights: before and after
         self._told = False
+        self._last_fetch: Fetch | None = None
         self.fetched_bytes = 0
         self.exposed_seconds = 0.0  # computation's launch waited for the host's updates
 
@@ -315,6 +323,8 @@ class WeightStream:
         self._outer.clear()
         self._walk = Walk("", None)
         self._issuer.drain()
+        with suppress(Exception):  # of the pass that is being given up
+            self._device.drain()  # memory that copies still write to must not be freed
         self._forget_residents()
 
     def forget(self) -> None:
@@ -352,6 +362,13 @@ class WeightStream:
     def unpin(self, unit: int) -> None:
         if self._pinned[unit]:
             self._pinned[unit] -= 1
+
+    def before_update(self) -> None:
+        fetch, self._last_fetch = self._last_fetch, None
+        if fetch is not None:  # copies are carried out in order: the last one is over when all are
+            fetch.issued.wait()
+            if fetch.arrived is not None:
+                fetch.arrived.wait()
 
     def changed(self) -> None:
         self._forget_residents()
@@ -482,6 +499,7 @@ class WeightStream:
     def _issue(self, unit: int, slot: DeviceSlot) -> None:
         """Hand a fetch to the issuer thread, which waits for the unit's update; this thread does not."""
         slot.unit, fetch = unit, Fetch()
+        self._last_fetch = fetch
         slot.fetch = fetch
         free, image = slot.free, self._images[unit]
         slot.views = image.views(slot.buffer)

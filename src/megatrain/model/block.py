@@ -250,19 +250,25 @@ class Digest:
     bits at most (a compiled graph, a GPU's atomics); another mask, state or random number differs by far more."""
 
     def __init__(self, tensors: list[Tensor]) -> None:
-        self._tolerances = [_TOLERANCE.get(t.dtype, 1e-3) for t in tensors if t.is_floating_point()]
-        with torch.no_grad():
-            floating = [t.detach().double() for t in tensors if t.is_floating_point() and t.numel()]
-            self._sums = [torch.stack([t.sum(), t.abs().sum(), t.square().sum().sqrt()]) for t in floating]
+        floating = [t.detach() for t in tensors if t.is_floating_point() and t.numel()]
+        self._tolerances = [_TOLERANCE.get(t.dtype, 1e-3) for t in floating]
+        self._sums = [torch.stack(_sums(t)) for t in floating]
 
     def matches(self, tensors: list[Tensor]) -> bool:
         other = Digest(tensors)
         if len(self._sums) != len(other._sums):
             return False
-        for mine, theirs, tolerance in zip(self._sums, other._sums, self._tolerances, strict=False):
+        for mine, theirs, tolerance in zip(self._sums, other._sums, self._tolerances, strict=True):
             if bool(torch.isfinite(mine).all()) and not bool(((mine - theirs).abs() <= tolerance * mine[1]).all()):
                 return False
         return True
+
+
+def _sums(tensor: Tensor) -> list[Tensor]:
+    """Sum, sum of magnitudes and L2 norm in fp64, without a copy of the tensor in fp64."""
+    exact = torch.float64
+    flat = tensor.reshape(-1)
+    return [flat.sum(dtype=exact), *(torch.linalg.vector_norm(flat, order, dtype=exact) for order in (1, 2))]
 
 
 class _Graph:
