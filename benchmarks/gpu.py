@@ -67,7 +67,7 @@ from megatrain.device.cuda import CudaDevice  # noqa: E402
 from megatrain.device.lagged import LaggedDevice  # noqa: E402
 from megatrain.engine import setup  # noqa: E402
 from megatrain.engine.engine import Engine  # noqa: E402
-from megatrain.engine.weights import WeightStream  # noqa: E402
+from megatrain.engine.weight_stream import WeightStream  # noqa: E402
 from megatrain.errors import CapacityError  # noqa: E402
 from megatrain.memory.arena import allocate, allocate_elements  # noqa: E402
 from megatrain.memory.limits import host_memory_limits, peak_resident_bytes, reset_peak_resident  # noqa: E402

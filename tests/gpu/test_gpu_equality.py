@@ -41,7 +41,7 @@ def test_trains_like_plain(micro_batches: int, slots: int, keep_graphs: Any) -> 
 
 
 def test_inputs_that_leave_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatrain.engine.weights import WeightStream
+    from megatrain.engine.weight_stream import WeightStream
 
     monkeypatch.setattr(WeightStream, "_inputs_must_leave", lambda *_: True)
     model = Net(count=6, dropout=0.1)
@@ -143,7 +143,7 @@ def test_what_lies_beside_the_weights(make: Any, micro_batches: int) -> None:
 
 @needs_cuda  # the lagged device cannot save such an input
 def test_an_input_that_overlaps_itself_leaves_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatrain.engine.weights import WeightStream
+    from megatrain.engine.weight_stream import WeightStream
 
     monkeypatch.setattr(WeightStream, "_inputs_must_leave", lambda *_: True)
     assert_trains_like_plain(Expanding(), micro_batches=2, tolerance=1e-6, device=make_device()).close()

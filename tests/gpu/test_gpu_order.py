@@ -16,7 +16,7 @@ from test_lagged import Failing, Skipping, same, slow_updates, train
 from megatrain.device.base import WAITS
 from megatrain.device.cuda import CudaStream
 from megatrain.engine import step as step_module
-from megatrain.engine.weights import WeightStream
+from megatrain.engine.weight_stream import WeightStream
 
 
 @pytest.fixture

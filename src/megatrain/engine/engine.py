@@ -23,7 +23,8 @@ from megatrain.engine.kept_graphs import KeepGraphs, KeptGraphs
 from megatrain.engine.step import Batch, StepClock, StepStats, train_step
 from megatrain.engine.targets import labels_are_shifted
 from megatrain.engine.updates import PendingUpdates, gradient_arrays, unit_updates
-from megatrain.engine.weights import DEFAULT_SLOTS, HostWeights, Weights, WeightStream
+from megatrain.engine.weight_stream import DEFAULT_SLOTS, WeightStream
+from megatrain.engine.weights import HostWeights, Weights
 from megatrain.errors import ConfigError, NonFiniteGradientError
 from megatrain.memory.arena import keep_large_allocations_out_of_heap, reuse_freed_memory, trim_freed_memory
 from megatrain.memory.limits import host_memory_limits

@@ -1,0 +1,90 @@
+"""Device memory for weights, what lies in it, and how a unit's host memory maps to it."""
+
+import threading
+from dataclasses import dataclass, field
+from itertools import accumulate
+from math import prod
+
+import torch
+from torch import Tensor
+
+from megatrain.device.base import Event
+from megatrain.memory.layout import ALIGNMENT_BYTES
+from megatrain.memory.store import HostStore
+from megatrain.model.partition import ParameterSlot
+
+
+@dataclass(frozen=True, slots=True)
+class UnitImage:
+    """A unit's weights as they lie in a device slot: pieces of host memory one after the other, and the parameters in
+    them (slot index, byte offset, dtype, shape). What is homed in the unit is one piece."""
+
+    unit: int
+    pieces: tuple[tuple[int, Tensor], ...]  # (byte offset in the slot, host bytes)
+    parameters: tuple[tuple[int, int, torch.dtype, torch.Size], ...]
+    n_bytes: int
+
+    @classmethod
+    def of(cls, unit: int, slots: list[ParameterSlot], store: HostStore) -> "UnitImage":
+        sources: dict[int, Tensor] = {}  # by address of their memory: whole homes first, then single parameters
+        if unit in store.units:
+            whole = store.unit_memory(unit)
+            sources[whole.data_ptr()] = whole
+        for slot in slots:
+            weight = slot.parameter.detach()
+            if store.slots[slot.index].unit != unit:
+                sources[weight.data_ptr()] = weight.reshape(-1).view(torch.uint8)
+        ends = list(accumulate(-(-s.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for s in sources.values()))
+        pieces = tuple(zip([0, *ends[:-1]], sources.values(), strict=True))
+        parameters = []
+        for slot in slots:
+            weight = slot.parameter.detach()
+            start, piece = next(
+                (o, p) for o, p in pieces if 0 <= weight.data_ptr() - p.data_ptr() <= p.nbytes - weight.nbytes
+            )
+            offset = start + weight.data_ptr() - piece.data_ptr()
+            parameters.append((slot.index, offset, weight.dtype, weight.shape))
+        return cls(unit, pieces, tuple(parameters), ends[-1])
+
+    def pairs(self, buffer: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return [(buffer[offset : offset + host.nbytes], host) for offset, host in self.pieces]
+
+    def views(self, buffer: Tensor) -> dict[int, Tensor]:
+        """Parameters in `buffer`, each with a version counter of its own: autograd must not take the next fetch into
+        the same memory for a change of these."""
+        storage = buffer.untyped_storage()
+        views = {}
+        for index, offset, dtype, shape in self.parameters:
+            view = torch.empty(0, dtype=dtype, device=buffer.device)
+            start = (buffer.storage_offset() + offset) // dtype.itemsize
+            views[index] = view.set_(storage, start, shape, _dense_strides(shape))
+        return views
+
+
+def _dense_strides(shape: torch.Size) -> tuple[int, ...]:
+    return tuple(prod(shape[n + 1 :]) for n in range(len(shape)))
+
+
+@dataclass(slots=True)
+class Fetch:
+    """A fetch under way: `issued` once the copy is in the stream, `arrived` tells when it is done."""
+
+    issued: threading.Event = field(default_factory=threading.Event)
+    arrived: Event | None = None
+    error: BaseException | None = None
+    waited: bool = False  # computation waits for it already
+
+    def wait_until_issued(self) -> None:
+        self.issued.wait()
+
+
+@dataclass(slots=True)
+class DeviceSlot:
+    """A piece of device memory and what lies in it."""
+
+    buffer: Tensor
+    unit: int = -1
+    fetch: Fetch | None = None
+    free: Event | None = None  # what was in it before has been read
+    views: dict[int, Tensor] = field(default_factory=dict)
+    last_visit: int = -1

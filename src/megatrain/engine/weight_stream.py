@@ -1,0 +1,367 @@
+"""Weights on a device with memory of its own: each unit's are copied into a slot before it computes.
+
+A schedule is played: the first pass of a kind is fetched unit by unit as it comes and recorded; from the second on,
+each arrival issues everything that the schedule has up to that visit, so that copies run ahead. A pass that takes
+another way is fetched as it comes from there on, said once, and recorded anew.
+"""
+
+import warnings
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+
+from torch import Tensor
+
+from megatrain.device.base import StreamingDevice
+from megatrain.device.trace import Mark
+from megatrain.engine.device_slots import DeviceSlot, Fetch, UnitImage
+from megatrain.engine.host_thread import HostThread
+from megatrain.engine.saved_inputs import SavedInputs
+from megatrain.engine.updates import PendingUpdates
+from megatrain.engine.weights import FREE, STEP, Weights
+from megatrain.errors import CapacityError
+from megatrain.memory.store import ALL_UNITS_STRAY, HostStore
+from megatrain.model.partition import Partition, Unit
+from megatrain.schedule.build import build_schedule
+from megatrain.schedule.operations import Kind, Schedule, Sizes, SlotClass, Visit, class_of, slot_classes
+from megatrain.schedule.walk import Walk
+
+DEFAULT_SLOTS = 2  # one computes, the next one arrives
+_SMALL_UNIT_SHARE = 64  # units below this fraction of the largest have device memory of their own
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What the last recorded pass of a kind did: visits, bytes of saved inputs by unit and whether they left the
+    device, label elements, peak device bytes, and the bytes among them that were allocated for good."""
+
+    visits: tuple[Visit, ...]
+    inputs: dict[int, int]
+    inputs_left: bool
+    elements: int
+    peak_bytes: int
+    fixed_bytes: int
+
+    @property
+    def inputs_bytes(self) -> int:
+        return sum(self.inputs.values())
+
+
+class WeightStream(Weights):
+    """Copies each unit's weights into a device slot before it computes. `slots_per_class`: how many units of about
+    the same size may be there at once."""
+
+    def __init__(
+        self,
+        device: StreamingDevice,
+        store: HostStore,
+        part: Partition,
+        updates: PendingUpdates,
+        slots_per_class: int,
+    ) -> None:
+        self._device = device
+        self._updates = updates
+        self._per_class = slots_per_class
+        self.inputs: SavedInputs = SavedInputs(device)
+        self._units = {unit.index: unit for unit in part.units}
+        self._images = {unit.index: UnitImage.of(unit.index, unit.slots, store) for unit in part.units}
+        self.unit_bytes = {u: image.n_bytes for u, image in self._images.items()}
+        self._homes = {unit.index: sorted({slot.units[0] for slot in unit.slots}) for unit in part.units}
+        largest = max(self.unit_bytes.values())
+        self._small = {u for u, n in self.unit_bytes.items() if n * _SMALL_UNIT_SHARE <= largest}
+        self._fixed_bytes = 0
+        self._own = {u: self._new_slot(self.unit_bytes[u]) for u in sorted(self._small)}
+        self._strays: DeviceSlot | None = None
+        if part.strays:
+            self._images[ALL_UNITS_STRAY] = UnitImage.of(ALL_UNITS_STRAY, part.strays, store)
+            self._homes[ALL_UNITS_STRAY] = [ALL_UNITS_STRAY]
+            self._strays = self._new_slot(self._images[ALL_UNITS_STRAY].n_bytes)
+        streamed = {u: n for u, n in self.unit_bytes.items() if u not in self._small}
+        self._streamed_bytes = streamed
+        self._classes = tuple(SlotClass(c.slot_bytes, 1) for c in slot_classes(streamed, (), 1))
+        self._slots: list[list[DeviceSlot]] = [[self._new_slot(c.slot_bytes)] for c in self._classes]
+        self._issuer = HostThread("copy-issuer")
+        self._orders: dict[str, Order] = {}
+        self._schedules: dict[tuple[str, bool], Schedule] = {}
+        self._walk = Walk("", None)
+        self._pinned: Counter[int] = Counter()  # kept graphs by unit
+        self._outer: list[Walk] = []
+        self._waits: list[tuple[Mark, Mark]] = []  # of computation, for weights: before and after
+        self._told = False
+        self._last_fetch: Fetch | None = None
+
+    # -- a pass -----------------------------------------------------------------------------------------------
+
+    def begin(self, kind: str, elements: int = 0) -> None:
+        if self._walk.kind:  # a pass inside another: an evaluation between a forward and its backward
+            self._walk.deviated = True
+            self._outer.append(self._walk)
+        else:
+            self.inputs.begin()
+            self._device.start_step()
+            self.inputs.offloading = self._inputs_must_leave(kind, elements)
+        schedule = self._schedule(kind)
+        saves = {op.unit for op in schedule.operations if op.kind is Kind.SAVE} if schedule is not None else self._units
+        self.inputs.staying = frozenset(self._units).difference(saves)
+        self._walk = Walk(kind, schedule, elements)
+        self._forget_residents()
+
+    def end(self) -> None:
+        walk = self._walk
+        if not walk.kind:
+            return
+        if walk.visits and (walk.schedule is None or walk.deviated):
+            self._learn(walk)
+        self._walk = self._outer.pop() if self._outer else Walk("", None)
+        self._forget_residents()
+
+    def _inputs_must_leave(self, kind: str, elements: int) -> bool:
+        """Whether a pass of this size might not fit if the units' inputs stayed on the device."""
+        memory, known = self._device.memory_bytes, self._orders.get(kind)
+        if memory is None:
+            return False
+        if known is None or not (elements and known.elements):
+            return True  # too little is known to let them stay
+        needed = known.peak_bytes + (known.inputs_bytes if known.inputs_left else 0)
+        return needed * max(1.0, elements / known.elements) + self._fixed_bytes - known.fixed_bytes > memory
+
+    def abort(self) -> None:
+        """The pass ended in an exception: what it recorded is no order to follow."""
+        self._outer.clear()
+        self._walk = Walk("", None)
+        self._issuer.drain()
+        with suppress(Exception):  # of the pass that is being given up
+            self._device.drain()  # memory that copies still write to must not be freed
+        self._forget_residents()
+
+    def forget(self) -> None:
+        self._orders.clear()
+        self._schedules.clear()
+
+    def fetch(self, unit: Unit, *, backward: bool, together: bool) -> dict[int, Tensor]:
+        if unit.index in self._small:
+            slot = self._own[unit.index]
+            if slot.fetch is None:
+                self._issue(unit.index, slot)
+        else:
+            slot = self._visit(unit.index, backward, together)
+        self._await(slot)
+        return slot.views
+
+    def strays(self) -> dict[int, Tensor]:
+        """Parameters that belong to no unit, on the device until the next step."""
+        if self._strays is None:
+            return {}
+        if self._strays.fetch is None:
+            self._issue(ALL_UNITS_STRAY, self._strays)
+        self._await(self._strays)
+        return self._strays.views
+
+    def held_units(self) -> frozenset[int] | None:
+        walk = self._walk
+        # in a caller's own loop an evaluation may come in between
+        followed = walk.kind == STEP and walk.schedule is not None and not walk.deviated
+        return walk.schedule.held if followed and walk.schedule is not None else frozenset()
+
+    def pin(self, unit: int) -> None:
+        self._pinned[unit] += 1
+
+    def unpin(self, unit: int) -> None:
+        if self._pinned[unit]:
+            self._pinned[unit] -= 1
+
+    def before_update(self) -> None:
+        fetch, self._last_fetch = self._last_fetch, None
+        if fetch is not None:  # copies are carried out in order: the last one is over when all are
+            fetch.issued.wait()
+            if fetch.arrived is not None:
+                fetch.arrived.wait()
+
+    def changed(self) -> None:
+        self._forget_residents()
+        if self._strays is not None and self._strays.fetch is not None:
+            self._release(self._strays)
+
+    def schedule_of(self, kind: str) -> Schedule | None:
+        """The schedule that the next pass of this kind follows; None before the first."""
+        return self._schedule(kind)
+
+    def close(self) -> None:
+        self._issuer.close()
+
+    # -- visits -----------------------------------------------------------------------------------------------
+
+    def _visit(self, unit: int, backward: bool, together: bool) -> DeviceSlot:
+        walk = self._walk
+        new = walk.arrive(unit, backward, together)
+        if walk.schedule is not None and not walk.deviated:
+            if new and not walk.as_expected():
+                self._leave_schedule(unit)
+            elif new:
+                self._play(walk)
+        slot = self._slot_of(unit)
+        if slot is None:
+            slot = self._fetch_now(unit)
+        slot.last_visit = walk.number
+        return slot
+
+    def _play(self, walk: Walk) -> None:
+        """Issue all operations up to the visit that has begun."""
+        for operation in walk.operations_up_to_now():
+            if operation.kind is Kind.RELEASE:
+                self._release(self._numbered(operation.slot))
+            elif operation.kind is Kind.FETCH:
+                self._issue(operation.unit, self._numbered(operation.slot))
+            elif operation.kind is Kind.RESTORE:
+                self.inputs.restore(operation.unit)
+
+    def _leave_schedule(self, unit: int) -> None:
+        walk = self._walk
+        walk.deviated = True
+        if not self._told:
+            self._told = True
+            warnings.warn(
+                f"{self._units[unit].name or 'the model'} was called out of the order of earlier steps; from here on"
+                " weights of this step are fetched as they are needed, and the order is recorded again",
+                stacklevel=2,
+            )
+
+    def _learn(self, walk: Walk) -> None:
+        """Keep the order of this kind of pass, what it needed, and allocate the slots for its schedule."""
+        fixed = self._fixed_bytes
+        wanted = slot_classes(self._streamed_bytes, walk.visits, self._per_class)
+        memory = self._device.memory_bytes
+        ahead = max(self.inputs.bytes_by_unit.values(), default=0)  # by schedule, inputs come back one visit earlier
+        room = None if memory is None else memory - self._device.peak_bytes() - ahead
+        for group, slots in zip(self._slots, wanted, strict=True):
+            room = self._grow(group, slots, room)
+        self._orders[walk.kind] = Order(
+            tuple(walk.visits),
+            dict(self.inputs.bytes_by_unit),
+            self.inputs.offloading,
+            walk.elements,
+            self._device.peak_bytes(),
+            fixed,
+        )
+        self._schedules = {k: s for k, s in self._schedules.items() if k[0] != walk.kind}
+
+    def _schedule(self, kind: str) -> Schedule | None:
+        """Of the last recorded order, with inputs that leave or stay as it is now."""
+        order = self._orders.get(kind)
+        if order is None:
+            return None
+        key = (kind, self.inputs.offloading)
+        if key not in self._schedules:
+            counts = [SlotClass(c.slot_bytes, len(group)) for c, group in zip(self._classes, self._slots, strict=True)]
+            sizes = Sizes(self._streamed_bytes, {}, order.inputs, inputs_leave=self.inputs.offloading)
+            self._schedules[key] = build_schedule(order.visits, sizes, counts)
+        return self._schedules[key]
+
+    # -- slots ------------------------------------------------------------------------------------------------
+
+    def _new_slot(self, n_bytes: int) -> DeviceSlot:
+        buffer = self._device.allocate(n_bytes, "weight slots")
+        self._fixed_bytes += n_bytes
+        return DeviceSlot(buffer)
+
+    def _grow(self, group: list[DeviceSlot], wanted: SlotClass, room: int | None) -> int | None:
+        """Allocate slots as long as there is `room` (None: no limit) beside what a pass has needed; returns the rest.
+        With fewer slots less is copied ahead, and nothing else changes."""
+        while len(group) < wanted.count and (room is None or room >= wanted.slot_bytes):
+            try:
+                group.append(self._new_slot(wanted.slot_bytes))
+            except CapacityError:
+                return 0
+            room = None if room is None else room - wanted.slot_bytes
+        return room
+
+    def _numbered(self, number: int) -> DeviceSlot:
+        for group in self._slots:
+            if number < len(group):
+                return group[number]
+            number -= len(group)
+        raise IndexError(number)
+
+    def _slot_of(self, unit: int) -> DeviceSlot | None:
+        return next((slot for group in self._slots for slot in group if slot.unit == unit), None)
+
+    def _fetch_now(self, unit: int) -> DeviceSlot:
+        """A fetch that nothing has foreseen: into the slot that was used longest ago."""
+        number = class_of(self.unit_bytes[unit], [c.slot_bytes for c in self._classes])
+        group, needed = self._slots[number], set(self._walk.visits[-1].units)
+        movable = [slot for slot in group if slot.unit not in needed and not self._pinned[slot.unit]]
+        if not movable:
+            group.append(self._new_slot(self._classes[number].slot_bytes))
+            movable = group[-1:]
+        slot = min(movable, key=lambda s: s.last_visit)
+        if slot.unit >= 0:
+            self._release(slot)
+        self._issue(unit, slot)
+        return slot
+
+    def _release(self, slot: DeviceSlot) -> None:
+        slot.unit, slot.fetch, slot.views = -1, None, {}
+        slot.free = self._device.release(slot.buffer)
+
+    def _issue(self, unit: int, slot: DeviceSlot) -> None:
+        """Hand a fetch to the issuer thread, which waits for the unit's update; this thread does not."""
+        slot.unit, fetch = unit, Fetch()
+        self._last_fetch = fetch
+        slot.fetch = fetch
+        free, image = slot.free, self._images[unit]
+        slot.views = image.views(slot.buffer)
+        self.fetched_bytes += image.n_bytes if unit != ALL_UNITS_STRAY else 0
+
+        def issue() -> None:
+            started = perf_counter()
+            try:
+                for home in self._homes[unit]:
+                    self._device.host_wait("update", partial(self._updates.settle, home))
+                if self._device.trace is not None:
+                    self._device.trace.add("waits of copies", "update", started, perf_counter())
+                after = [("slot_free", free)] if free is not None else []
+                fetch.arrived = self._device.up.copy(image.pairs(slot.buffer), after, label=self._name(unit))
+            except BaseException as error:
+                fetch.error = error
+            finally:
+                fetch.issued.set()
+
+        self._issuer.submit(issue)
+
+    def _name(self, unit: int) -> str:
+        return self._units[unit].name or "weights" if unit in self._units else "stray parameters"
+
+    def _await(self, slot: DeviceSlot) -> None:
+        fetch = slot.fetch
+        assert fetch is not None
+        if fetch.waited:
+            return
+        before, started = self._device.mark(), perf_counter()
+        self._device.host_wait("weights_arrived", fetch.wait_until_issued)
+        self.exposed_seconds += perf_counter() - started
+        if fetch.error is not None:
+            raise fetch.error
+        if fetch.arrived is not None:
+            self._device.wait("weights_arrived", fetch.arrived)
+            fetch.waited = True
+        if self._walk.kind in (STEP, FREE):  # nobody asks how long an evaluation waited
+            self._waits.append((before, self._device.mark()))
+
+    def waited_seconds(self) -> float:
+        """How long computation stood still for weights since the last call. It is over up to now."""
+        waits, self._waits = self._waits, []
+        seconds = self._device.seconds
+        if self._device.trace is not None:
+            for before, after in waits:
+                self._device.trace.add("waits of compute", "weights_arrived", before, after)
+        return sum(max(0.0, seconds(after) - seconds(before)) for before, after in waits)
+
+    def _forget_residents(self) -> None:
+        """What lies in the slots may be old by the next fetch."""
+        self._pinned.clear()
+        for slot in [*self._own.values(), *(slot for group in self._slots for slot in group)]:
+            if slot.unit >= 0:
+                self._release(slot)
+                slot.last_visit = -1
