@@ -4,6 +4,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -188,6 +189,35 @@ def test_segments_are_updated_as_separate_tensors(workers: Workers, master: str,
             target[a:b] = source
     for name, ours, theirs in zip("pmv", (result, m, v), expected, strict=True):
         assert same_bits(ours, theirs), name
+
+
+def finite_bits(length: int, seed: int) -> Floats:
+    """Any finite float32: every exponent, both signs, subnormals and ties of rounding to bf16 among them."""
+    bits = np.random.default_rng(seed).integers(0, 2**32, length, dtype=np.uint32)
+    bits[::7] = bits[::7] & np.uint32(0xFFFF0000) | np.uint32(0x8000)  # ties
+    bits[(bits & np.uint32(0x7F800000)) == np.uint32(0x7F800000)] &= np.uint32(0x807FFFFF)  # not finite: subnormal
+    return bits.view(np.float32)
+
+
+@pytest.mark.parametrize("beta1", [0.9, 0.3])
+@pytest.mark.parametrize("grad_dtype", ["float32", "bfloat16"])
+def test_a_split_master_is_updated_as_a_plain_one(workers: Workers, beta1: float, grad_dtype: str) -> None:
+    """Blocks of sixteen and what is left of them, beginning anywhere, whatever the bits of the master."""
+    for start, length in [(s, n) for s in (0, 1, 7) for n in (*range(66), 1000)]:
+        total = start + length + 5
+        master, grad = finite_bits(total, seed=length), normal(total, seed=length + 1)
+        moments = normal(total, seed=length + 2), np.abs(normal(total, seed=length + 3))
+        bits = grad if grad_dtype == "float32" else bf16_bits(grad)
+        change = [Segment(start, start + length, 1e-2, beta1, 0.95, 1e-8, 0.1, 3)]
+        weight, remainder = np.empty(total, np.uint16), np.empty(total, np.int16)
+        split(workers, master, weight, remainder)
+        ours = [array.copy() for array in moments]
+        adamw(workers, weight, remainder, ours[0], ours[1], bits, change, 0.7)
+        merged = np.empty(total, np.float32)
+        merge(workers, weight, remainder, merged)
+        adamw(workers, master, None, moments[0], moments[1], bits, change, 0.7)
+        for name, left, right in zip("pmv", (merged, *ours), (master, *moments), strict=True):
+            assert same_bits(left, right), (name, start, length)
 
 
 @pytest.mark.parametrize("scale", [0.37, 1.0 / 3.0, 2.0**-20])
@@ -434,6 +464,28 @@ def test_without_any_cache_directory(tmp_path: Path) -> None:
     no_directory = "from numba.core import caching\ncaching.CacheImpl._locator_classes = []\n"
     assert run_python(no_directory + SUM_OF_ONES, tmp_path) == "8.0"
     assert not list(tmp_path.rglob("*.nb?"))
+
+
+ROUNDED_NAN = """
+import numpy as np
+from megatrain.optim.gradient_kernels import round_to_bf16
+from megatrain.optim.workers import Workers
+rounded = np.zeros(1, np.uint16)
+with Workers(1) as workers:
+    round_to_bf16(workers, np.full(1, np.nan, np.float32), rounded)
+print(hex(rounded[0]))
+"""
+
+
+def test_a_kernel_is_compiled_anew_when_what_it_calls_changes(tmp_path: Path) -> None:
+    """An upgrade changes files under a cache that stays, and the kernel's own file may be the same as before."""
+    package = Path(adamw_kernels.__file__).parents[1]
+    shutil.copytree(package, tmp_path / "megatrain", ignore=shutil.ignore_patterns("__pycache__"))
+    here = f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n"
+    assert run_python(here + ROUNDED_NAN, tmp_path / "cache") == "0x7fc0"
+    called = tmp_path / "megatrain" / "optim" / "scalars.py"
+    called.write_text(called.read_text().replace("np.uint16(0x7FC0)", "np.uint16(0x7FC1)"))
+    assert run_python(here + ROUNDED_NAN, tmp_path / "cache") == "0x7fc1"
 
 
 def test_with_a_cache_that_cannot_be_saved(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
+from megatrain.optim.adamw_vector import LANES, update_blocks
 from megatrain.optim.arrays import Floats, Grad, check_dtype, check_gradient, check_lengths
 from megatrain.optim.scalars import bits_of, from_bits, widen
 from megatrain.optim.split_master import master_of, remainder_of, weight_of
@@ -87,7 +88,8 @@ def _unpack(c: Any) -> Any:
 @njit(nogil=True)
 def _update_split(weight: Any, remainder: Any, exp_avg: Any, exp_avg_sq: Any, grad: Any, scale: Any, row: Any) -> None:
     c = _unpack(row)
-    for i in range(weight.size):
+    update_blocks(weight, remainder, exp_avg, exp_avg_sq, grad, scale, c)
+    for i in range(weight.size // LANES * LANES, weight.size):
         p = from_bits(master_of(weight[i], remainder[i]))
         p, m, v = _update(p, exp_avg[i], exp_avg_sq[i], widen(grad[i]) * scale, c)
         bits = bits_of(p)

@@ -1,7 +1,7 @@
 """Scalar helpers over float32 and the bits of bf16, inlined into the kernels.
 
 bf16 values are their bits as uint16. Every step is wrapped in np.uint32: numba widens integer arithmetic to 64 bits
-otherwise, and the loop no longer vectorises. A change here does not renew kernels in numba's cache (see `kernel`).
+otherwise, and the loop no longer vectorises.
 """
 
 from typing import Any

@@ -4,10 +4,12 @@ numba's thread layers are not used: `workqueue` aborts the process when two Pyth
 and the OpenMP layers stall when torch computes at the same time.
 """
 
+import hashlib
 import threading
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
+from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self
@@ -27,15 +29,35 @@ def kernel(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     on disk.
 
     Used bare or with numba `options`. Where no cache directory can be written, the code is compiled once per
-    process instead. numba renews a cache entry when the file that defines the kernel changes, not when a
-    function that the kernel calls changes in another file.
+    process instead.
     """
     if function is None:
         return lambda decorated: kernel(decorated, **options)
     try:
-        return njit(nogil=True, cache=True, **options)(function)
+        compiled = njit(nogil=True, cache=True, **options)(function)
     except RuntimeError:  # numba's "cannot cache function: no locator available"
         return njit(nogil=True, **options)(function)
+    _renew_with_any_source(compiled)
+    return compiled
+
+
+def _renew_with_any_source(compiled: Any) -> None:
+    """Let a cached kernel be compiled anew when any file of this folder has changed.
+
+    numba looks at the file that defines a kernel alone. One that calls into another file would keep the old code of
+    that after an upgrade. numba has no public way to say so; without the attributes below nothing can be said.
+    """
+    index: Any = getattr(getattr(compiled, "_cache", None), "_cache_file", None)
+    if hasattr(index, "_source_stamp"):
+        index._source_stamp = (index._source_stamp, _sources_hash())
+
+
+@cache
+def _sources_hash() -> str:
+    found = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        found.update(source.read_bytes())
+    return found.hexdigest()
 
 
 def slices(length: int, parts: int, align: int) -> list[tuple[int, int]]:
