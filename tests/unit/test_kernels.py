@@ -266,7 +266,7 @@ def test_update_does_not_depend_on_threads(split_master: bool) -> None:
 def test_many_tiny_segments_of_one_setting_are_one_table_row() -> None:
     shared = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "step": 1}
     segments = [Segment(i, i + 1, weight_decay=0.1 * (i >= 150), **shared) for i in range(300)]
-    bounds, rows = adamw_kernels._segment_table(segments, 300)
+    bounds, rows = adamw_kernels.segment_table(segments, 300)
     assert bounds.tolist() == [[0, 150], [150, 300]] and rows.shape == (2, 8)
 
 

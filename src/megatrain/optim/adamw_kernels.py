@@ -54,7 +54,7 @@ def _fma(_typing: Any, x: Any, y: Any, z: Any) -> Any:
 
 
 @njit(nogil=True)
-def _first_segment(bounds: Any, start: int) -> int:
+def first_segment(bounds: Any, start: int) -> int:
     """Index of the first segment that ends after `start`; `bounds` is int64 [segments, 2], ascending."""
     low, high = 0, bounds.shape[0]
     while low < high:
@@ -67,7 +67,7 @@ def _first_segment(bounds: Any, start: int) -> int:
 
 
 @njit(nogil=True, error_model="numpy")  # no test for division by zero, which would keep the loop scalar
-def _update(p: Any, m: Any, v: Any, g: Any, c: Any) -> Any:
+def _updated(p: Any, m: Any, v: Any, g: Any, c: Any) -> Any:
     """One AdamW update of one element, all float32; `c` as `_coefficients` gives it. Returns p, m, v.
 
     The order of operations, and where two of them share a rounding, is that of torch's vectorised fused AdamW
@@ -81,17 +81,17 @@ def _update(p: Any, m: Any, v: Any, g: Any, c: Any) -> Any:
 
 
 @njit(nogil=True)
-def _unpack(c: Any) -> Any:
+def _unpacked(c: Any) -> Any:
     return c[0], c[1], c[2] != np.float32(0), c[3], c[4], c[5], c[6], c[7]
 
 
 @njit(nogil=True)
-def _update_split(weight: Any, remainder: Any, exp_avg: Any, exp_avg_sq: Any, grad: Any, scale: Any, row: Any) -> None:
-    c = _unpack(row)
+def update_split(weight: Any, remainder: Any, exp_avg: Any, exp_avg_sq: Any, grad: Any, scale: Any, row: Any) -> None:
+    c = _unpacked(row)
     update_blocks(weight, remainder, exp_avg, exp_avg_sq, grad, scale, c)
     for i in range(weight.size // LANES * LANES, weight.size):
         p = from_bits(master_of(weight[i], remainder[i]))
-        p, m, v = _update(p, exp_avg[i], exp_avg_sq[i], widen(grad[i]) * scale, c)
+        p, m, v = _updated(p, exp_avg[i], exp_avg_sq[i], widen(grad[i]) * scale, c)
         bits = bits_of(p)
         weight[i] = weight_of(bits)
         remainder[i] = remainder_of(bits)
@@ -100,10 +100,10 @@ def _update_split(weight: Any, remainder: Any, exp_avg: Any, exp_avg_sq: Any, gr
 
 
 @njit(nogil=True)
-def _update_plain(weight: Any, exp_avg: Any, exp_avg_sq: Any, grad: Any, scale: Any, row: Any) -> None:
-    c = _unpack(row)
+def update_plain(weight: Any, exp_avg: Any, exp_avg_sq: Any, grad: Any, scale: Any, row: Any) -> None:
+    c = _unpacked(row)
     for i in range(weight.size):
-        p, m, v = _update(weight[i], exp_avg[i], exp_avg_sq[i], widen(grad[i]) * scale, c)
+        p, m, v = _updated(weight[i], exp_avg[i], exp_avg_sq[i], widen(grad[i]) * scale, c)
         weight[i] = p
         exp_avg[i] = m
         exp_avg_sq[i] = v
@@ -122,10 +122,10 @@ def _adamw_split(
     bounds: Any,
     rows: Any,
 ) -> None:
-    index = _first_segment(bounds, start)
+    index = first_segment(bounds, start)
     while index < bounds.shape[0] and bounds[index, 0] < stop:
         a, b = max(start, bounds[index, 0]), min(stop, bounds[index, 1])
-        _update_split(weight[a:b], remainder[a:b], exp_avg[a:b], exp_avg_sq[a:b], grad[a:b], scale, rows[index])
+        update_split(weight[a:b], remainder[a:b], exp_avg[a:b], exp_avg_sq[a:b], grad[a:b], scale, rows[index])
         index += 1
 
 
@@ -141,10 +141,10 @@ def _adamw_plain(
     bounds: Any,
     rows: Any,
 ) -> None:
-    index = _first_segment(bounds, start)
+    index = first_segment(bounds, start)
     while index < bounds.shape[0] and bounds[index, 0] < stop:
         a, b = max(start, bounds[index, 0]), min(stop, bounds[index, 1])
-        _update_plain(weight[a:b], exp_avg[a:b], exp_avg_sq[a:b], grad[a:b], scale, rows[index])
+        update_plain(weight[a:b], exp_avg[a:b], exp_avg_sq[a:b], grad[a:b], scale, rows[index])
         index += 1
 
 
@@ -152,7 +152,7 @@ def _adamw_plain(
 def _coefficients(
     lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int
 ) -> tuple[float, ...]:
-    """What `_update` computes with, in double precision as torch derives it; the caller rounds to float32."""
+    """What `_updated` computes with, in double precision as torch derives it; the caller rounds to float32."""
     lerp = np.float32(1 - beta1)
     near = abs(lerp) < 0.5
     return (
@@ -167,7 +167,7 @@ def _coefficients(
     )
 
 
-def _segment_table(segments: Sequence[Segment], length: int) -> tuple[NDArray[np.int64], Floats]:
+def segment_table(segments: Sequence[Segment], length: int) -> tuple[NDArray[np.int64], Floats]:
     """Bounds (int64 [n, 2]) and coefficients (float32 [n, 8]); neighbours with equal ones are merged."""
     bounds: list[list[int]] = []
     rows: list[tuple[float, ...]] = []
@@ -213,7 +213,7 @@ def adamw(
     check_lengths(weight=weight, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, grad=grad)
     check_dtype(np.float32, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
     check_gradient(grad)
-    bounds, rows = _segment_table(segments, weight.size)
+    bounds, rows = segment_table(segments, weight.size)
     rest = (exp_avg, exp_avg_sq, grad, np.float32(grad_scale), bounds, rows)
     if remainder is not None and weight.dtype == np.uint16 and remainder.dtype == np.int16:
         check_lengths(weight=weight, remainder=remainder)

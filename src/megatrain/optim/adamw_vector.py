@@ -30,7 +30,7 @@ def update_blocks(
 ) -> Any:
     """All whole blocks of sixteen elements of 1-D contiguous arrays of one length; the rest is left to the caller.
 
-    `c` as for `adamw_kernels._update`; `grad` is float32 or the uint16 bits of bf16 and is multiplied by `scale`.
+    `c` as for `adamw_kernels._updated`; `grad` is float32 or the uint16 bits of bf16 and is multiplied by `scale`.
     Writes weight (uint16 bits of bf16), remainder (int16) and both moments.
     """
     kinds = (weight, remainder, exp_avg, exp_avg_sq, grad)
@@ -51,7 +51,7 @@ def update_blocks(
 
 
 class _Loop:
-    """Emits one loop. The arithmetic mirrors `adamw_kernels._update`.
+    """Emits one loop. The arithmetic mirrors `adamw_kernels._updated`.
 
     Each round begins a block and ends the block before it: a division and a square root wait for each other within a
     block, and a core looks too few instructions ahead to find work in the next one by itself.
