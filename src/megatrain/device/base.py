@@ -62,6 +62,10 @@ class ComputeDevice(Protocol):
     def computing(self) -> AbstractContextManager[Any]:
         """Entered around every run of a unit and every backward."""
 
+    def same_order(self) -> AbstractContextManager[Any]:
+        """Made by one thread and entered by another, once: that one's computation, between units too, then comes in
+        the first one's order and not in one of its own."""
+
     def native_bf16(self) -> bool:
         """Whether the device computes bf16 natively; decides what `precision="auto"` means."""
 

@@ -139,6 +139,10 @@ class CudaDevice:
     def computing(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self.torch_device)  # a thread begins on GPU 0
 
+    def same_order(self) -> AbstractContextManager[Any]:
+        # a thread begins in the default stream; entering a stream enters its device, too
+        return torch.cuda.stream(torch.cuda.current_stream(self.torch_device))  # type: ignore[no-any-return]
+
     def native_bf16(self) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 

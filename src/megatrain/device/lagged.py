@@ -150,6 +150,9 @@ class LaggedDevice:
         self._compute.wait_for_last()  # what was given to `compute` comes before what is computed from here on
         return self._host.computing()
 
+    def same_order(self) -> AbstractContextManager[Any]:
+        return self._host.same_order()
+
     def native_bf16(self) -> bool:
         return self._host.native_bf16()
 

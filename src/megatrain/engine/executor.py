@@ -42,7 +42,7 @@ class Executor:
     ) -> None:
         self.generation = 0
         self.compute_device = device.torch_device
-        self.hand_over = HandOver(device.torch_device)
+        self.hand_over = HandOver(device.torch_device, device.same_order)
         self.kept_units: set[int] = set()
         self.watched: list[WrittenAttributes] = []
         self._device = device
