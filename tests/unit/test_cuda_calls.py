@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatrain.device.cuda import CudaDevice
+from megatrain.memory.arena import allocate
 from megatrain.model.micro_batches import HandOver
 
 
@@ -98,3 +99,22 @@ def test_micro_batches_compute_in_the_callers_stream(cuda: FakeCuda) -> None:
             assert hand_over.run([look] * 3) == [[name] * 3] * 3
     assert hand_over.run([look] * 3) == [["default"] * 3] * 3
     hand_over.close()
+
+
+def test_memory_is_registered_until_it_is_unpinned(cuda: FakeCuda) -> None:
+    device = CudaDevice()
+    one, other = allocate(4096), allocate(8192)
+    for buffer in (one, other):
+        device.pin(buffer)
+    assert device.pinned_bytes == 4096 + 8192
+    device.unpin(one)
+    assert device.pinned_bytes == 8192
+    device.close()
+    calls = [call for call in cuda.log if "register" in call[0]]
+    assert calls == [
+        ("register", one.data_ptr(), 4096),
+        ("register", other.data_ptr(), 8192),
+        ("unregister", one.data_ptr()),
+        ("unregister", other.data_ptr()),
+    ]
+    assert cuda.log.index(("synchronize",)) < cuda.log.index(calls[-1])

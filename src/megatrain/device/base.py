@@ -114,7 +114,14 @@ class StreamingDevice(ComputeDevice, Protocol):
         """The memory of a tensor that computation made may be used again once it has been `copied`."""
 
     def pin(self, buffer: Tensor) -> None:
-        """Make host memory fast to copy from and to."""
+        """Make host memory fast to copy from and to: page-locked. The device holds it until `unpin` or `close`."""
+
+    def unpin(self, buffer: Tensor) -> None:
+        """Undo `pin`, before memory is dropped. No copy from or to it is under way."""
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Of host memory that `pin` was given."""
 
     def start_step(self) -> None:
         """Peak memory counts from here."""

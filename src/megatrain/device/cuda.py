@@ -107,7 +107,7 @@ class CudaDevice:
         self._host_memory_used = self._host_memory_kept = False
         # held here until it is unregistered: the driver goes on copying to and from the pages that it has locked, and a
         # new mapping at an address that was unmapped before would never see what is copied
-        self._registered: list[Tensor] = []
+        self._registered: dict[int, Tensor] = {}  # by address
         weakref.finalize(self, _give_back, self._registered, self._limit, self.torch_device).atexit = False
         self.up = CudaStream("up", self.torch_device)
         self.down = CudaStream("down", self.torch_device)
@@ -223,10 +223,19 @@ class CudaDevice:
                 )
             raise CapacityError(
                 f"{format_bytes(buffer.nbytes)} of host memory could not be page-locked (CUDA error {code}) after"
-                f" {len(self._registered)} buffers of {format_bytes(sum(b.nbytes for b in self._registered))}; raise"
+                f" {len(self._registered)} buffers of {format_bytes(self.pinned_bytes)}; raise"
                 " the limit (`ulimit -l unlimited`; in WSL2 half of the memory is the most)"
             )
-        self._registered.append(buffer)
+        self._registered[buffer.data_ptr()] = buffer
+
+    def unpin(self, buffer: Tensor) -> None:
+        if buffer.nbytes:
+            with torch.cuda.device(self.torch_device):
+                _unregister(self._registered.pop(buffer.data_ptr()), self.torch_device)
+
+    @property
+    def pinned_bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in list(self._registered.values()))
 
     # -- order ----------------------------------------------------------------------------------------------
 
@@ -268,7 +277,7 @@ def _timed(stream: Any) -> Any:
     return event
 
 
-def _give_back(buffers: list[Tensor], limit: object | None, device: torch.device) -> None:
+def _give_back(buffers: dict[int, Tensor], limit: object | None, device: torch.device) -> None:
     """Unregister memory, once no copy is under way, and lift the limit if it is still the device's own."""
     if limit is not None and _LIMITED_BY.get(device) is limit:
         del _LIMITED_BY[device]
@@ -279,10 +288,13 @@ def _give_back(buffers: list[Tensor], limit: object | None, device: torch.device
         torch.cuda.synchronize(device)
     with torch.cuda.device(device):
         while buffers:
-            buffer = buffers.pop()
-            if int(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())):
-                _forget_error(device)
-            _advise(buffer, "MADV_DOFORK")
+            _unregister(buffers.popitem()[1], device)
+
+
+def _unregister(buffer: Tensor, device: torch.device) -> None:
+    if int(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())):
+        _forget_error(device)
+    _advise(buffer, "MADV_DOFORK")
 
 
 def _forget_error(device: torch.device) -> None:

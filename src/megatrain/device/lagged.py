@@ -129,6 +129,7 @@ class LaggedDevice:
         self.trace: Trace | None = None
         self._without = frozenset(without)
         self._host = CpuDevice(precision)
+        self.pinned: dict[int, Tensor] = {}  # by address
         self._held_bytes = 0
         self._peak_bytes = 0
         self._lock = threading.Lock()
@@ -198,7 +199,18 @@ class LaggedDevice:
             _fill_with_nan(tensor.detach())
 
     def pin(self, buffer: Tensor) -> None:
-        pass
+        """Noted and held, as a driver does; tests look whether copies touch other memory."""
+        assert buffer.data_ptr() not in self.pinned, "pinned already"
+        if buffer.nbytes:
+            self.pinned[buffer.data_ptr()] = buffer
+
+    def unpin(self, buffer: Tensor) -> None:
+        if buffer.nbytes:
+            del self.pinned[buffer.data_ptr()]
+
+    @property
+    def pinned_bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.pinned.values())
 
     # -- order ----------------------------------------------------------------------------------------------
 
@@ -235,6 +247,7 @@ class LaggedDevice:
     def close(self) -> None:
         for stream in (self.up, self._compute, self.down):
             stream.close()
+        self.pinned.clear()
 
 
 def _fill_with_nan(memory: Tensor) -> None:

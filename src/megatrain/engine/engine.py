@@ -16,6 +16,7 @@ from megatrain.device.trace import Trace
 from megatrain.engine import setup
 from megatrain.engine.compiled import check_compile, compile_blocks
 from megatrain.engine.executor import Executor
+from megatrain.engine.gradient_memory import GradientMemory
 from megatrain.engine.gradient_stream import GradientStream
 from megatrain.engine.gradients import GradientBook
 from megatrain.engine.host_thread import HostThread
@@ -104,7 +105,7 @@ class Engine:
             raise ConfigError("model: all of its parameters are frozen; at least one must require a gradient")
         dtypes = setup.weight_dtypes(model, self.partition, self.precision)
         layouts = setup.lay_out_units(self.partition, dtypes, group_of)
-        self.plan: MemoryPlan = setup.plan_for(layouts, clip_norm, clip_scope)
+        self.plan: MemoryPlan = setup.plan_for(layouts, clip_norm, clip_scope, streaming=streams(self.device))
         _refuse_meta(model)
         held = sum(slot.parameter.nbytes for slot in self.partition.slots)
         require_fit(self.plan, host_memory_limits().free_bytes, held)
@@ -371,9 +372,9 @@ class Engine:
         else:
             self.updates = PendingUpdates(store, part, device)
             self.weights = HostWeights(store, part, self.updates)
-        self.gradients = GradientBook(
-            store, part, settle=self.updates.settle, complete=self._update_complete_unit, stream=gradient_stream
-        )
+        memory = GradientMemory(store, device, lends=not self.keeps_gradients)
+        settle, complete = self.updates.settle, self._update_complete_unit
+        self.gradients = GradientBook(store, part, memory, settle=settle, complete=complete, stream=gradient_stream)
 
     @property
     def exposed_seconds(self) -> float:
@@ -514,9 +515,9 @@ def check_plan(model: nn.Module, optimizer: AdamW | None, settings: Mapping[str,
     setup.check_arguments(optimizer, settings)
     part = partition(model)
     _, group_of = (optimizer or AdamW()).group_slots(part.slots)
-    precision = setup.resolve_precision(
-        settings.get("precision", "auto"), setup.make_device(settings.get("device", "auto"))
-    )
+    device = setup.make_device(settings.get("device", "auto"))
+    precision = setup.resolve_precision(settings.get("precision", "auto"), device)
     layouts = setup.lay_out_units(part, setup.weight_dtypes(model, part, precision), group_of)
-    plan = setup.plan_for(layouts, settings.get("clip_norm", 1.0), settings.get("clip_scope", "global"))
+    clipping = settings.get("clip_norm", 1.0), settings.get("clip_scope", "global")
+    plan = setup.plan_for(layouts, *clipping, streaming=streams(device))
     require_fit(plan, host_memory_limits().free_bytes, 0)

@@ -172,8 +172,10 @@ def lay_out_units(part: Partition, dtypes: dict[int, str], group_of: dict[int, i
     return layouts
 
 
-def plan_for(layouts: dict[int, list[SlabLayout]], clip_norm: float | None, clip_scope: str) -> MemoryPlan:
-    return plan_memory(layouts, keep_gradients=keeps_gradients(clip_norm, clip_scope))
+def plan_for(
+    layouts: dict[int, list[SlabLayout]], clip_norm: float | None, clip_scope: str, *, streaming: bool
+) -> MemoryPlan:
+    return plan_memory(layouts, keep_gradients=keeps_gradients(clip_norm, clip_scope), streaming=streaming)
 
 
 def keeps_gradients(clip_norm: float | None, clip_scope: str) -> bool:
