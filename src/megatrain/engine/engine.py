@@ -5,6 +5,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -60,6 +61,8 @@ class Engine:
     slots:         units of a size whose weights may be on a streaming device at once; None: 2.
     compile:       'off', or 'blocks': blocks run as graphs of torch.compile, one per kind. Sums inside a block may then
                    be added up in another order (last bits), and the first steps wait for the compiler.
+    head_chunk_tokens: tokens whose logits exist at once where the head runs in chunks; None: as many as suit the
+                   device. Sums over tokens are added up chunk by chunk, so the last bits depend on it.
 
     Raises ConfigError for a wrong setting and CapacityError when the plan does not fit into host memory.
     """
@@ -78,6 +81,7 @@ class Engine:
         keep_graphs: KeepGraphs = "auto",
         slots: int | None = None,
         compile: str = "off",
+        head_chunk_tokens: int | None = None,
         *,
         _mapped: bool = False,
     ) -> None:
@@ -86,8 +90,9 @@ class Engine:
         if any(isinstance(m.__dict__.get("forward"), UnitForward) for m in model.modules()):
             raise ConfigError("model: another Engine owns it or a part of it; close that one first")
         settings = {"clip_norm": clip_norm, "clip_scope": clip_scope, "device_memory": device_memory, "seed": seed}
-        setup.check_arguments(optimizer, settings | {"threads": threads, "keep_graphs": keep_graphs, "slots": slots})
-        self.model, self._compile = model, compile
+        settings |= {"threads": threads, "keep_graphs": keep_graphs, "slots": slots}
+        setup.check_arguments(optimizer, settings | {"head_chunk_tokens": head_chunk_tokens})
+        self.model, self._compile, self._head_chunk_tokens = model, compile, head_chunk_tokens
         self.precision = setup.resolve_precision(precision, setup.make_device(device))
         self.device = setup.make_device(device, self.precision, setup.device_memory_bytes(device_memory))
         check_compile(compile, self.device.torch_device)
@@ -415,7 +420,8 @@ class Engine:
                 module.register_load_state_dict_post_hook(lambda *_: self.store.notice_writes(self.updates.is_pending))
             )
         guard(model, self.device.torch_device)
-        self.head = ChunkedHead(model, self._root, self.device.torch_device, self.executor.direct)
+        chunk_tokens = partial(setup.head_chunk_tokens, self._head_chunk_tokens, self.device)
+        self.head = ChunkedHead(model, self._root, self.device.torch_device, self.executor.direct, chunk_tokens)
         self.executor.forget_order()
         # a head that was shown to run in chunks of shifted labels does shift them
         self.shifts_labels = self.head.reason is None or labels_are_shifted(model)

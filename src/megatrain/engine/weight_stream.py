@@ -7,7 +7,8 @@ another way is fetched as it comes from there on, said once, and recorded anew.
 
 import warnings
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -164,6 +165,14 @@ class WeightStream(Weights):
         # in a caller's own loop an evaluation may come in between
         followed = walk.kind == STEP and walk.schedule is not None and not walk.deviated
         return walk.schedule.held if followed and walk.schedule is not None else frozenset()
+
+    @contextmanager
+    def holding(self, n_bytes: int) -> Iterator[None]:
+        self._device.hold(n_bytes)
+        try:
+            yield
+        finally:
+            self._device.hold(-n_bytes)
 
     def pin(self, unit: int) -> None:
         self._pinned[unit] += 1
