@@ -293,6 +293,35 @@ def test_a_callers_own_loop_with_an_evaluation_inside() -> None:
     assert same(loop(lagged()), loop("cpu"))
 
 
+@pytest.mark.filterwarnings("ignore:.*was called out of the order")
+def test_in_a_callers_own_loop_inputs_leave_only_where_memory_is_short() -> None:
+    """As in training steps; and a larger batch, or several before one backward, is noticed when it comes."""
+
+    def sent(cap: int, steps: list[list[list[dict[str, Tensor]]]]) -> list[bool]:
+        """For each step whether inputs left; it has groups of batches, each with its forwards before its backwards."""
+        model = Net(count=8)
+        engine = make_engine(model, device=lagged(memory_bytes=cap), keep_graphs="off")
+        found = []
+        for groups in steps:
+            before = engine.device.d2h_bytes
+            for group in groups:
+                losses = [model(**batch).loss for batch in group]
+                for loss in losses:
+                    loss.backward()
+            assert engine.step().device_peak_bytes <= cap
+            gradients = len(groups) * sum(p.nbytes for p in model.parameters())
+            found.append(engine.device.d2h_bytes - before > gradients)
+        engine.close()
+        return found
+
+    small, large = make_batch(0, rows=2, length=6), make_batch(1, rows=16, length=6)
+    one, two, big = [[small]], [[small, small]], [[large]]
+    assert sent(8_000, [one, one, one]) == [True, True, True]
+    assert sent(1_000_000, [one, one, big]) == [True, False, False]
+    assert sent(40_000, [one, one, big, one, big]) == [True, False, True, False, True]
+    assert sent(40_000, [two, [[small]] * 6, [[small]] * 6]) == [True, False, False]
+
+
 def test_weights_read_between_steps_are_up_to_date() -> None:
     late, host = make_engine(Net(), device=lagged()), make_engine(Net())
     for step in range(3):

@@ -25,13 +25,16 @@ class SavedInput:
 
 
 class SavedInputs:
-    """`offloading`: whether inputs go to the host. `bytes_by_unit` is what a pass has kept, wherever it is."""
+    """`offloading`: whether inputs go to the host. `bytes_by_unit` is what a pass has kept, wherever it is, and
+    `most_bytes` the most of it at a time."""
 
     def __init__(self, device: StreamingDevice) -> None:
         self._device = device
         self.offloading = False
         self.staying: frozenset[int] = frozenset()  # units whose backward comes too soon for their inputs to leave
         self.bytes_by_unit: dict[int, int] = defaultdict(int)
+        self.most_bytes = 0
+        self._kept_bytes = 0
         self._away: dict[int, list[SavedInput]] = defaultdict(list)
         self._leaving: list[tuple[SavedInput, Tensor, int]] = []  # with its version counter
         self._held_bytes = 0
@@ -40,6 +43,7 @@ class SavedInputs:
         """A pass begins: nothing is kept, not even for calls whose backward never came."""
         self._hold(-self._held_bytes)
         self.bytes_by_unit.clear()
+        self.most_bytes = self._kept_bytes = 0
         self._away.clear()
         self._leaving.clear()
 
@@ -48,6 +52,8 @@ class SavedInputs:
         self.let_go()
         self._hold(tensor.nbytes)
         self.bytes_by_unit[unit] += tensor.nbytes
+        self._kept_bytes += tensor.nbytes
+        self.most_bytes = max(self.most_bytes, self._kept_bytes)
         kept = SavedInput(tensor.detach())
         if self.offloading and unit not in self.staying:
             host = self._device.host_memory(tensor)
@@ -84,6 +90,7 @@ class SavedInputs:
         if kept.restored is not None:
             self._device.wait("inputs_restored", kept.restored)
         self._hold(-kept.tensor.nbytes)
+        self._kept_bytes -= kept.tensor.nbytes
         return kept.tensor
 
     def _bring_back(self, kept: SavedInput) -> None:

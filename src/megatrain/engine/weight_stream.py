@@ -35,19 +35,16 @@ _SMALL_UNIT_SHARE = 64  # units below this fraction of the largest have device m
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What the last recorded pass of a kind did: visits, bytes of saved inputs by unit and whether they left the
-    device, label elements, peak device bytes, and the bytes among them that were allocated for good."""
+    """What the last recorded pass of a kind did: visits, bytes of saved inputs by unit, the most of them at a time, and
+    whether they left the device, elements, peak device bytes, and the bytes among them that were allocated for good."""
 
     visits: tuple[Visit, ...]
     inputs: dict[int, int]
+    inputs_bytes: int
     inputs_left: bool
     elements: int
     peak_bytes: int
     fixed_bytes: int
-
-    @property
-    def inputs_bytes(self) -> int:
-        return sum(self.inputs.values())
 
 
 class WeightStream(Weights):
@@ -108,6 +105,14 @@ class WeightStream(Weights):
         self.inputs.staying = frozenset(self._units).difference(saves)
         self._walk = Walk(kind, schedule, elements)
         self._forget_residents()
+
+    def further_forward(self, elements: int) -> None:
+        walk = self._walk
+        if walk.kind != FREE:
+            return
+        walk.further_forward(elements)
+        if not self.inputs.offloading and self._inputs_must_leave(FREE, walk.elements):
+            self.inputs.offloading, self.inputs.staying = True, frozenset()
 
     def end(self) -> None:
         walk = self._walk
@@ -249,6 +254,7 @@ class WeightStream(Weights):
         self._orders[walk.kind] = Order(
             tuple(walk.visits),
             dict(self.inputs.bytes_by_unit),
+            self.inputs.most_bytes,
             self.inputs.offloading,
             walk.elements,
             self._device.peak_bytes(),

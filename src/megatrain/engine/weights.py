@@ -29,6 +29,9 @@ class Weights:
     def begin(self, kind: str, elements: int = 0) -> None:
         """A pass of this kind begins, over a batch of so many label elements (0: not known)."""
 
+    def further_forward(self, elements: int) -> None:
+        """Another forward of the pass, which counts where the pass is a caller's own loop."""
+
     def end(self) -> None:
         """It is over."""
 
