@@ -4,11 +4,16 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine_toys import Net, batches_of, make_engine
+from test_engine_toys import Net, batches_of, make_batch, make_engine
 from test_lagged import lagged, same
 
+from megatrain.device.cuda import CudaDevice
 from megatrain.device.lagged import LaggedDevice, LaggedStream
+from megatrain.engine import saved_inputs
 from megatrain.engine.weight_stream import WeightStream
+from megatrain.errors import CapacityError
+from megatrain.memory.limits import HostLimits
+from megatrain.schedule.operations import Kind
 
 SETTINGS = [
     {"precision": precision, **clipping}
@@ -103,3 +108,29 @@ def test_locking_twice_is_noticed() -> None:
         device.pin(memory)
     device.unpin(memory)
     assert device.pinned_bytes == 0
+
+
+def test_inputs_that_the_host_has_no_room_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And counted where it has; a step that is refused changes nothing."""
+    monkeypatch.setattr(WeightStream, "_inputs_must_leave", lambda *_: True)
+    engine = make_engine(Net(count=6), device=lagged(), keep_graphs="off")
+    batch = make_batch(0, rows=2, length=6)
+    for _ in range(2):
+        engine.train_step([batch])
+    needed = engine.memory_report()["saved inputs"]
+    left = [op.n_bytes for op in engine.weights.schedule_of("step").operations if op.kind is Kind.SAVE]
+    assert needed == sum(left) > 0
+    before = {name: value.clone() for name, value in engine.model.state_dict().items()}
+    monkeypatch.setattr(saved_inputs, "host_memory_limits", lambda: HostLimits(1 << 40, needed - 1))
+    with pytest.raises(CapacityError, match=r"inputs of units .*: 1 B missing"):
+        engine.train_step([batch])
+    assert all(torch.equal(value, before[name]) for name, value in engine.model.state_dict().items())
+    monkeypatch.setattr(saved_inputs, "host_memory_limits", lambda: HostLimits(1 << 40, needed))
+    assert engine.train_step([batch]).loss is not None
+    monkeypatch.setattr(LaggedDevice, "host_memory_bytes", CudaDevice.host_memory_bytes)
+    with pytest.raises(CapacityError, match="inputs of units"):
+        engine.train_step([batch])
+    monkeypatch.setattr(LaggedDevice, "pools_host_memory", True)
+    engine.weights.inputs.host_bytes = 4 * needed  # as if the pass before had needed so much
+    assert engine.train_step([batch]).loss is not None
+    engine.close()

@@ -88,6 +88,7 @@ class StreamingDevice(ComputeDevice, Protocol):
     memory_bytes: int | None  # that may be used; None: all there is
     up: Stream
     down: Stream
+    pools_host_memory: bool  # what `host_memory` has given stays with the process while passes go on asking for it
 
     def allocate(self, n_bytes: int, what: str) -> Tensor:
         """Device memory for good, uint8. Raises CapacityError, naming `what` and the missing bytes."""
@@ -109,6 +110,9 @@ class StreamingDevice(ComputeDevice, Protocol):
 
     def host_memory(self, like: Tensor) -> Tensor:
         """Host memory to copy `like` to: its shape, strides and dtype."""
+
+    def host_memory_bytes(self, n_bytes: int) -> int:
+        """What `host_memory` takes for a tensor of so many bytes."""
 
     def let_go(self, tensor: Tensor, copied: Event) -> None:
         """The memory of a tensor that computation made may be used again once it has been `copied`."""

@@ -80,6 +80,7 @@ class CudaDevice:
     goes beyond it is out of memory. CUDA's context and libraries take some hundred MB besides."""
 
     name = "cuda"
+    pools_host_memory = True
 
     def __init__(self, index: int = 0, memory_bytes: int | None = None) -> None:
         if not torch.cuda.is_available():
@@ -193,6 +194,9 @@ class CudaDevice:
         self._host_memory_used = self._host_memory_kept = True
         # strides of `like`; where it overlaps itself (`expand`) or has gaps, those of a dense copy
         return torch.empty_like(like, device="cpu", pin_memory=True)
+
+    def host_memory_bytes(self, n_bytes: int) -> int:
+        return 1 << (n_bytes - 1).bit_length() if n_bytes else 0  # PyTorch's allocator of page-locked memory rounds up
 
     def let_go(self, tensor: Tensor, copied: Any) -> None:
         tensor.record_stream(self.down.stream)  # the allocator waits for what this stream has been given so far

@@ -111,6 +111,7 @@ class LaggedDevice:
 
     name = "lagged"
     torch_device = torch.device("cpu")
+    pools_host_memory = False
 
     def __init__(
         self,
@@ -192,6 +193,9 @@ class LaggedDevice:
 
     def host_memory(self, like: Tensor) -> Tensor:
         return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
+
+    def host_memory_bytes(self, n_bytes: int) -> int:
+        return n_bytes
 
     def let_go(self, tensor: Tensor, copied: Event) -> None:
         self.host_wait("inputs_saved", copied.wait)

@@ -353,8 +353,9 @@ class Engine:
         }
 
     def memory_report(self) -> dict[str, int]:
-        """Bytes that the store holds now, by category."""
-        return self.store.bytes_by_category()
+        """Bytes that the host holds now, by category; of saved inputs, the most in the last pass."""
+        inputs = self.weights.inputs
+        return self.store.bytes_by_category() | {"saved inputs": inputs.host_bytes if inputs is not None else 0}
 
     # -- attaching to the model -------------------------------------------------------------------------------
 

@@ -99,7 +99,7 @@ class WeightStream(Weights):
         else:
             self.inputs.begin()
             self._device.start_step()
-            self.inputs.offloading = self._inputs_must_leave(kind, elements)
+            self.inputs.offload(self._inputs_must_leave(kind, elements))
         schedule = self._schedule(kind)
         saves = {op.unit for op in schedule.operations if op.kind is Kind.SAVE} if schedule is not None else self._units
         self.inputs.staying = frozenset(self._units).difference(saves)
@@ -112,7 +112,8 @@ class WeightStream(Weights):
             return
         walk.further_forward(elements)
         if not self.inputs.offloading and self._inputs_must_leave(FREE, walk.elements):
-            self.inputs.offloading, self.inputs.staying = True, frozenset()
+            self.inputs.offload(True)
+            self.inputs.staying = frozenset()
 
     def end(self) -> None:
         walk = self._walk
