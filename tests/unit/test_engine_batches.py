@@ -173,10 +173,9 @@ def chunked_reference(plain: nn.Module, batches: list[dict[str, Tensor]], size: 
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_many_chunks(micro_batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, whole, model = tiny_llama(), tiny_llama(), tiny_llama()
-    engine, trainer = make_engine(model), plain_trainer(plain)
+    engine, trainer = make_engine(model, head_chunk_tokens=4), plain_trainer(plain)
     assert engine.head.reason is None
     calls: list[int] = []
-    monkeypatch.setattr(ChunkedHead, "chunk_tokens", lambda _self: 4)
     original = ChunkedHead.chunk_loss
 
     def counting(self: ChunkedHead, hidden: Tensor, *rest: Any) -> Tensor:
@@ -205,10 +204,9 @@ def test_many_chunks(micro_batches: int, monkeypatch: pytest.MonkeyPatch) -> Non
     assert weight_differences(plain, engine) == []
 
 
-def test_chunks_without_targets_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ChunkedHead, "chunk_tokens", lambda _self: 4)
+def test_chunks_without_targets_are_left_out() -> None:
     model = tiny_llama()
-    engine = make_engine(model)
+    engine = make_engine(model, head_chunk_tokens=4)
     calls: list[int] = []
     model.lm_head.register_forward_pre_hook(lambda *_: calls.append(1))
     batch = make_batch(0, rows=1, length=16, masked=0)
@@ -217,10 +215,9 @@ def test_chunks_without_targets_are_left_out(monkeypatch: pytest.MonkeyPatch) ->
     assert len(calls) == 2  # one token of the collecting run, and the one chunk
 
 
-def test_logits_of_the_whole_batch_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ChunkedHead, "chunk_tokens", lambda _self: 4)
+def test_logits_of_the_whole_batch_never_exist() -> None:
     model = tiny_llama()
-    engine = make_engine(model)
+    engine = make_engine(model, head_chunk_tokens=4)
     rows: list[int] = []
     model.lm_head.register_forward_hook(lambda _m, _i, out: rows.append(out.shape[0] * out.shape[1]))
     engine.train_step([make_batch(0, rows=3, length=11)])
@@ -229,7 +226,7 @@ def test_logits_of_the_whole_batch_never_exist(monkeypatch: pytest.MonkeyPatch) 
 
 def test_chunk_holds_about_16_mib_of_logits() -> None:
     engine = make_engine(tiny_llama())
-    tokens = engine.head.chunk_tokens()
+    tokens = engine.head.chunk_tokens
     assert tokens % 64 == 0 and 8 * 2**20 < tokens * 61 * 4 <= 16 * 2**20
 
 
@@ -249,10 +246,9 @@ def soft_capped(kind: str) -> nn.Module:
 
 @pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
 @pytest.mark.parametrize("chunk", [4, 1024])
-def test_soft_capped_logits(kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ChunkedHead, "chunk_tokens", lambda _self: chunk)
+def test_soft_capped_logits(kind: str, chunk: int) -> None:
     plain, model = soft_capped(kind), soft_capped(kind)
-    engine = make_engine(model)
+    engine = make_engine(model, head_chunk_tokens=chunk)
     assert engine.head.reason is None
     batch = make_batch(0, rows=2, length=9)
     loss = plain(**batch).loss

@@ -23,13 +23,16 @@ from test_engine_toys import (
 from torch import Tensor, nn
 
 from megatrain.device.base import WAITS
+from megatrain.device.cpu import CpuDevice
 from megatrain.device.lagged import LaggedDevice
+from megatrain.engine.setup import head_chunk_tokens
 from megatrain.engine.updates import SlabUpdate
 from megatrain.errors import CapacityError, ConfigError, UnsupportedModelError
 from megatrain.model.hidden import HiddenParameter
 from megatrain.schedule.build import build_schedule
 from megatrain.schedule.check import check_schedule
 from megatrain.schedule.operations import Kind, Sizes
+from megatrain.sizes import parse_bytes
 
 
 def lagged(**options: Any) -> LaggedDevice:
@@ -154,6 +157,44 @@ def test_two_weight_passes_however_many_micro_batches() -> None:
     engine.close()
 
 
+# -- the head -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [4, 64])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_chunks_of_the_head_give_the_bits_of_the_host(micro_batches: int, tokens: int) -> None:
+    settings = {"micro_batches": micro_batches, "head_chunk_tokens": tokens}
+    assert same(train(tiny_llama(), lagged(), **settings), train(tiny_llama(), "cpu", **settings))
+
+
+def test_chunks_of_the_head_fit_into_little_memory() -> None:
+    """And what is chosen is more than the least where there is room."""
+    batches, chosen = [make_batch(0, rows=4, length=64)], []
+    for cap in (150_000, 1_000_000):
+        engine = make_engine(tiny_llama(), device=lagged(memory_bytes=cap), keep_graphs="off")
+        chosen.append(engine.head.chunk_tokens)
+        assert max(engine.train_step(batches).device_peak_bytes for _ in range(3)) <= cap
+        engine.close()
+    assert chosen[0] == 64 < chosen[1]
+    engine = make_engine(tiny_llama(), device=lagged(memory_bytes=150_000), head_chunk_tokens=256)
+    with pytest.raises(CapacityError, match="missing"):
+        engine.train_step(batches)
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("memory", "vocabulary", "expected"),
+    [("80GiB", 128_256, 5184), ("24GiB", 128_256, 4096), ("8GiB", 128_256, 2048), ("1GiB", 128_256, 256)],
+)
+def test_tokens_of_a_chunk_by_the_memory_of_the_device(memory: str, vocabulary: int, expected: int) -> None:
+    device = lagged(memory_bytes=parse_bytes(memory))
+    device.hold(device.memory_bytes // 64)
+    found = head_chunk_tokens(None, device, 16 * vocabulary, vocabulary)
+    assert found % 64 == 0 and found == pytest.approx(expected, rel=0.05)
+    assert head_chunk_tokens(100, device, 16 * vocabulary, vocabulary) == 100
+    assert head_chunk_tokens(None, CpuDevice(), 16 * vocabulary, vocabulary) == 64
+
+
 # -- each wait --------------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +291,35 @@ def test_a_callers_own_loop_with_an_evaluation_inside() -> None:
         return seen
 
     assert same(loop(lagged()), loop("cpu"))
+
+
+@pytest.mark.filterwarnings("ignore:.*was called out of the order")
+def test_in_a_callers_own_loop_inputs_leave_only_where_memory_is_short() -> None:
+    """As in training steps; and a larger batch, or several before one backward, is noticed when it comes."""
+
+    def sent(cap: int, steps: list[list[list[dict[str, Tensor]]]]) -> list[bool]:
+        """For each step whether inputs left; it has groups of batches, each with its forwards before its backwards."""
+        model = Net(count=8)
+        engine = make_engine(model, device=lagged(memory_bytes=cap), keep_graphs="off")
+        found = []
+        for groups in steps:
+            before = engine.device.d2h_bytes
+            for group in groups:
+                losses = [model(**batch).loss for batch in group]
+                for loss in losses:
+                    loss.backward()
+            assert engine.step().device_peak_bytes <= cap
+            gradients = len(groups) * sum(p.nbytes for p in model.parameters())
+            found.append(engine.device.d2h_bytes - before > gradients)
+        engine.close()
+        return found
+
+    small, large = make_batch(0, rows=2, length=6), make_batch(1, rows=16, length=6)
+    one, two, big = [[small]], [[small, small]], [[large]]
+    assert sent(8_000, [one, one, one]) == [True, True, True]
+    assert sent(1_000_000, [one, one, big]) == [True, False, False]
+    assert sent(40_000, [one, one, big, one, big]) == [True, False, True, False, True]
+    assert sent(40_000, [two, [[small]] * 6, [[small]] * 6]) == [True, False, False]
 
 
 def test_weights_read_between_steps_are_up_to_date() -> None:

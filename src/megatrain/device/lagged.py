@@ -111,6 +111,7 @@ class LaggedDevice:
 
     name = "lagged"
     torch_device = torch.device("cpu")
+    pools_host_memory = False
 
     def __init__(
         self,
@@ -129,6 +130,7 @@ class LaggedDevice:
         self.trace: Trace | None = None
         self._without = frozenset(without)
         self._host = CpuDevice(precision)
+        self.pinned: dict[int, Tensor] = {}  # by address
         self._held_bytes = 0
         self._peak_bytes = 0
         self._lock = threading.Lock()
@@ -149,6 +151,9 @@ class LaggedDevice:
     def computing(self) -> AbstractContextManager[Any]:
         self._compute.wait_for_last()  # what was given to `compute` comes before what is computed from here on
         return self._host.computing()
+
+    def same_order(self) -> AbstractContextManager[Any]:
+        return self._host.same_order()
 
     def native_bf16(self) -> bool:
         return self._host.native_bf16()
@@ -189,13 +194,27 @@ class LaggedDevice:
     def host_memory(self, like: Tensor) -> Tensor:
         return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
 
+    def host_memory_bytes(self, n_bytes: int) -> int:
+        return n_bytes
+
     def let_go(self, tensor: Tensor, copied: Event) -> None:
         self.host_wait("inputs_saved", copied.wait)
         if torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) <= _OUR_REFERENCES:
             _fill_with_nan(tensor.detach())
 
     def pin(self, buffer: Tensor) -> None:
-        pass
+        """Noted and held, as a driver does; tests look whether copies touch other memory."""
+        assert buffer.data_ptr() not in self.pinned, "pinned already"
+        if buffer.nbytes:
+            self.pinned[buffer.data_ptr()] = buffer
+
+    def unpin(self, buffer: Tensor) -> None:
+        if buffer.nbytes:
+            del self.pinned[buffer.data_ptr()]
+
+    @property
+    def pinned_bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.pinned.values())
 
     # -- order ----------------------------------------------------------------------------------------------
 
@@ -232,6 +251,7 @@ class LaggedDevice:
     def close(self) -> None:
         for stream in (self.up, self._compute, self.down):
             stream.close()
+        self.pinned.clear()
 
 
 def _fill_with_nan(memory: Tensor) -> None:

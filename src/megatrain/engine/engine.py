@@ -5,6 +5,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +17,7 @@ from megatrain.device.trace import Trace
 from megatrain.engine import setup
 from megatrain.engine.compiled import check_compile, compile_blocks
 from megatrain.engine.executor import Executor
+from megatrain.engine.gradient_memory import GradientMemory
 from megatrain.engine.gradient_stream import GradientStream
 from megatrain.engine.gradients import GradientBook
 from megatrain.engine.host_thread import HostThread
@@ -59,6 +61,8 @@ class Engine:
     slots:         units of a size whose weights may be on a streaming device at once; None: 2.
     compile:       'off', or 'blocks': blocks run as graphs of torch.compile, one per kind. Sums inside a block may then
                    be added up in another order (last bits), and the first steps wait for the compiler.
+    head_chunk_tokens: tokens whose logits exist at once where the head runs in chunks; None: as many as suit the
+                   device. Sums over tokens are added up chunk by chunk, so the last bits depend on it.
 
     Raises ConfigError for a wrong setting and CapacityError when the plan does not fit into host memory.
     """
@@ -77,6 +81,7 @@ class Engine:
         keep_graphs: KeepGraphs = "auto",
         slots: int | None = None,
         compile: str = "off",
+        head_chunk_tokens: int | None = None,
         *,
         _mapped: bool = False,
     ) -> None:
@@ -85,8 +90,9 @@ class Engine:
         if any(isinstance(m.__dict__.get("forward"), UnitForward) for m in model.modules()):
             raise ConfigError("model: another Engine owns it or a part of it; close that one first")
         settings = {"clip_norm": clip_norm, "clip_scope": clip_scope, "device_memory": device_memory, "seed": seed}
-        setup.check_arguments(optimizer, settings | {"threads": threads, "keep_graphs": keep_graphs, "slots": slots})
-        self.model, self._compile = model, compile
+        settings |= {"threads": threads, "keep_graphs": keep_graphs, "slots": slots}
+        setup.check_arguments(optimizer, settings | {"head_chunk_tokens": head_chunk_tokens})
+        self.model, self._compile, self._head_chunk_tokens = model, compile, head_chunk_tokens
         self.precision = setup.resolve_precision(precision, setup.make_device(device))
         self.device = setup.make_device(device, self.precision, setup.device_memory_bytes(device_memory))
         check_compile(compile, self.device.torch_device)
@@ -104,7 +110,7 @@ class Engine:
             raise ConfigError("model: all of its parameters are frozen; at least one must require a gradient")
         dtypes = setup.weight_dtypes(model, self.partition, self.precision)
         layouts = setup.lay_out_units(self.partition, dtypes, group_of)
-        self.plan: MemoryPlan = setup.plan_for(layouts, clip_norm, clip_scope)
+        self.plan: MemoryPlan = setup.plan_for(layouts, clip_norm, clip_scope, streaming=streams(self.device))
         _refuse_meta(model)
         held = sum(slot.parameter.nbytes for slot in self.partition.slots)
         require_fit(self.plan, host_memory_limits().free_bytes, held)
@@ -347,8 +353,9 @@ class Engine:
         }
 
     def memory_report(self) -> dict[str, int]:
-        """Bytes that the store holds now, by category."""
-        return self.store.bytes_by_category()
+        """Bytes that the host holds now, by category; of saved inputs, the most in the last pass."""
+        inputs = self.weights.inputs
+        return self.store.bytes_by_category() | {"saved inputs": inputs.host_bytes if inputs is not None else 0}
 
     # -- attaching to the model -------------------------------------------------------------------------------
 
@@ -371,9 +378,9 @@ class Engine:
         else:
             self.updates = PendingUpdates(store, part, device)
             self.weights = HostWeights(store, part, self.updates)
-        self.gradients = GradientBook(
-            store, part, settle=self.updates.settle, complete=self._update_complete_unit, stream=gradient_stream
-        )
+        memory = GradientMemory(store, device, lends=not self.keeps_gradients)
+        settle, complete = self.updates.settle, self._update_complete_unit
+        self.gradients = GradientBook(store, part, memory, settle=settle, complete=complete, stream=gradient_stream)
 
     @property
     def exposed_seconds(self) -> float:
@@ -414,7 +421,8 @@ class Engine:
                 module.register_load_state_dict_post_hook(lambda *_: self.store.notice_writes(self.updates.is_pending))
             )
         guard(model, self.device.torch_device)
-        self.head = ChunkedHead(model, self._root, self.device.torch_device, self.executor.direct)
+        chunk_tokens = partial(setup.head_chunk_tokens, self._head_chunk_tokens, self.device)
+        self.head = ChunkedHead(model, self._root, self.device.torch_device, self.executor.direct, chunk_tokens)
         self.executor.forget_order()
         # a head that was shown to run in chunks of shifted labels does shift them
         self.shifts_labels = self.head.reason is None or labels_are_shifted(model)
@@ -514,9 +522,9 @@ def check_plan(model: nn.Module, optimizer: AdamW | None, settings: Mapping[str,
     setup.check_arguments(optimizer, settings)
     part = partition(model)
     _, group_of = (optimizer or AdamW()).group_slots(part.slots)
-    precision = setup.resolve_precision(
-        settings.get("precision", "auto"), setup.make_device(settings.get("device", "auto"))
-    )
+    device = setup.make_device(settings.get("device", "auto"))
+    precision = setup.resolve_precision(settings.get("precision", "auto"), device)
     layouts = setup.lay_out_units(part, setup.weight_dtypes(model, part, precision), group_of)
-    plan = setup.plan_for(layouts, settings.get("clip_norm", 1.0), settings.get("clip_scope", "global"))
+    clipping = settings.get("clip_norm", 1.0), settings.get("clip_scope", "global")
+    plan = setup.plan_for(layouts, *clipping, streaming=streams(device))
     require_fit(plan, host_memory_limits().free_bytes, 0)

@@ -96,18 +96,19 @@ def _run_chunked(engine: "Engine", number: int, batch: Batch, count: int, total:
     losses: LossParts = []
     hidden_gradient = torch.zeros_like(hidden)
     for part, labels, where in engine.head.chunks(hidden.detach(), labels_on_host):
-        leaf = part.detach().requires_grad_()
-        with engine.executor.direct() as weights:
-            chunk_loss = engine.head.chunk_loss(leaf, labels, template, batch, total)
-        with engine.device.computing():
-            backward([chunk_loss], [None])
-        losses.append((chunk_loss.detach(), 1.0))
-        if leaf.grad is not None:
-            hidden_gradient.view(-1, hidden.shape[-1])[where] = leaf.grad.view(-1, hidden.shape[-1])
-        for slot, weight in weights.leaves.items():
-            if weight.grad is not None:
-                engine.gradients.add(slot, weight.grad)
-        del chunk_loss, leaf, weights
+        with engine.weights.holding(engine.head.logits_bytes(labels.numel())):
+            leaf = part.detach().requires_grad_()
+            with engine.executor.direct() as weights:
+                chunk_loss = engine.head.chunk_loss(leaf, labels, template, batch, total)
+            with engine.device.computing():
+                backward([chunk_loss], [None])
+            losses.append((chunk_loss.detach(), 1.0))
+            if leaf.grad is not None:
+                hidden_gradient.view(-1, hidden.shape[-1])[where] = leaf.grad.view(-1, hidden.shape[-1])
+            for slot, weight in weights.leaves.items():
+                if weight.grad is not None:
+                    engine.gradients.add(slot, weight.grad)
+            del chunk_loss, leaf, weights
     engine.gradients.release_hold()
 
     engine.executor.enter_phase(BACKWARD)

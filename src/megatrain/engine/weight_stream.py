@@ -7,7 +7,8 @@ another way is fetched as it comes from there on, said once, and recorded anew.
 
 import warnings
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -34,19 +35,16 @@ _SMALL_UNIT_SHARE = 64  # units below this fraction of the largest have device m
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What the last recorded pass of a kind did: visits, bytes of saved inputs by unit and whether they left the
-    device, label elements, peak device bytes, and the bytes among them that were allocated for good."""
+    """What the last recorded pass of a kind did: visits, bytes of saved inputs by unit, the most of them at a time, and
+    whether they left the device, elements, peak device bytes, and the bytes among them that were allocated for good."""
 
     visits: tuple[Visit, ...]
     inputs: dict[int, int]
+    inputs_bytes: int
     inputs_left: bool
     elements: int
     peak_bytes: int
     fixed_bytes: int
-
-    @property
-    def inputs_bytes(self) -> int:
-        return sum(self.inputs.values())
 
 
 class WeightStream(Weights):
@@ -101,12 +99,21 @@ class WeightStream(Weights):
         else:
             self.inputs.begin()
             self._device.start_step()
-            self.inputs.offloading = self._inputs_must_leave(kind, elements)
+            self.inputs.offload(self._inputs_must_leave(kind, elements))
         schedule = self._schedule(kind)
         saves = {op.unit for op in schedule.operations if op.kind is Kind.SAVE} if schedule is not None else self._units
         self.inputs.staying = frozenset(self._units).difference(saves)
         self._walk = Walk(kind, schedule, elements)
         self._forget_residents()
+
+    def further_forward(self, elements: int) -> None:
+        walk = self._walk
+        if walk.kind != FREE:
+            return
+        walk.further_forward(elements)
+        if not self.inputs.offloading and self._inputs_must_leave(FREE, walk.elements):
+            self.inputs.offload(True)
+            self.inputs.staying = frozenset()
 
     def end(self) -> None:
         walk = self._walk
@@ -164,6 +171,14 @@ class WeightStream(Weights):
         # in a caller's own loop an evaluation may come in between
         followed = walk.kind == STEP and walk.schedule is not None and not walk.deviated
         return walk.schedule.held if followed and walk.schedule is not None else frozenset()
+
+    @contextmanager
+    def holding(self, n_bytes: int) -> Iterator[None]:
+        self._device.hold(n_bytes)
+        try:
+            yield
+        finally:
+            self._device.hold(-n_bytes)
 
     def pin(self, unit: int) -> None:
         self._pinned[unit] += 1
@@ -240,6 +255,7 @@ class WeightStream(Weights):
         self._orders[walk.kind] = Order(
             tuple(walk.visits),
             dict(self.inputs.bytes_by_unit),
+            self.inputs.most_bytes,
             self.inputs.offloading,
             walk.elements,
             self._device.peak_bytes(),

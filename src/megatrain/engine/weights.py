@@ -3,6 +3,9 @@
 The host as its own device binds weights where they lie. `weight_stream` copies them to a device with memory of its own.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor
 
 from megatrain.engine.saved_inputs import SavedInputs
@@ -25,6 +28,9 @@ class Weights:
 
     def begin(self, kind: str, elements: int = 0) -> None:
         """A pass of this kind begins, over a batch of so many label elements (0: not known)."""
+
+    def further_forward(self, elements: int) -> None:
+        """Another forward of the pass, which counts where the pass is a caller's own loop."""
 
     def end(self) -> None:
         """It is over."""
@@ -55,6 +61,11 @@ class Weights:
 
     def changed(self) -> None:
         """The host's weights have changed."""
+
+    @contextmanager
+    def holding(self, n_bytes: int) -> Iterator[None]:
+        """Computation has so many bytes on the compute device meanwhile, besides what units leave there."""
+        yield
 
     def waited_seconds(self) -> float:
         """How long computation stood still for weights since the last call."""

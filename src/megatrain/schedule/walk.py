@@ -10,13 +10,22 @@ class Walk:
 
     def __init__(self, kind: str, schedule: Schedule | None, elements: int = 0) -> None:
         self.kind = kind
-        self.elements = elements
+        self.elements = elements  # of all forwards that wait for their backward at the same time
+        self._open_elements = elements
+        self._differentiated = False  # since the last forward began
         self.schedule = schedule
         self.deviated = False
         self.visits: list[Visit] = []
         self._grouped = False
         self._issued = 0  # operations of the schedule
         self._played = -1  # the last visit whose operations are issued
+
+    def further_forward(self, elements: int) -> None:
+        """A backward in between has taken what was open before, as in a loop that adds up gradients."""
+        if self._differentiated:
+            self._open_elements, self._differentiated = 0, False
+        self._open_elements += elements
+        self.elements = max(self.elements, self._open_elements)
 
     @property
     def number(self) -> int:
@@ -25,6 +34,7 @@ class Walk:
 
     def arrive(self, unit: int, backward: bool, together: bool) -> bool:
         """Record that `unit` is about to run; whether that begins a visit (or makes one larger)."""
+        self._differentiated |= backward
         current = self.visits[-1] if self.visits else Visit(())
         if unit in current.units and (current.backward or not backward):
             return False
