@@ -47,7 +47,7 @@ def test_bf16_model_has_zero_remainders() -> None:
     engine = make_engine(model, precision="bf16")
     for state in engine.store.units.values():
         for slab in state.slabs:
-            assert slab.remainder is not None and not slab.remainder.any()
+            assert slab.state.remainder is not None and not slab.state.remainder.any()
     for name, source in plain.named_parameters():
         assert equal_bits(masters(engine)[name], source.detach().float())
         assert torch.equal(dict(model.named_parameters())[name], source)

@@ -24,7 +24,7 @@ from megatrain.engine.host_thread import HostThread
 from megatrain.engine.kept_graphs import KeepGraphs, KeptGraphs
 from megatrain.engine.step import Batch, StepClock, StepStats, train_step
 from megatrain.engine.targets import labels_are_shifted
-from megatrain.engine.updates import PendingUpdates, gradient_arrays, unit_updates
+from megatrain.engine.updates import PendingUpdates, SlabUpdate, gradient_arrays, unit_updates
 from megatrain.engine.weight_stream import DEFAULT_SLOTS, WeightStream
 from megatrain.engine.weights import HostWeights, Weights
 from megatrain.errors import ConfigError, NonFiniteGradientError
@@ -259,7 +259,7 @@ class Engine:
             scale = self._clip_scale(norm) if self._scope == "global" else None
             for home, entries in sorted(self.gradients.touched().items()):
                 unit_scale = self._clip_scale(self.gradients.unit_norm(entries)) if scale is None else scale
-                self._schedule(home, entries, unit_scale)
+                self.updates.schedule(home, self._updates_of(entries, unit_scale))
             self.weights.before_update()
             self.updates.start()
         self.end_step()
@@ -286,12 +286,11 @@ class Engine:
                 f"step {self.step_count}: the gradient of {name} has norm {norm}; other units are already updated, so"
                 " the step cannot be skipped. Go on from the last save, or use clip_norm with clip_scope='global'"
             )
-        self._schedule(home, entries, self._clip_scale(norm) if self.clip_norm is not None else 1.0)
-        self.updates.settle(home)
+        scale = self._clip_scale(norm) if self.clip_norm is not None else 1.0
+        self.updates.carry_out_now(home, self._updates_of(entries, scale))
 
-    def _schedule(self, home: int, entries: list[SlotState], scale: float) -> None:
-        groups = self.optimizer.param_groups
-        self.updates.schedule(home, unit_updates(entries, groups, scale, gradient_arrays(entries)))
+    def _updates_of(self, entries: list[SlotState], scale: float) -> list[SlabUpdate]:
+        return unit_updates(entries, self.optimizer.param_groups, scale, gradient_arrays(entries))
 
     @property
     def _scope(self) -> str:
@@ -324,20 +323,26 @@ class Engine:
         save_model(self.model, Path(folder), read, TORCH_DTYPE[dtype], tokenizer=tokenizer, **options)
 
     def optimizer_state(self) -> dict[int, dict[str, Any]]:
-        """By parameter number in the param groups: step, exp_avg and exp_avg_sq (views, in the parameter's shape)."""
+        """By parameter number in the param groups: step, exp_avg and exp_avg_sq in the parameter's shape (views where
+        they are in host memory, float32; with moments of one byte int8 and uint8, and their scales)."""
         self.flush()
         return {number: self._state_of(entry) for number, entry in self._numbered() if entry.steps}
 
     def load_optimizer_state(self, state: Mapping[int, Mapping[str, Any]]) -> None:
+        """The inverse. Raises ConfigError for moments of another kind."""
         self.flush()
         for number, entry in self._numbered():
             if number not in state:
                 self.store.reset_moments(entry.slot.index)
                 continue
             entry.steps = int(state[number]["step"])
-            views = self._state_of(entry)
-            for name in ("exp_avg", "exp_avg_sq"):
-                views[name].copy_(state[number][name])
+            with self.store.state_of(entry.unit):
+                for name, view in entry.moments.items():
+                    given = state[number].get(name)
+                    if given is None or (given.dtype != view.dtype and view.dtype != torch.float32):
+                        held = state[number]["exp_avg"].dtype
+                        raise ConfigError(f"optimizer.moments is {self.store.moments}; the state given holds {held}")
+                    view.copy_(given)
 
     def _numbered(self) -> list[tuple[int, SlotState]]:
         slot_of = {id(slot.parameter): slot.index for slot in self.partition.slots}
@@ -345,12 +350,11 @@ class Engine:
         return [(number, self.store.slots[slot_of[id(p)]]) for number, p in enumerate(parameters)]
 
     def _state_of(self, entry: SlotState) -> dict[str, Any]:
-        slab = entry.slab
-        return {
-            "step": torch.tensor(float(entry.steps)),
-            "exp_avg": entry.view(torch.from_numpy(slab.exp_avg)),
-            "exp_avg_sq": entry.view(torch.from_numpy(slab.exp_avg_sq)),
-        }
+        with self.store.state_of(entry.unit):
+            moments = entry.moments
+            if entry.slab.state is not None and self.store.spilled is not None and entry.unit in self.store.spilled:
+                moments = {name: part.clone() for name, part in moments.items()}  # the memory is lent
+        return {"step": torch.tensor(float(entry.steps))} | moments
 
     def memory_report(self) -> dict[str, int]:
         """Bytes that the host holds now, by category; of saved inputs, the most in the last pass."""

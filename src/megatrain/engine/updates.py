@@ -19,6 +19,7 @@ from megatrain.memory.store import HostStore, Slab, SlotState, bits
 from megatrain.model.partition import Partition, Unit
 from megatrain.optim.adamw import group_hyper_parameters
 from megatrain.optim.adamw_kernels import Segment, adamw
+from megatrain.optim.int8_moments import Int8Moments, adamw_int8
 from megatrain.optim.workers import Workers
 
 
@@ -30,13 +31,17 @@ class SlabUpdate:
     gradient: np.ndarray
     segments: list[Segment]
     gradient_scale: float
+    seed: int  # of rounding to moments of one byte
 
     def run(self, workers: Workers) -> None:
-        s = self.slab
-        adamw(
-            workers, s.weight_bits, s.remainder, s.exp_avg, s.exp_avg_sq, self.gradient, self.segments,
-            self.gradient_scale,
-        )  # fmt: skip
+        """While the unit's state is in host memory."""
+        state = self.slab.state
+        assert state is not None
+        weight, rest = self.slab.weight_bits, (self.gradient, self.segments, self.gradient_scale)
+        if isinstance(state.moments, Int8Moments):
+            adamw_int8(workers, weight, state.remainder, state.moments, *rest, seed=self.seed)
+        else:
+            adamw(workers, weight, state.remainder, state.moments.exp_avg, state.moments.exp_avg_sq, *rest)
 
 
 class PendingUpdates:
@@ -51,6 +56,7 @@ class PendingUpdates:
         self._background = background
         self._pending: dict[int, list[SlabUpdate]] = {}
         self._tickets: dict[int, Ticket] = {}
+        self._order: list[int] = []  # in which units were updated as their gradients came
         self.exposed_seconds = 0.0  # spent on updates while compute waited
         # a unit that reads a parameter homed elsewhere needs that unit's update too
         self._needed = {u.index: sorted({slot.units[0] for slot in u.slots}) for u in part.units}
@@ -61,10 +67,24 @@ class PendingUpdates:
 
     def start(self) -> None:
         """All updates of a step are scheduled: the host thread, if there is one, begins."""
+        if self._store.spilled is not None:
+            self._store.spilled.expect(sorted(self._pending))
         if self._background is not None:
             for unit in sorted(self._pending):
                 run = partial(self._carry_out, unit, self._pending.pop(unit))
                 self._tickets[unit] = self._background.submit(run)
+
+    def carry_out_now(self, unit: int, updates: list[SlabUpdate]) -> None:
+        """The unit's gradient is complete and waits for no other: updates come in the order of backward, which is that
+        of the step before."""
+        if self._store.spilled is not None:
+            if unit in self._order:
+                later = self._order[self._order.index(unit) + 1 :]
+                self._store.spilled.expect(later)
+                self._order = []
+            self._order.append(unit)
+        self.schedule(unit, updates)
+        self.settle(unit)
 
     def wait_for(self, unit: Unit) -> None:
         """Return when all parameters that `unit` reads are up to date."""
@@ -93,8 +113,9 @@ class PendingUpdates:
 
     def _carry_out(self, unit: int, updates: list[SlabUpdate]) -> None:
         started = time.perf_counter()
-        for update in updates:
-            update.run(self._store.workers)
+        with self._store.state_of(unit):
+            for update in updates:
+                update.run(self._store.workers)
         if self._device.trace is not None:
             name = self._names.get(unit, "stray parameters")
             self._device.trace.add("host", f"update of {name}", started, time.perf_counter())
@@ -125,7 +146,9 @@ def unit_updates(
                     segments[-1] = replace(segments[-1], stop=segment.stop)
                     continue
             segments.append(segment)
-        updates.append(SlabUpdate(members[0].slab, gradients[key], segments, gradient_scale))
+        # of what is saved with the state, so that a run that is taken up again rounds as it would have
+        seed = members[0].slot.index * 0x85EBCA6B + max(entry.steps for entry in members)
+        updates.append(SlabUpdate(members[0].slab, gradients[key], segments, gradient_scale, seed))
     return updates
 
 

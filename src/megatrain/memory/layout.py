@@ -10,7 +10,7 @@ equal optimizer group, so that one pass of the optimizer sees few segments; froz
 import math
 from dataclasses import dataclass
 
-ALIGNMENT_BYTES = 64  # a cache line, and the widest vector register
+ALIGNMENT_BYTES = 256  # of a parameter: what GPU kernels want of pointers, and whole blocks of 64 elements (moments)
 BYTES = {"bf16": 2, "fp32": 4}
 
 
@@ -65,7 +65,7 @@ class SlabLayout:
 
 
 def lay_out(requests: list[Request]) -> list[SlabLayout]:
-    """Place `requests` of one unit: one slab per dtype present, bf16 first; every start is cache-line aligned."""
+    """Place `requests` of one unit: one slab per dtype present, bf16 first; every start is aligned."""
     slabs = []
     for dtype in ("bf16", "fp32"):
         chosen = [r for r in requests if r.dtype == dtype]

@@ -1,9 +1,12 @@
 """Bytes by category before anything is allocated, and the refusal when they do not fit."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from megatrain.errors import CapacityError
 from megatrain.memory.layout import SlabLayout
+from megatrain.memory.slab_state import moment_bytes, unit_state_bytes
+from megatrain.memory.spilled_states import BUFFERS, buffer_bytes, file_bytes
 from megatrain.sizes import format_bytes
 
 ARRIVING_UNITS = 2  # gradients that come from a device and have no place of their own: one arrives, one is used
@@ -18,6 +21,7 @@ class MemoryPlan:
     state: dict[str, int]
     transient: dict[str, int]
     page_locked: tuple[str, ...] = ()
+    disk_bytes: int = 0  # of optimizer state that is not in host memory
 
     @property
     def total_bytes(self) -> int:
@@ -33,31 +37,45 @@ class MemoryPlan:
         rows = [*self.state.items(), *self.transient.items(), ("total", self.total_bytes)]
         if self.page_locked:
             rows.append(("page-locked", self.page_locked_bytes))
+        if self.disk_bytes:
+            rows.append(("on disk", self.disk_bytes))
         return [f"{name:<12} {format_bytes(n):>10}  {n / self.parameters:6.2f} B/parameter" for name, n in rows]
 
 
-def plan_memory(units: dict[int, list[SlabLayout]], *, keep_gradients: bool, streaming: bool = False) -> MemoryPlan:
+def plan_memory(
+    units: dict[int, list[SlabLayout]],
+    *,
+    keep_gradients: bool,
+    streaming: bool = False,
+    moments: str = "fp32",
+    spilled: Collection[int] = (),
+) -> MemoryPlan:
     """Plan for slab layouts by unit. `keep_gradients`: all gradients stay on the host until the global norm is known;
-    otherwise one unit's at a time. `streaming`: units compute on a device with memory of its own."""
+    otherwise one unit's at a time. `streaming`: units compute on a device with memory of its own. `moments`: fp32 or
+    int8. `spilled`: units whose optimizer state is on disk."""
     slabs = [slab for unit in units.values() for slab in unit]
+    on_disk = {unit: unit_state_bytes(slabs, moments) for unit, slabs in units.items() if unit in spilled}
+    held = [slab for unit, slabs in units.items() if unit not in on_disk for slab in slabs]
     gradient_bytes = [sum(slab.gradient_bytes for slab in unit) for unit in units.values()]
     largest_gradient = max(gradient_bytes, default=0)
     state = {
         "weights": sum(s.weight_bytes for s in slabs),
-        "remainders": sum(s.remainder_bytes for s in slabs),
-        "exp_avg": sum(s.moment_bytes for s in slabs),
-        "exp_avg_sq": sum(s.moment_bytes for s in slabs),
+        "remainders": sum(s.remainder_bytes for s in held),
+        "exp_avg": sum(moment_bytes(s, moments) for s in held),
+        "exp_avg_sq": sum(moment_bytes(s, moments) for s in held),
         "gradients": sum(gradient_bytes) if keep_gradients else largest_gradient,
     }
+    if on_disk:
+        state["disk buffers"] = BUFFERS * buffer_bytes(on_disk)
     parameters = sum(place.count for slab in slabs for place in slab.places)
     if streaming:  # gradients add up on the device; a further one of a step, of a caller's own loop, is added here
         arriving = ARRIVING_UNITS * largest_gradient
         state["gradients"] = sum(gradient_bytes) if keep_gradients else arriving
         transient = {"arriving gradients": arriving} if keep_gradients else {}
-        return MemoryPlan(parameters, state, transient, ("weights", "gradients", *transient))
+        return MemoryPlan(parameters, state, transient, ("weights", "gradients", *transient), file_bytes(on_disk))
     # while a unit is differentiated: its fp32 sum over micro-batches, and one gradient in its own dtype
     largest = max((sum(s.moment_bytes + s.gradient_bytes for s in unit) for unit in units.values()), default=0)
-    return MemoryPlan(parameters, state, {"gradient sum": largest})
+    return MemoryPlan(parameters, state, {"gradient sum": largest}, disk_bytes=file_bytes(on_disk))
 
 
 def require_fit(plan: MemoryPlan, free_bytes: int, already_held_bytes: int) -> None:

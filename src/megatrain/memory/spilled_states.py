@@ -39,14 +39,20 @@ class SpilledStates:
         self._error: BaseException | None = None
         self._reader, self._writer = KeptThread("megatrain-spill-reader"), KeptThread("megatrain-spill-writer")
 
+    @property
+    def buffers_bytes(self) -> int:
+        """In host memory."""
+        return BUFFERS * max((length for _, length in self._places.values()), default=0)
+
     def __contains__(self, unit: int) -> bool:
         return unit in self._places
 
     def expect(self, units: Iterable[int]) -> None:
-        """`units` will be taken, in this order."""
+        """`units` will be taken next, in this order; what was said before no longer holds."""
         units = [unit for unit in units if unit in self._places]
         with self._changed:
-            self._expected.extend(units)
+            self._expected = deque(units)
+            self._changed.notify_all()
         for _ in units:
             self._reader.start(self._read_next, self._note)
 

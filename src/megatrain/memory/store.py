@@ -6,6 +6,7 @@ half of its fp32 master; `remainder` holds the rest (2 + 2 + 4 + 4 = 12 bytes pe
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +16,8 @@ from torch import Tensor
 from megatrain.errors import IntegrityError
 from megatrain.memory.arena import allocate, allocate_elements, discard_pages
 from megatrain.memory.layout import Place, SlabLayout
+from megatrain.memory.slab_state import SlabState, moment_bytes, state_bytes, unit_state_bytes
+from megatrain.memory.spilled_states import SpilledStates
 from megatrain.model.partition import ParameterSlot, Partition
 from megatrain.optim.split_master import merge, split
 from megatrain.optim.workers import Workers
@@ -27,15 +30,13 @@ ALL_UNITS_STRAY = -1
 class Slab:
     """Host arrays of one dtype's parameters of a unit, all 1-D views of page-aligned buffers.
 
-    weight (count), bf16 or fp32; remainder int16, exp_avg and exp_avg_sq fp32 (state_count each, as numpy);
-    gradient (state_count), of the weight's dtype, or None while none is held; accumulated fp32 or None.
+    weight (count), bf16 or fp32; state (of state_count elements), or None while it is not in host memory; gradient
+    (state_count), of the weight's dtype, or None while none is held; accumulated fp32 or None.
     """
 
     layout: SlabLayout
     weight: Tensor
-    remainder: np.ndarray | None
-    exp_avg: np.ndarray
-    exp_avg_sq: np.ndarray
+    state: SlabState | None = None
     gradient: Tensor | None = None
     accumulated: Tensor | None = None
 
@@ -77,17 +78,28 @@ class SlotState:
 
     @property
     def remainder(self) -> np.ndarray | None:
-        """The rest of the master, int16 (count); None where the weight is all there is: fp32, or frozen."""
-        if self.slab.remainder is None or not self.place.trainable:
+        """The rest of the master, int16 (count); None where the weight is all there is: fp32, or frozen. While the
+        unit's state is in host memory (`HostStore.state_of`)."""
+        if self.slab.layout.dtype != "bf16" or not self.place.trainable:
             return None
-        return self.slab.remainder[self.slab.range_of(self.place)]
+        assert self.slab.state is not None and self.slab.state.remainder is not None
+        return self.slab.state.remainder[self.slab.range_of(self.place)]
+
+    @property
+    def moments(self) -> dict[str, Tensor]:
+        """By name, on the same terms; views."""
+        assert self.slab.state is not None
+        return self.slab.state.of_place(self.place)
 
 
 @dataclass(slots=True)
 class HostStore:
-    """States by unit index (stray: -1) and by slot index."""
+    """States by unit index (stray: -1) and by slot index. `moments`: fp32 or int8; `spilled`: holds the optimizer state
+    of some units on disk."""
 
     workers: Workers
+    moments: str = "fp32"
+    spilled: SpilledStates | None = None
     units: dict[int, UnitState] = field(default_factory=dict)
     slots: dict[int, SlotState] = field(default_factory=dict)
 
@@ -100,50 +112,84 @@ class HostStore:
         parameter. fp32 and fp16 sources become exact masters. `mapped`: sources are pages of a checkpoint's file that
         nobody else reads; they are given back one by one, since the mapping itself goes only with its last tensor.
         """
-        state = UnitState([_allocate_slab(layout, weight) for layout, weight in _weight_views(slabs)])
+        state = UnitState([Slab(layout, weight) for layout, weight in _weight_views(slabs)])
+        self.units[unit] = state
+        if not self._spills(unit):
+            self._bind(unit, allocate(unit_state_bytes(slabs, self.moments)))
         for slab in state.slabs:
             for place in slab.layout.places:
-                entry = SlotState(slots[place.slot], unit, slab, place)
-                self.slots[place.slot] = entry
-                parameter = entry.slot.parameter
-                source = parameter.data
-                self.write_master(place.slot, source)
-                parameter.data = entry.weight
-                entry.version = parameter._version
-                if mapped:
-                    discard_pages(source)
-                del source
-        self.units[unit] = state
+                self.slots[place.slot] = SlotState(slots[place.slot], unit, slab, place)
+        with self.state_of(unit):
+            for slab in state.slabs:
+                for place in slab.layout.places:
+                    self._take_parameter(self.slots[place.slot], mapped)
+
+    def _take_parameter(self, entry: SlotState, mapped: bool) -> None:
+        parameter = entry.slot.parameter
+        source = parameter.data
+        self.write_master(entry.slot.index, source)
+        parameter.data = entry.weight
+        entry.version = parameter._version
+        if mapped:
+            discard_pages(source)
+
+    @contextmanager
+    def state_of(self, unit: int) -> Iterator[None]:
+        """The unit's optimizer state is in host memory while this is entered, and what is changed of it is kept.
+
+        Raises IntegrityError where a disk fails.
+        """
+        if not self._spills(unit) or any(slab.state is not None for slab in self.units[unit].slabs):
+            yield
+            return
+        assert self.spilled is not None
+        self._bind(unit, self.spilled.take(unit))
+        try:
+            yield
+        finally:
+            for slab in self.units[unit].slabs:
+                slab.state = None
+            self.spilled.give_back(unit)
+
+    def _spills(self, unit: int) -> bool:
+        return self.spilled is not None and unit in self.spilled
+
+    def _bind(self, unit: int, memory: Tensor) -> None:
+        for slab in self.units[unit].slabs:
+            slab.state = SlabState.within(memory, slab.layout, self.moments)
+            memory = memory[state_bytes(slab.layout, self.moments) :]
 
     def write_master(self, slot: int, source: Tensor) -> None:
         """Set a parameter's master from `source` (any float dtype, the parameter's shape); steps and moments stay."""
-        weight, remainder = self.slots[slot].weight, self.slots[slot].remainder
-        if remainder is None:
-            weight.copy_(source)
-        elif source.dtype == torch.bfloat16:
-            weight.copy_(source)
-            remainder[:] = 0
-        else:
-            master = source.detach().to(torch.float32).contiguous().view(-1).numpy()
-            split(self.workers, master, bits(weight.view(-1)), remainder)
+        with self.state_of(self.slots[slot].unit):
+            weight, remainder = self.slots[slot].weight, self.slots[slot].remainder
+            if remainder is None:
+                weight.copy_(source)
+            elif source.dtype == torch.bfloat16:
+                weight.copy_(source)
+                remainder[:] = 0
+            else:
+                master = source.detach().to(torch.float32).contiguous().view(-1).numpy()
+                split(self.workers, master, bits(weight.view(-1)), remainder)
 
     def read_master(self, slot: int) -> Tensor:
         """A parameter's exact master as a new fp32 tensor in its own shape (frozen: its weight in fp32)."""
-        weight, remainder = self.slots[slot].weight, self.slots[slot].remainder
-        if remainder is None:
-            return weight.detach().to(torch.float32, copy=True)
-        master = torch.empty(weight.shape, dtype=torch.float32)
-        merge(self.workers, bits(weight.view(-1)), remainder, master.view(-1).numpy())
-        return master
+        with self.state_of(self.slots[slot].unit):
+            weight, remainder = self.slots[slot].weight, self.slots[slot].remainder
+            if remainder is None:
+                return weight.detach().to(torch.float32, copy=True)
+            master = torch.empty(weight.shape, dtype=torch.float32)
+            merge(self.workers, bits(weight.view(-1)), remainder, master.view(-1).numpy())
+            return master
 
     def reset_moments(self, slot: int) -> None:
         """Forget moments and step count; the master stays."""
         entry = self.slots[slot]
         entry.steps = 0
         if entry.place.trainable:
-            where = entry.slab.range_of(entry.place)
-            entry.slab.exp_avg[where] = 0
-            entry.slab.exp_avg_sq[where] = 0
+            with self.state_of(entry.unit):
+                for part in entry.moments.values():
+                    part.zero_()
 
     def notice_writes(self, pending: Callable[[int], bool]) -> None:
         """Find parameters that someone wrote in place (`load_state_dict`, a callback).
@@ -161,8 +207,9 @@ class HostStore:
                         " call engine.flush() before writing into parameters"
                     )
                 entry.version = parameter._version
-                if entry.remainder is not None:
-                    entry.remainder[:] = 0
+                with self.state_of(entry.unit):
+                    if entry.remainder is not None:
+                        entry.remainder[:] = 0
 
     def unit_memory(self, unit: int) -> Tensor:
         """All weights of a unit as they lie in memory, one behind the other: uint8."""
@@ -175,12 +222,15 @@ class HostStore:
     def bytes_by_category(self) -> dict[str, int]:
         """Bytes held now, by category; the plan's counterpart."""
         held = dict.fromkeys(("weights", "remainders", "exp_avg", "exp_avg_sq", "gradients", "accumulated"), 0)
-        for state in self.units.values():
+        if self.spilled is not None:
+            held["disk buffers"] = self.spilled.buffers_bytes
+        for unit, state in self.units.items():
             for slab in state.slabs:
                 held["weights"] += slab.layout.weight_bytes
-                held["remainders"] += slab.layout.remainder_bytes
-                held["exp_avg"] += slab.layout.moment_bytes
-                held["exp_avg_sq"] += slab.layout.moment_bytes
+                if not self._spills(unit):
+                    held["remainders"] += slab.layout.remainder_bytes
+                    held["exp_avg"] += moment_bytes(slab.layout, self.moments)
+                    held["exp_avg_sq"] += moment_bytes(slab.layout, self.moments)
                 held["gradients"] += 0 if slab.gradient is None else slab.layout.gradient_bytes
                 held["accumulated"] += 0 if slab.accumulated is None else slab.layout.moment_bytes
         return held
@@ -229,13 +279,6 @@ def _weight_views(slabs: list[SlabLayout]) -> Iterator[tuple[SlabLayout, Tensor]
     for layout in slabs:
         yield layout, buffer[start : start + layout.weight_bytes].view(TORCH_DTYPE[layout.dtype])
         start += layout.weight_bytes
-
-
-def _allocate_slab(layout: SlabLayout, weight: Tensor) -> Slab:
-    count = layout.state_count
-    remainder = allocate_elements(count, torch.int16).numpy() if layout.dtype == "bf16" else None
-    moments = allocate_elements(2 * count, torch.float32).numpy()
-    return Slab(layout, weight, remainder, moments[:count], moments[count:])
 
 
 def home_layouts(part: Partition) -> Iterator[tuple[int, list[ParameterSlot]]]:
