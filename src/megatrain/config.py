@@ -120,6 +120,13 @@ class OptimizerConfig:
             "regular expression of match finds; the first group counts; what a group leaves out is as for the rest",
         ),
     )
+    moments: str = field(
+        default="fp32",
+        metadata=_about(
+            choice("fp32", "int8"),
+            "fp32: as torch's, 8 bytes per parameter; int8: 2.1 bytes, rounded in blocks of 64, near torch's",
+        ),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +198,15 @@ class EngineConfig:
     micro_batch: int = field(default=1, metadata=_about(whole(1), "sequences that pass through the model together"))
     device_memory: int | None = field(
         default=None, metadata=_about(or_null(BYTES), "device memory to use at most; null: what is free")
+    )
+    host_memory: int | None = field(
+        default=None, metadata=_about(or_null(BYTES), "host memory to plan with at most; null: what is free")
+    )
+    nvme: str | None = field(
+        default=None,
+        metadata=_about(
+            or_null(TEXT), "folder on a local disk for optimizer state that host memory has no room for; null: none"
+        ),
     )
     slots: int | None = field(
         default=None,

@@ -30,7 +30,7 @@ from megatrain.engine.weights import HostWeights, Weights
 from megatrain.errors import ConfigError, NonFiniteGradientError
 from megatrain.memory.arena import keep_large_allocations_out_of_heap, reuse_freed_memory, trim_freed_memory
 from megatrain.memory.limits import host_memory_limits
-from megatrain.memory.plan import MemoryPlan, require_fit
+from megatrain.memory.plan import MemoryPlan
 from megatrain.memory.store import TORCH_DTYPE, HostStore, SlotState, gradient_buffers
 from megatrain.model.block import LOOK_STEPS, UnitForward, install_units
 from megatrain.model.head import ChunkedHead
@@ -61,6 +61,9 @@ class Engine:
     slots:         units of a size whose weights may be on a streaming device at once; None: 2.
     compile:       'off', or 'blocks': blocks run as graphs of torch.compile, one per kind. Sums inside a block may then
                    be added up in another order (last bits), and the first steps wait for the compiler.
+    host_memory:   bytes of host memory to plan with at most, or a size such as '100GiB'; None: what is free.
+    nvme:          folder on a local disk for the optimizer state that host memory has no room for (10 of 12 bytes per
+                   parameter, of as many units as it takes); None: what does not fit is refused.
     head_chunk_tokens: tokens whose logits exist at once where the head runs in chunks; None: as many as suit the
                    device. Sums over tokens are added up chunk by chunk, so the last bits depend on it.
 
@@ -82,6 +85,8 @@ class Engine:
         slots: int | None = None,
         compile: str = "off",
         head_chunk_tokens: int | None = None,
+        host_memory: int | str | None = None,
+        nvme: str | Path | None = None,
         *,
         _mapped: bool = False,
     ) -> None:
@@ -91,10 +96,12 @@ class Engine:
             raise ConfigError("model: another Engine owns it or a part of it; close that one first")
         settings = {"clip_norm": clip_norm, "clip_scope": clip_scope, "device_memory": device_memory, "seed": seed}
         settings |= {"threads": threads, "keep_graphs": keep_graphs, "slots": slots}
-        setup.check_arguments(optimizer, settings | {"head_chunk_tokens": head_chunk_tokens})
+        settings |= {"head_chunk_tokens": head_chunk_tokens, "host_memory": host_memory}
+        setup.check_arguments(optimizer, {**settings, "nvme": nvme})
+        optimizer = optimizer or AdamW()
         self.model, self._compile, self._head_chunk_tokens = model, compile, head_chunk_tokens
         self.precision = setup.resolve_precision(precision, setup.make_device(device))
-        self.device = setup.make_device(device, self.precision, setup.device_memory_bytes(device_memory))
+        self.device = setup.make_device(device, self.precision, setup.memory_bytes("device_memory", device_memory))
         check_compile(compile, self.device.torch_device)
         self.clip_norm, self.clip_scope, self.seed = clip_norm, clip_scope, seed
         self.keeps_gradients = setup.keeps_gradients(clip_norm, clip_scope)
@@ -105,19 +112,27 @@ class Engine:
         self._warned = False
 
         self.partition = partition(model)
-        groups, group_of = (optimizer or AdamW()).group_slots(self.partition.slots)
+        groups, group_of = optimizer.group_slots(self.partition.slots)
         if not groups:
             raise ConfigError("model: all of its parameters are frozen; at least one must require a gradient")
         dtypes = setup.weight_dtypes(model, self.partition, self.precision)
         layouts = setup.lay_out_units(self.partition, dtypes, group_of)
-        self.plan: MemoryPlan = setup.plan_for(layouts, clip_norm, clip_scope, streaming=streams(self.device))
         _refuse_meta(model)
         held = sum(slot.parameter.nbytes for slot in self.partition.slots)
-        require_fit(self.plan, host_memory_limits().free_bytes, held)
+        self.plan: MemoryPlan = setup.plan_for(
+            layouts,
+            keep_gradients=self.keeps_gradients,
+            streaming=streams(self.device),
+            moments=optimizer.moments,
+            nvme=nvme,
+            host_memory=host_memory,
+            available_bytes=host_memory_limits().free_bytes + held,
+        )
 
         keep_large_allocations_out_of_heap()
         compile_kernels()
-        self.store = HostStore(Workers(threads or torch.get_num_threads()))
+        spilled = setup.open_spill(self.plan, nvme)
+        self.store = HostStore(Workers(threads or torch.get_num_threads()), optimizer.moments, spilled)
         for unit, slabs in layouts.items():
             self.store.take_over(unit, slabs, {slot.index: slot for slot in self.partition.slots}, mapped=_mapped)
         setup.cast_buffers(model, dtypes)
@@ -126,7 +141,7 @@ class Engine:
                 for slab, buffer in zip(state.slabs, gradient_buffers(state.slabs), strict=True):
                     slab.gradient = buffer
         self._connect(slots)
-        self.optimizer = EngineOptimizer(groups, optimizer or AdamW(), self)
+        self.optimizer = EngineOptimizer(groups, optimizer, self)
         self.kept_graphs = KeptGraphs(keep_graphs, self.partition.units)
         self.executor = Executor(self.device, self.weights, self.gradients, self.kept_graphs)
         self._attach()
@@ -339,7 +354,12 @@ class Engine:
             with self.store.state_of(entry.unit):
                 for name, view in entry.moments.items():
                     given = state[number].get(name)
-                    if given is None or (given.dtype != view.dtype and view.dtype != torch.float32):
+                    # torch's own state may be of another float dtype
+                    if (
+                        given is None
+                        or torch.promote_types(given.dtype, view.dtype) != view.dtype
+                        or (given.is_floating_point() != view.is_floating_point())
+                    ):
                         held = state[number]["exp_avg"].dtype
                         raise ConfigError(f"optimizer.moments is {self.store.moments}; the state given holds {held}")
                     view.copy_(given)
@@ -466,7 +486,7 @@ class Engine:
             self._host_thread.close()
         if streams(self.device):
             self.device.close()
-        self.store.workers.close()
+        self.store.close()
 
     def __enter__(self) -> Self:
         return self
@@ -524,11 +544,16 @@ def _refuse_meta(model: nn.Module) -> None:
 def check_plan(model: nn.Module, optimizer: AdamW | None, settings: Mapping[str, Any]) -> None:
     """Raise CapacityError where a model that exists only as shapes (on the meta device) would not fit."""
     setup.check_arguments(optimizer, settings)
-    part = partition(model)
-    _, group_of = (optimizer or AdamW()).group_slots(part.slots)
+    part, optimizer = partition(model), optimizer or AdamW()
+    _, group_of = optimizer.group_slots(part.slots)
     device = setup.make_device(settings.get("device", "auto"))
     precision = setup.resolve_precision(settings.get("precision", "auto"), device)
-    layouts = setup.lay_out_units(part, setup.weight_dtypes(model, part, precision), group_of)
-    clipping = settings.get("clip_norm", 1.0), settings.get("clip_scope", "global")
-    plan = setup.plan_for(layouts, *clipping, streaming=streams(device))
-    require_fit(plan, host_memory_limits().free_bytes, 0)
+    setup.plan_for(
+        setup.lay_out_units(part, setup.weight_dtypes(model, part, precision), group_of),
+        keep_gradients=setup.keeps_gradients(settings.get("clip_norm", 1.0), settings.get("clip_scope", "global")),
+        streaming=streams(device),
+        moments=optimizer.moments,
+        nvme=settings.get("nvme"),
+        host_memory=settings.get("host_memory"),
+        available_bytes=host_memory_limits().free_bytes,
+    )

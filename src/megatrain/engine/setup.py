@@ -2,8 +2,9 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,11 @@ from megatrain.engine.gradient_stream import largest_staging_bytes
 from megatrain.engine.kept_graphs import check_keep_graphs
 from megatrain.errors import ConfigError
 from megatrain.memory.layout import BYTES, Request, SlabLayout, lay_out
-from megatrain.memory.plan import MemoryPlan, plan_memory
+from megatrain.memory.placement import choose_spilled
+from megatrain.memory.plan import MemoryPlan, plan_memory, require_fit
+from megatrain.memory.slab_state import unit_state_bytes
+from megatrain.memory.spill_file import SpillFile
+from megatrain.memory.spilled_states import SpilledStates
 from megatrain.memory.store import HostStore, home_layouts
 from megatrain.model.partition import ParameterSlot, Partition
 from megatrain.optim.adamw import AdamW
@@ -27,6 +32,7 @@ PRECISIONS = ("auto", "bf16", "fp32")
 CLIP_SCOPES = ("global", "unit")
 _LOGITS_IN_CACHES_BYTES = 16 * 1024**2  # of one chunk in fp32
 _DEVICE_CHUNK_TOKENS = 4096
+SMALL_UNIT_SHARE = 64  # the state of units below this fraction of the largest is not worth a disk's time
 _log = logging.getLogger(__name__)
 
 
@@ -44,13 +50,17 @@ def check_arguments(optimizer: AdamW | None, settings: Mapping[str, Any]) -> Non
     check_slots(settings.get("slots"))
     check_head_chunk_tokens(settings.get("head_chunk_tokens"))
     check_keep_graphs(settings.get("keep_graphs", "auto"))
-    device_memory_bytes(settings.get("device_memory"))
+    for name in ("device_memory", "host_memory"):
+        memory_bytes(name, settings.get(name))
+    nvme = settings.get("nvme")
+    if nvme is not None and not (isinstance(nvme, (str, Path)) and Path(nvme).is_dir()):
+        raise ConfigError(f"engine.nvme is {str(nvme)!r}; it must be a folder that exists, on a local disk")
     if not _is_whole(seed := settings.get("seed", 0)):
         raise ConfigError(f"train.seed is {seed!r}; it must be a whole number")
 
 
-def device_memory_bytes(value: int | str | None) -> int | None:
-    """The setting device_memory in bytes. Raises ConfigError where it is no size."""
+def memory_bytes(name: str, value: int | str | None) -> int | None:
+    """The setting `name` (device_memory, host_memory) in bytes. Raises ConfigError where it is no size."""
     right = "it must be a number of bytes > 0, a size such as '24GiB', or None for all there is"
     size: Any = value
     if isinstance(value, str):
@@ -61,7 +71,7 @@ def device_memory_bytes(value: int | str | None) -> int | None:
     elif value is None:
         return None
     if not _is_whole(size) or size <= 0:
-        raise ConfigError(f"engine.device_memory is {value!r}; {right}")
+        raise ConfigError(f"engine.{name} is {value!r}; {right}")
     return int(size)
 
 
@@ -200,9 +210,43 @@ def lay_out_units(part: Partition, dtypes: dict[int, str], group_of: dict[int, i
 
 
 def plan_for(
-    layouts: dict[int, list[SlabLayout]], clip_norm: float | None, clip_scope: str, *, streaming: bool
+    layouts: dict[int, list[SlabLayout]],
+    *,
+    keep_gradients: bool,
+    streaming: bool,
+    moments: str = "fp32",
+    nvme: str | Path | None = None,
+    host_memory: int | str | None = None,
+    available_bytes: int | None = None,
 ) -> MemoryPlan:
-    return plan_memory(layouts, keep_gradients=keeps_gradients(clip_norm, clip_scope), streaming=streaming)
+    """The host's memory. With `nvme`, the optimizer state of as many units goes there as the rest needs in order to
+    fit into `available_bytes` and `host_memory`.
+
+    Raises CapacityError where the plan does not fit all the same; without `available_bytes` nothing is held against it.
+    """
+
+    def plan_of(spilled: Collection[int]) -> MemoryPlan:
+        return plan_memory(
+            layouts, keep_gradients=keep_gradients, streaming=streaming, moments=moments, spilled=spilled
+        )
+
+    if available_bytes is None:
+        return plan_of(())
+    most = memory_bytes("host_memory", host_memory)
+    room = available_bytes if most is None else min(most, available_bytes)
+    sizes = {unit: unit_state_bytes(slabs, moments) for unit, slabs in layouts.items()}
+    movable = [unit for unit, n in sizes.items() if n * SMALL_UNIT_SHARE > max(sizes.values())]
+    plan = plan_of(choose_spilled(movable, plan_of, room) if nvme is not None else ())
+    require_fit(plan, available_bytes, most)
+    return plan
+
+
+def open_spill(plan: MemoryPlan, nvme: str | Path | None) -> SpilledStates | None:
+    """What holds the planned units' optimizer state on disk; None where the plan has none there."""
+    if not plan.spilled:
+        return None
+    assert nvme is not None
+    return SpilledStates(SpillFile(Path(nvme), plan.disk_bytes), plan.spilled)
 
 
 def keeps_gradients(clip_norm: float | None, clip_scope: str) -> bool:

@@ -1,7 +1,7 @@
 """Bytes by category before anything is allocated, and the refusal when they do not fit."""
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
 from megatrain.errors import CapacityError
 from megatrain.memory.layout import SlabLayout
@@ -21,7 +21,11 @@ class MemoryPlan:
     state: dict[str, int]
     transient: dict[str, int]
     page_locked: tuple[str, ...] = ()
-    disk_bytes: int = 0  # of optimizer state that is not in host memory
+    spilled: Mapping[int, int] = field(default_factory=dict)  # bytes of optimizer state on disk, by unit
+
+    @property
+    def disk_bytes(self) -> int:
+        return file_bytes(self.spilled)
 
     @property
     def total_bytes(self) -> int:
@@ -72,20 +76,22 @@ def plan_memory(
         arriving = ARRIVING_UNITS * largest_gradient
         state["gradients"] = sum(gradient_bytes) if keep_gradients else arriving
         transient = {"arriving gradients": arriving} if keep_gradients else {}
-        return MemoryPlan(parameters, state, transient, ("weights", "gradients", *transient), file_bytes(on_disk))
+        return MemoryPlan(parameters, state, transient, ("weights", "gradients", *transient), on_disk)
     # while a unit is differentiated: its fp32 sum over micro-batches, and one gradient in its own dtype
     largest = max((sum(s.moment_bytes + s.gradient_bytes for s in unit) for unit in units.values()), default=0)
-    return MemoryPlan(parameters, state, {"gradient sum": largest}, disk_bytes=file_bytes(on_disk))
+    return MemoryPlan(parameters, state, {"gradient sum": largest}, spilled=on_disk)
 
 
-def require_fit(plan: MemoryPlan, free_bytes: int, already_held_bytes: int) -> None:
-    """Raise CapacityError naming the missing bytes. `already_held_bytes`: the model's own tensors, which the store
-    replaces one by one."""
-    available = free_bytes + already_held_bytes
-    missing = plan.total_bytes - available
+def require_fit(plan: MemoryPlan, available_bytes: int, most_bytes: int | None = None) -> None:
+    """Raise CapacityError naming the missing bytes. `available_bytes`: free memory, and the model's own tensors, which
+    the store replaces one by one. `most_bytes`: the setting host_memory."""
+    limited = most_bytes is not None and most_bytes < available_bytes
+    room = most_bytes if most_bytes is not None and limited else available_bytes
+    missing = plan.total_bytes - room
     if missing > 0:
         parts = ", ".join(f"{name} {format_bytes(n)}" for name, n in (plan.state | plan.transient).items() if n)
+        allowed = f"engine.host_memory is {format_bytes(room)}" if limited else f"{format_bytes(room)} can be had"
         raise CapacityError(
             f"host memory: {format_bytes(missing)} missing: {plan.parameters:,} parameters need "
-            f"{format_bytes(plan.total_bytes)} ({parts}) and {format_bytes(available)} can be had"
+            f"{format_bytes(plan.total_bytes)} ({parts}) and {allowed}"
         )

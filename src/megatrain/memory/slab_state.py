@@ -17,8 +17,6 @@ from torch import Tensor
 from megatrain.memory.layout import Place, SlabLayout
 from megatrain.optim.int8_moments import BLOCK, Int8Moments, blocks
 
-MOMENTS = ("fp32", "int8")
-
 
 @dataclass(frozen=True, slots=True)
 class Fp32Moments:

@@ -235,6 +235,12 @@ class HostStore:
                 held["accumulated"] += 0 if slab.accumulated is None else slab.layout.moment_bytes
         return held
 
+    def close(self) -> None:
+        """Weights stay; state on disk is gone."""
+        self.workers.close()
+        if self.spilled is not None:
+            self.spilled.close()
+
     def check_addresses(self) -> None:
         """Every parameter must still be the view it was made: `load_state_dict(assign=True)`, `.data =` and casts
         detach it silently, and training would go on with weights that nobody reads. Raises IntegrityError."""

@@ -176,6 +176,8 @@ def _engine_settings(config: Config) -> dict[str, Any]:
         "clip_norm": config.train.clip_norm,
         "clip_scope": config.train.clip_scope,
         "device_memory": config.engine.device_memory,
+        "host_memory": config.engine.host_memory,
+        "nvme": config.engine.nvme,
         "seed": config.train.seed,
         "threads": config.engine.threads,
         "keep_graphs": config.engine.keep_graphs,

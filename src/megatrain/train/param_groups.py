@@ -32,6 +32,7 @@ def make_optimizer(settings: OptimizerConfig, model: Any) -> AdamW:
         eps=settings.eps,
         weight_decay=settings.weight_decay,
         param_groups=groups,
+        moments=settings.moments,
     )
 
 

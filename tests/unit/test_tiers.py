@@ -1,0 +1,229 @@
+"""Optimizer state on disk, and moments of one byte, under a whole engine."""
+
+import copy
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_engine_random import tiny_llama
+from test_engine_toys import WIDTH, Block, Net, assert_trains_like_plain, batches_of, make_batch, make_engine
+from torch import Tensor, nn
+
+import megatrain as mt
+from megatrain.device.lagged import LaggedDevice
+from megatrain.errors import CapacityError, ConfigError, IntegrityError
+from megatrain.memory.placement import choose_spilled, spread
+from megatrain.memory.plan import MemoryPlan
+from megatrain.memory.spilled_states import BUFFERS
+
+INT8 = mt.AdamW(lr=1e-2, moments="int8")
+
+
+class Wide(Block):
+    """Most of its parameters in one matrix, so that state outweighs the buffers it goes through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Linear(WIDTH, 4096, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return super().forward(hidden + self.wide(hidden).sum(-1, keepdim=True) / 4096)
+
+
+def make_net(count: int = 6) -> Net:
+    return Net(Wide, count=count)
+
+
+def device(name: str, precision: str) -> Any:
+    return LaggedDevice(precision) if name == "lagged" else name
+
+
+def tight(some: bool = True, **settings: Any) -> int:
+    """Host memory with room for a part of the optimizer state, or (not `some`) for next to nothing of it."""
+    engine = make_engine(make_net(), **settings)
+    engine.close()
+    state = sum(engine.plan.state[name] for name in ("remainders", "exp_avg", "exp_avg_sq"))
+    spilled = 4 if some else 6  # of the six large units; three buffers of this size stay
+    return engine.plan.total_bytes - (spilled - BUFFERS) * (state // 6) + 4 * 4096
+
+
+def trained(steps: int = 4, **settings: Any) -> tuple[list[Any], dict[str, torch.Tensor], dict[int, Any], int]:
+    """(loss and norm of each step, weights, optimizer state, units on disk)."""
+    model = make_net()
+    engine = make_engine(model, **settings)
+    seen = []
+    for step in range(steps):
+        stats = engine.train_step(batches_of(step, 2))
+        seen.append((stats.loss, stats.grad_norm))
+    state = {n: {k: v.clone() for k, v in s.items()} for n, s in engine.optimizer_state().items()}
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    masters = {f"master {slot}": engine.store.read_master(slot) for slot in engine.store.slots}
+    engine.close()
+    return seen, weights | masters, state, len(engine.plan.spilled)
+
+
+def assert_same(one: Any, other: Any) -> None:
+    assert one[0] == other[0]
+    assert all(torch.equal(one[1][name], other[1][name]) for name in one[1])
+    assert one[2].keys() == other[2].keys()
+    for number, state in one[2].items():
+        assert state.keys() == other[2][number].keys()
+        assert all(torch.equal(state[name], other[2][number][name]) for name in state)
+
+
+@pytest.mark.parametrize("clip", [{}, {"clip_scope": "unit"}, {"clip_norm": None}], ids=["global", "unit", "none"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["cpu", "lagged"])
+@pytest.mark.parametrize("moments", ["fp32", "int8"])
+def test_state_on_disk_changes_no_bit(
+    tmp_path: Path, name: str, precision: str, clip: dict[str, Any], moments: str
+) -> None:
+    """All of it there, half of it, none of it."""
+    settings = {"precision": precision, "optimizer": mt.AdamW(lr=1e-2, moments=moments), **clip}
+    expected = trained(**settings, device=device(name, precision))
+    assert expected[3] == 0
+    for some in (True, False):
+        memory = tight(some, **settings, device=device(name, precision))
+        found = trained(**settings, device=device(name, precision), nvme=tmp_path, host_memory=memory)
+        assert_same(found, expected)
+        assert found[3] >= (3 if some else 6)
+    assert not list(tmp_path.iterdir())
+
+
+def test_as_few_units_as_it_takes(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"precision": "bf16", "nvme": tmp_path}
+    for memory, expected in ((tight(precision="bf16"), {3, 4}), (10**9, {0})):
+        engine = make_engine(make_net(), **settings, host_memory=memory)
+        assert len(engine.plan.spilled) in expected
+        assert engine.plan.total_bytes <= memory
+        held = engine.memory_report()
+        assert {k: n for k, n in engine.plan.state.items() if n} == {k: n for k, n in held.items() if n}
+        engine.train_step(batches_of(0, 1))
+        engine.close()
+    with pytest.raises(CapacityError, match=r"missing: .* disk buffers .* engine.host_memory is 1.00 kB"):
+        make_engine(make_net(), **settings, host_memory=1000)
+
+
+def test_a_whole_language_model_on_disk_trains_like_plain(tmp_path: Path) -> None:
+    """Against plain PyTorch, to the last bit."""
+    assert_trains_like_plain(make_net(), micro_batches=2, nvme=tmp_path, host_memory=tight())
+
+
+def test_everything_that_reads_or_writes_state_goes_through_the_disk(tmp_path: Path) -> None:
+    """Masters and moments read and written from outside, weights written in place."""
+    model, other = make_net(), make_net()
+    on_disk = make_engine(model, precision="bf16", nvme=tmp_path, host_memory=tight(precision="bf16"))
+    in_memory = make_engine(other, precision="bf16")
+    assert on_disk.plan.spilled
+    for engine in (on_disk, in_memory):
+        engine.train_step(batches_of(0, 2))
+        state = {n: {k: v.clone() for k, v in s.items()} for n, s in engine.optimizer_state().items()}
+        engine.train_step(batches_of(1, 2))
+        engine.load_optimizer_state(state)
+        engine.load_optimizer_state({n: s for n, s in state.items() if n % 3})
+        engine.flush()
+        with torch.no_grad():
+            engine.model.head.weight.mul_(1.5)
+        engine.train_step(batches_of(2, 2))
+        engine.flush()
+    for slot in on_disk.store.slots:
+        assert torch.equal(on_disk.store.read_master(slot), in_memory.store.read_master(slot))
+    for n, s in on_disk.optimizer_state().items():
+        assert all(torch.equal(s[k], in_memory.optimizer_state()[n][k]) for k in s)
+    on_disk.close()
+    in_memory.close()
+
+
+@pytest.mark.parametrize("call", ["preadv", "pwritev"])
+@pytest.mark.parametrize("name", ["cpu", "lagged"])
+def test_a_failing_disk_stops_training_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, call: str
+) -> None:
+    engine = make_engine(
+        make_net(), device=device(name, "fp32"), nvme=tmp_path, host_memory=tight(device=device(name, "fp32"))
+    )
+    engine.train_step(batches_of(0, 1))
+    engine.flush()
+
+    def fail(*_: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, call, fail)
+
+    def go_on() -> None:
+        for step in range(1, 4):
+            engine.train_step(batches_of(step, 1))
+
+    with pytest.raises(IntegrityError, match=r"engine.nvme: (reading|writing) optimizer state in .* at byte"):
+        go_on()
+    with pytest.raises(IntegrityError, match=r"engine.nvme"):
+        engine.flush()
+
+
+@pytest.mark.parametrize("value", ["/nowhere", 3])
+def test_a_wrong_folder(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"engine.nvme is .*; it must be a folder that exists"):
+        make_engine(Net(), nvme=value)
+
+
+@pytest.mark.parametrize("value", [0, -1, "lots", 1.5])
+def test_a_wrong_host_memory(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"engine.host_memory is .*; it must be a number of bytes > 0"):
+        make_engine(Net(), host_memory=value)
+
+
+def test_too_little_host_memory_without_a_disk() -> None:
+    with pytest.raises(CapacityError, match=r"missing: .* parameters need .* and engine.host_memory is 20.00 kB"):
+        make_engine(Net(), host_memory=20_000)
+
+
+def test_units_on_disk_are_few_and_spread() -> None:
+    assert spread(range(8), 0) == frozenset()
+    assert spread(range(8), 2) == {2, 6}
+    assert spread(range(8), 8) == set(range(8))
+    plan_of = lambda chosen: MemoryPlan(1, {"state": 100 - 10 * len(chosen)}, {})  # noqa: E731
+    assert choose_spilled(range(8), plan_of, 100) == frozenset()
+    assert len(choose_spilled(range(8), plan_of, 71)) == 3
+    assert len(choose_spilled(range(8), plan_of, 5)) == 8
+
+
+# -- moments of one byte ----------------------------------------------------------------------------------------------
+
+
+def test_wrong_moments() -> None:
+    with pytest.raises(ConfigError, match=r"moments"):
+        mt.AdamW(moments="int4")
+
+
+def test_int8_moments_take_two_bytes_and_an_eighth() -> None:
+    model = tiny_llama()
+    engines = {m: make_engine(copy.deepcopy(model), optimizer=mt.AdamW(moments=m)) for m in ("fp32", "int8")}
+    held = {m: engine.memory_report() for m, engine in engines.items()}
+    ratio = held["int8"]["exp_avg"] / held["fp32"]["exp_avg"]
+    assert ratio == 1.0625 / 4
+    for m, engine in engines.items():
+        engine.train_step([make_batch(0)])
+        assert held[m]["exp_avg"] == engine.plan.state["exp_avg"]
+        engine.close()
+
+
+def test_int8_state_is_given_and_taken_exactly() -> None:
+    """Training goes on from a copy of the state as it would have gone on."""
+    model = Net(count=3)
+    engine = make_engine(model, optimizer=INT8)
+    for step in range(3):
+        engine.train_step(batches_of(step, 1))
+    other = Net(count=3)
+    other.load_state_dict(model.state_dict())
+    resumed = make_engine(other, optimizer=INT8)
+    resumed.load_optimizer_state(engine.optimizer_state())
+    resumed.step_count = engine.step_count
+    for step in range(3, 6):
+        assert resumed.train_step(batches_of(step, 1)).loss == engine.train_step(batches_of(step, 1)).loss
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    plain = make_engine(Net(count=3))
+    with pytest.raises(ConfigError, match=r"optimizer.moments is fp32; the state given holds torch.int8"):
+        plain.load_optimizer_state(engine.optimizer_state())
