@@ -1,6 +1,7 @@
 """What the model leaves on its units' modules for them to find: recomputation finds it, micro-batches do not mix."""
 
 import copy
+import gc
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from test_engine_toys import (
 from torch import Tensor
 
 from megatrain.errors import UnsupportedModelError
+from megatrain.model.block import UnitCall
 
 
 class Told(Block):
@@ -176,6 +178,26 @@ def test_a_unit_that_cannot_be_repeated_is_refused_by_name(block: Any) -> None:
     with pytest.raises(UnsupportedModelError, match=r"unit blocks\.1: .*(another result|puts tensors)"):
         engine.train_step([make_batch(0)])
     engine.close()
+
+
+class SideBySide(Net):
+    """Blocks that all read the embedding: when one of them is refused, autograd has the others still to do."""
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        return sum(block(x) for block in self.blocks)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_a_refused_step_leaves_nothing_of_its_graph_behind(micro_batches: int) -> None:
+    """Neither held by this thread nor by those of the micro-batches, which could not free it while Python ends."""
+    engine = make_engine(SideBySide(OwnGenerator, count=3), keep_graphs="off")
+    with pytest.raises(UnsupportedModelError, match="another result"):
+        engine.train_step(batches_of(0, micro_batches))
+    gc.collect()
+    assert not [
+        found for found in gc.get_objects() if isinstance(found, UnitCall) and found.block.host is engine.executor
+    ]
 
 
 class WithBuffer(Block):
