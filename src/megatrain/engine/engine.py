@@ -156,7 +156,9 @@ class Engine:
 
         Labels are not shifted and -100 is ignored, as in transformers. The loss is the mean over the target tokens of
         all micro-batches, whatever their shapes. Weights are updated as if synchronously; a non-finite gradient norm
-        skips the step and changes nothing (NonFiniteGradientError where units are updated before the norm is known).
+        skips the step: no weight and nothing of the optimizer changes (NonFiniteGradientError where units are updated
+        before the norm is known). Buffers that the forward has updated (BatchNorm's running statistics) stay updated,
+        as with torch.amp.GradScaler.
         """
         self._require_open()
         return train_step(self, _checked_batches(batches), lr)
