@@ -299,3 +299,48 @@ class Recurrent(Block):
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_recurrent_layers_of_torch_train(micro_batches: int) -> None:
     assert_trains_like_plain(Net(Recurrent), micro_batches=micro_batches)
+
+
+class Consuming(Block):
+    """Uses up what the model leaves for it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        left = self.left
+        del self.left
+        return super().forward(x) * (left[0] if isinstance(left, list) else left)
+
+
+class Leaving(Net):
+    def __init__(self, make: Any) -> None:
+        super().__init__(Consuming)
+        self.make = make
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        for block in self.blocks:
+            block.left = self.make(input_ids)
+        return super().hidden(input_ids)
+
+
+@pytest.mark.parametrize("make", [lambda ids: 0.5, lambda ids: mask(ids)], ids=["number", "tensor"])
+def test_an_attribute_that_the_block_deletes_is_found_by_recomputation(make: Any) -> None:
+    model = Leaving(make)
+    assert_trains_like_plain(model, keep_graphs="off")
+    assert not any(hasattr(block, "left") for block in model.blocks)
+
+
+def test_a_list_that_the_block_deletes_is_refused_by_name() -> None:
+    engine = make_engine(Leaving(lambda ids: [0.5]), keep_graphs="off")
+    with pytest.raises(UnsupportedModelError, match=r"unit blocks\.0: its forward deletes the attribute left"):
+        engine.train_step([make_batch(0)])
+
+
+class ForgettingABuffer(WithBuffer):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        del self.scale
+        return y
+
+
+def test_a_buffer_that_the_block_deletes_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"unit blocks\.0: its forward removed the buffer scale"):
+        make_engine(Net(ForgettingABuffer)).train_step([make_batch(0)])

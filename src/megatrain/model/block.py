@@ -11,8 +11,8 @@ Inside `Executor.direct()` units join the surrounding graph with leaf weights: t
 forward at once.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatrain.errors import UnsupportedModelError
 from megatrain.model.binding import bound
+from megatrain.model.first_run import SavedTensors
 from megatrain.model.foreign import refuse_foreign_tensors
 from megatrain.model.partition import Unit
 from megatrain.model.side_effects import (
@@ -73,8 +74,8 @@ class UnitHost(Protocol):
     def keeps_graph(self, unit: Unit) -> bool:
         """Whether this call keeps its graph instead of recomputing."""
 
-    def graph_meter(self, unit: Unit, given: list[Tensor]) -> Callable[[Tensor], Any]:
-        """Is shown each tensor that the graph of a first run would save; what it returns is kept in its stead."""
+    def graph_meter(self, unit: Unit, given: list[Tensor]) -> Callable[[Tensor], None]:
+        """Is shown each tensor that the graph of a first run would save."""
 
     def direct_leaves(self) -> "DirectLeaves | None":
         """Set while the calling thread runs units inside a graph of its own."""
@@ -106,6 +107,10 @@ class UnitForward:
         self.attributes = WrittenAttributes(unit.module, self.where)
         self.buffers = WrittenBuffers(unit.module, self.where)
         self.anchor = torch.zeros((), requires_grad=True)
+        self.differentiates = False  # inside its forward, as far as is known
+
+    def notice_differentiation(self) -> None:
+        self.differentiates = True
 
     def install(self) -> None:
         self.unit.module.forward = self  # type: ignore[assignment]
@@ -186,9 +191,10 @@ class UnitCall:
             result = self.graph.result
         else:
             # Gradients on, as in plain PyTorch: whether a product is folded, and so its last bit, depends on it.
-            # What the graph would save is dropped at once, so memory is that of a run without gradients.
-            drop = host.graph_meter(block.unit, [*inputs, *weights.values()])
-            with torch.autograd.graph.saved_tensors_hooks(drop, drop):
+            # What the graph would save is dropped, so memory is that of a run without gradients.
+            meter = host.graph_meter(block.unit, [*inputs, *weights.values()])
+            hold = block.differentiates or self.generation == 0
+            with SavedTensors(block.where, meter, hold, block.notice_differentiation).during_run():
                 result = _Graph(self, inputs, weights, attributes).result
         if not self.random.drawn():
             self.random = None
@@ -285,11 +291,17 @@ class _Graph:
         if needed is None:
             needed = [t.requires_grad for t in call.flat.tensors]
         slots = call.block.unit.slots
+        self.where = call.block.where
         self.computing = call.block.host.computing
         self.leaves = {s.index: _leaf(weights[s.index], s.parameter.requires_grad) for s in slots}
         self.inputs = [_leaf(t, need) for t, need in zip(inputs, needed, strict=True)]
         with torch.enable_grad():
             self.result = _Result(call, call.flat, self.inputs, self.leaves, attributes)
+        if any(leaf.grad is not None for leaf in (*self.inputs, *self.leaves.values())):
+            raise UnsupportedModelError(
+                f"{call.block.where}: it calls backward() in its forward, whose gradients would be lost; use"
+                " torch.autograd.grad there"
+            )
 
     def differentiate(self, output_gradients: list[Tensor | None]) -> tuple[list[Tensor | None], dict[int, Tensor]]:
         """(gradient per input or None, gradient per slot index of parameters that got one)."""
@@ -302,7 +314,7 @@ class _Graph:
         leaves = {index: leaf for index, leaf in self.leaves.items() if leaf.requires_grad}
         if not pairs or not (wanted or leaves):
             return [None] * len(self.inputs), {}
-        with self.computing():
+        with self.computing(), _saying_what_checkpoints_lack(self.where):
             found = torch.autograd.grad(
                 [t for t, _ in pairs], [*wanted, *leaves.values()], [g for _, g in pairs], allow_unused=True
             )
@@ -391,6 +403,19 @@ def _without_leaf_errors(block: UnitForward, args: Any, kwargs: Any) -> Any:
         if "leaf Variable that requires grad" not in str(error):
             raise
         raise UnsupportedModelError(f"{block.where}: it changes an input or a parameter in place: {error}") from error
+
+
+@contextmanager
+def _saying_what_checkpoints_lack(where: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "use_reentrant=True" not in str(error):
+            raise
+        raise UnsupportedModelError(
+            f"{where}: it calls torch.utils.checkpoint with use_reentrant=True, which cannot give a unit's gradients by"
+            " themselves; leave it out (the engine recomputes every unit anyway) or pass use_reentrant=False"
+        ) from error
 
 
 def _leaf(tensor: Tensor, requires_grad: bool) -> Tensor:
