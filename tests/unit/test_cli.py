@@ -334,6 +334,9 @@ def test_a_used_run_folder_is_refused_before_anything_happens(
         (["train.steps", "3"], "unrecognized arguments: train.steps 3"),
         (["--train.steps=x"], "train.steps: 'x' is wrong"),
         (["--train.steps", "-4"], "train.steps: -4 is wrong"),
+        (["--train.steps", "1", "--train.steps=2"], "train.steps: given twice on the command line; give it once"),
+        (["--output=a", "--train.steps=1", "--output=a"], "output: given twice"),
+        (["--model.config.n_embd=8", "--model.config={}"], "model.config: would replace model.config.n_embd"),
     ],
 )
 def test_wrong_overrides(
