@@ -65,7 +65,7 @@ class WrittenAttributes:
     A tensor that the forward assigns (`self.aux_loss = ...`) becomes an output of the node, so that it keeps its
     gradient. A list or dict into which it puts tensors cannot be followed and is refused. Whatever else it finds on
     its modules (a counter of its own, a flag or a mask that the model sets on them, training or evaluation mode),
-    recomputation finds as it was. What is changed in place behind this record, `block.Digest` notices.
+    recomputation finds as it was. What is changed in place behind this record, `digest.Digest` notices.
     """
 
     def __init__(self, module: nn.Module, where: str) -> None:
