@@ -131,7 +131,7 @@ def test_a_units_own_tensors_are_not_kept_from_call_to_call() -> None:
             return Output(super().forward(input_ids, labels).loss + sum(b.last for b in self.blocks))
 
     engine = assert_trains_like_plain(Nets(Remembers), micro_batches=1)
-    kept = [value for block in engine._blocks for value in block.attributes._kept.values()]
+    kept = [value for block in engine.attachment.blocks for value in block.attributes._kept.values()]
     assert not any(isinstance(value, Tensor) for value in kept)
 
 
