@@ -176,7 +176,7 @@ def _compare(
         ]
         if not found.equal:
             break
-    found.caches_off = engine._root._caches_off
+    found.caches_off = engine.attachment.root._caches_off
     found.several_readers, found.several_calls = watch.several_readers, watch.several_calls
     found.read_outside = sorted(outside)
     return found

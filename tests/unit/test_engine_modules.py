@@ -16,6 +16,7 @@ from test_engine_toys import (
     Output,
     assert_close_weights,
     assert_free_loop_like_plain,
+    assert_same_buffers,
     assert_trains_like_plain,
     batches_of,
     make_batch,
@@ -844,6 +845,31 @@ def test_batch_norm_after_a_first_forward_in_eval_mode() -> None:
         engine.model.train()
 
     assert_trains_like_plain(Net(Normed), prepare=evaluate_first)
+
+
+def test_batch_norm_statistics_of_a_skipped_step_move_as_in_plain_pytorch() -> None:
+    """GradScaler skips the update of a step whose forward has run, too."""
+
+    class Exploding(Net):
+        factor = 1.0
+
+        def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+            return super().loss(logits, labels) * self.factor
+
+    plain, model = Exploding(Normed), Exploding(Normed)
+    engine, trainer = make_engine(model), plain_trainer(plain)
+    for factor in (1.0, float("inf"), 1.0):
+        plain.factor = model.factor = factor
+        trainer.backward([make_batch(0)])
+        stats = engine.train_step([make_batch(0)])
+        assert stats.skipped == (factor != 1.0)
+        assert_same_buffers(plain, model)
+        if not stats.skipped:
+            trainer.update(stats.grad_norm)
+        else:
+            plain.zero_grad()
+    assert model.blocks[0].batch_norm.num_batches_tracked == 3
+    assert weight_differences(plain, engine) == []
 
 
 class Averages(Block):

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import io
 import mmap
 import threading
 import time
@@ -334,6 +335,20 @@ def test_other_moves_and_casts_are_refused(cast: Any, part: str) -> None:
         cast(model.get_submodule(part))
     assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())
     assert not engine.train_step([make_batch(0)]).skipped
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: torch.save(module, io.BytesIO())])
+@pytest.mark.parametrize("part", ["", "blocks", "blocks.0", "blocks.1.up", "head"])
+def test_copies_are_refused_in_one_line_that_says_what_to_do(copied: Any, part: str) -> None:
+    model = Net()
+    engine = make_engine(model)
+    with pytest.raises(UnsupportedModelError, match=r"cannot be copied or pickled\. .*save_pretrained.*state_dict"):
+        copied(model.get_submodule(part))
+    assert not engine.train_step([make_batch(0)]).skipped
+    copied_state = copy.deepcopy(model.state_dict())
+    assert all(torch.equal(w, copied_state[name]) for name, w in model.state_dict().items())
+    engine.close()
+    copied(model.get_submodule(part))
 
 
 def test_transformers_model_refuses_casts_too() -> None:

@@ -2,9 +2,7 @@
 
 import os
 import warnings
-import weakref
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,14 +12,17 @@ from torch import Tensor, nn
 from megatrain.device.base import ComputeDevice, streams
 from megatrain.device.trace import Trace
 from megatrain.engine import setup
-from megatrain.engine.compiled import check_compile, compile_blocks
+from megatrain.engine.attachment import Attachment
+from megatrain.engine.batches import Batch, checked_batches
+from megatrain.engine.compiled import check_compile
 from megatrain.engine.executor import Executor
 from megatrain.engine.gradient_stream import GradientStream
 from megatrain.engine.gradients import GradientBook
 from megatrain.engine.host_thread import HostThread
 from megatrain.engine.kept_graphs import KeepGraphs, KeptGraphs
-from megatrain.engine.step import Batch, StepClock, StepStats, train_step
-from megatrain.engine.targets import labels_are_shifted
+from megatrain.engine.optimizer_state import OptimizerState
+from megatrain.engine.random_streams import stream_seed
+from megatrain.engine.step import StepClock, StepStats, train_step
 from megatrain.engine.updates import PendingUpdates, gradient_arrays, unit_updates
 from megatrain.engine.weight_stream import DEFAULT_SLOTS, WeightStream
 from megatrain.engine.weights import HostWeights, Weights
@@ -30,11 +31,8 @@ from megatrain.memory.arena import keep_large_allocations_out_of_heap, reuse_fre
 from megatrain.memory.limits import host_memory_limits
 from megatrain.memory.plan import MemoryPlan, require_fit
 from megatrain.memory.store import TORCH_DTYPE, HostStore, SlotState, gradient_buffers
-from megatrain.model.block import LOOK_STEPS, UnitForward, install_units
-from megatrain.model.head import ChunkedHead
-from megatrain.model.hidden import HiddenParameters
+from megatrain.model.block import LOOK_STEPS
 from megatrain.model.partition import partition
-from megatrain.model.root import RootForward, guard, report_device, unguard
 from megatrain.optim.adamw import AdamW, EngineOptimizer, check_learning_rate
 from megatrain.optim.compilation import compile_kernels
 from megatrain.optim.workers import Workers
@@ -80,13 +78,10 @@ class Engine:
         *,
         _mapped: bool = False,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise ConfigError(f"model is a {type(model).__name__}; pass an nn.Module, or use Engine.from_pretrained")
-        if any(isinstance(m.__dict__.get("forward"), UnitForward) for m in model.modules()):
-            raise ConfigError("model: another Engine owns it or a part of it; close that one first")
+        setup.check_model(model)
         settings = {"clip_norm": clip_norm, "clip_scope": clip_scope, "device_memory": device_memory, "seed": seed}
         setup.check_arguments(optimizer, settings | {"threads": threads, "keep_graphs": keep_graphs, "slots": slots})
-        self.model, self._compile = model, compile
+        self.model, optimizer = model, optimizer or AdamW()
         self.precision = setup.resolve_precision(precision, setup.make_device(device))
         self.device = setup.make_device(device, self.precision, setup.device_memory_bytes(device_memory))
         check_compile(compile, self.device.torch_device)
@@ -95,37 +90,41 @@ class Engine:
         self.step_count = 0
         self.last_touched: frozenset[int] = frozenset()  # slots that got a gradient in the last step
         self._clip_override: float | None = None
-        self._attached = False
         self._warned = False
 
         self.partition = partition(model)
-        groups, group_of = (optimizer or AdamW()).group_slots(self.partition.slots)
-        if not groups:
-            raise ConfigError("model: all of its parameters are frozen; at least one must require a gradient")
-        dtypes = setup.weight_dtypes(model, self.partition, self.precision)
-        layouts = setup.lay_out_units(self.partition, dtypes, group_of)
-        self.plan: MemoryPlan = setup.plan_for(layouts, clip_norm, clip_scope)
-        _refuse_meta(model)
-        held = sum(slot.parameter.nbytes for slot in self.partition.slots)
+        groups, group_of = setup.parameter_groups(optimizer, self.partition)
+        self._take_over(group_of, threads or torch.get_num_threads(), _mapped)
+        self._connect(slots)
+        self.optimizer = EngineOptimizer(groups, optimizer, self)
+        self.kept_graphs = KeptGraphs(keep_graphs, self.partition.units)
+        self.executor = Executor(self.device, self.weights, self.gradients, self.kept_graphs)
+        self.attachment = Attachment(self, compile)
+        self.head, self.shifts_labels = self.attachment.head, self.attachment.shifts_labels
+        self._attached = True
+        trim_freed_memory()  # of taking the model over and probing its head
+        reuse_freed_memory()
+
+    def _take_over(self, group_of: dict[int, int], threads: int, mapped: bool) -> None:
+        """Plan the bytes, refuse what does not fit, then move the model's parameters into the host store."""
+        model, part = self.model, self.partition
+        dtypes = setup.weight_dtypes(model, part, self.precision)
+        layouts = setup.lay_out_units(part, dtypes, group_of)
+        self.plan: MemoryPlan = setup.plan_for(layouts, self.clip_norm, self.clip_scope)
+        setup.refuse_meta(model)
+        held = sum(slot.parameter.nbytes for slot in part.slots)
         require_fit(self.plan, host_memory_limits().free_bytes, held)
 
         keep_large_allocations_out_of_heap()
         compile_kernels()
-        self.store = HostStore(Workers(threads or torch.get_num_threads()))
+        self.store = HostStore(Workers(threads))
         for unit, slabs in layouts.items():
-            self.store.take_over(unit, slabs, {slot.index: slot for slot in self.partition.slots}, mapped=_mapped)
+            self.store.take_over(unit, slabs, {slot.index: slot for slot in part.slots}, mapped=mapped)
         setup.cast_buffers(model, dtypes)
         if self.keeps_gradients:
             for state in self.store.units.values():
                 for slab, buffer in zip(state.slabs, gradient_buffers(state.slabs), strict=True):
                     slab.gradient = buffer
-        self._connect(slots)
-        self.optimizer = EngineOptimizer(groups, optimizer or AdamW(), self)
-        self.kept_graphs = KeptGraphs(keep_graphs, self.partition.units)
-        self.executor = Executor(self.device, self.weights, self.gradients, self.kept_graphs)
-        self._attach()
-        trim_freed_memory()  # of taking the model over and probing its head
-        reuse_freed_memory()
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], optimizer: AdamW | None = None, **settings: Any) -> Self:
@@ -141,7 +140,7 @@ class Engine:
         device = setup.make_device(settings.get("device", "auto"))
         # in fp32 the model is made in fp32, so that what it computes from its dtype (tables, scales) is too
         exact = setup.resolve_precision(settings.get("precision", "auto"), device) == "fp32"
-        check_plan(build_on_meta(load_config(str(path))), optimizer, settings)
+        setup.check_plan(build_on_meta(load_config(str(path))), optimizer, settings)
         return cls(
             load_pretrained(str(path), attn_implementation=attention, dtype=torch.float32 if exact else None),
             optimizer,
@@ -156,10 +155,12 @@ class Engine:
 
         Labels are not shifted and -100 is ignored, as in transformers. The loss is the mean over the target tokens of
         all micro-batches, whatever their shapes. Weights are updated as if synchronously; a non-finite gradient norm
-        skips the step and changes nothing (NonFiniteGradientError where units are updated before the norm is known).
+        skips the step: no weight and nothing of the optimizer changes (NonFiniteGradientError where units are updated
+        before the norm is known). Buffers that the forward has updated (BatchNorm's running statistics) stay updated,
+        as with torch.amp.GradScaler.
         """
         self._require_open()
-        return train_step(self, _checked_batches(batches), lr)
+        return train_step(self, checked_batches(batches), lr)
 
     def step(self, lr: float | None = None) -> StepStats:
         """Apply the gradients of the backward calls since the last step (`engine.model(**batch).loss.backward()`)."""
@@ -199,21 +200,22 @@ class Engine:
         self.gradients.forget_gradients()
         self._clip_override = None
 
+    def _require_open(self) -> None:
+        if not self._attached:
+            raise RuntimeError("this engine is closed")
+
     # -- parts of a step --------------------------------------------------------------------------------------
 
     def begin_step(self, lr: float | None) -> None:
         if lr is not None:
             check_learning_rate(lr)
         self.store.check_addresses()
-        self._notice_writes()
+        self.notice_writes()
         if lr is not None:
             self.optimizer.set_lr(lr)
 
-    def _require_open(self) -> None:
-        if not self._attached:
-            raise RuntimeError("this engine is closed")
-
-    def _notice_writes(self) -> None:
+    def notice_writes(self) -> None:
+        """Weights that somebody has written become masters."""
         self.store.notice_writes(self.updates.is_pending)
 
     def warn_of_whole_logits(self) -> None:
@@ -238,7 +240,7 @@ class Engine:
     def watch_attributes(self) -> None:
         """In the first steps, notice what micro-batches in turns would read of one another."""
         if self.executor.generation < LOOK_STEPS:
-            for block in self._blocks:
+            for block in self.attachment.blocks:
                 block.attributes.watch()
 
     def seed_micro_batch(self, number: int) -> None:
@@ -320,37 +322,17 @@ class Engine:
     def optimizer_state(self) -> dict[int, dict[str, Any]]:
         """By parameter number in the param groups: step, exp_avg and exp_avg_sq (views, in the parameter's shape)."""
         self.flush()
-        return {number: self._state_of(entry) for number, entry in self._numbered() if entry.steps}
+        return OptimizerState(self.store, self.partition, self.optimizer.param_groups).read()
 
     def load_optimizer_state(self, state: Mapping[int, Mapping[str, Any]]) -> None:
         self.flush()
-        for number, entry in self._numbered():
-            if number not in state:
-                self.store.reset_moments(entry.slot.index)
-                continue
-            entry.steps = int(state[number]["step"])
-            views = self._state_of(entry)
-            for name in ("exp_avg", "exp_avg_sq"):
-                views[name].copy_(state[number][name])
-
-    def _numbered(self) -> list[tuple[int, SlotState]]:
-        slot_of = {id(slot.parameter): slot.index for slot in self.partition.slots}
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return [(number, self.store.slots[slot_of[id(p)]]) for number, p in enumerate(parameters)]
-
-    def _state_of(self, entry: SlotState) -> dict[str, Any]:
-        slab = entry.slab
-        return {
-            "step": torch.tensor(float(entry.steps)),
-            "exp_avg": entry.view(torch.from_numpy(slab.exp_avg)),
-            "exp_avg_sq": entry.view(torch.from_numpy(slab.exp_avg_sq)),
-        }
+        OptimizerState(self.store, self.partition, self.optimizer.param_groups).write(state)
 
     def memory_report(self) -> dict[str, int]:
         """Bytes that the store holds now, by category."""
         return self.store.bytes_by_category()
 
-    # -- attaching to the model -------------------------------------------------------------------------------
+    # -- devices, and the end -----------------------------------------------------------------------------------
 
     def _connect(self, slots: int | None) -> None:
         """Weights and gradients where they lie, or on their way to a device with memory of its own and back."""
@@ -380,74 +362,13 @@ class Engine:
         """Time that computation has spent waiting for the optimizer so far."""
         return self.updates.exposed_seconds + self.weights.exposed_seconds
 
-    def _attach(self) -> None:
-        model = self.model
-        self._blocks = install_units(self.partition.units, self.executor)
-        if self._compile == "blocks":
-            compile_blocks(self._blocks)
-        self.executor.hand_over.carried = [block.attributes.save for block in self._blocks]
-        self.executor.watched = [block.attributes for block in self._blocks]
-        self._undo: list[Callable[[], None]] = []
-        flush: Callable[[], None] = self.flush
-        hiding: Callable[[], AbstractContextManager[None]] = nullcontext
-        if isinstance(self.weights, WeightStream):
-            # what the model's own code may read is the stray parameters; units wait for theirs
-            hidden = HiddenParameters(
-                self.partition, self.device.torch_device, self.weights.strays, self.gradients.add_from_leaf
-            )
-            flush, hiding = _nothing, hidden.hiding
-            setup.move_buffers(model, self.device.torch_device)
-            self._undo.append(report_device(model, self.device.torch_device))
-            self._undo.append(lambda: setup.move_buffers(model, torch.device("cpu")))
-        self._root = RootForward(model, flush, self.executor.forward_pass, hiding, self.device.torch_device)
-        model.forward = self._root  # type: ignore[assignment]
-        self._hooks: list[Any] = []
-        for index, entry in self.store.slots.items():
-            if entry.slot.parameter.requires_grad:
-                self._hooks.append(
-                    entry.slot.parameter.register_post_accumulate_grad_hook(self._leaf_hook(index))  # type: ignore[func-returns-value]
-                )
-        for module in model.modules():
-            self._hooks.append(module.register_state_dict_pre_hook(lambda *_: self.flush()))
-            self._hooks.append(module.register_load_state_dict_pre_hook(lambda *_: self.flush()))
-            self._hooks.append(
-                module.register_load_state_dict_post_hook(lambda *_: self.store.notice_writes(self.updates.is_pending))
-            )
-        guard(model, self.device.torch_device)
-        self.head = ChunkedHead(model, self._root, self.device.torch_device, self.executor.direct)
-        self.executor.forget_order()
-        # a head that was shown to run in chunks of shifted labels does shift them
-        self.shifts_labels = self.head.reason is None or labels_are_shifted(model)
-        model.__dict__["zero_grad"] = lambda set_to_none=True: self.discard_gradients()
-        self._attached = True
-
-    def _leaf_hook(self, index: int) -> Any:
-        gradients = weakref.ref(self.gradients)  # the garbage collector does not see what a parameter's hook holds
-
-        def take(parameter: Tensor) -> None:
-            gradient, parameter.grad = parameter.grad, None
-            book = gradients()
-            if gradient is not None and book is not None:
-                book.add_from_leaf(index, gradient)
-
-        return take
-
     def close(self) -> None:
         """Finish the updates and give the model its own forward back; its parameters keep their values."""
         if not self._attached:
             return
         self._attached = False
         self.flush()
-        self.head.remove()
-        for block in self._blocks:
-            block.remove()
-        self.model.__dict__.pop("forward", None)
-        self.model.__dict__.pop("zero_grad", None)
-        for hook in self._hooks:
-            hook.remove()
-        unguard(self.model)
-        for undo in self._undo:
-            undo()
+        self.attachment.remove()
         self.executor.hand_over.close()
         self.weights.close()
         if self._host_thread is not None:
@@ -461,62 +382,3 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _checked_batches(batches: Iterable[Batch]) -> list[Batch]:
-    """The micro-batches of a step as a list. Raises ConfigError where they are not mappings with labels."""
-    if isinstance(batches, (Mapping, Tensor, str)) or not isinstance(batches, Iterable):
-        raise ConfigError(f"batches is a {type(batches).__name__}; it must be a list of micro-batches, such as [batch]")
-    batches = list(batches)
-    if not batches:
-        raise ConfigError("batches is empty; a step needs at least one micro-batch")
-    for number, batch in enumerate(batches):
-        if not isinstance(batch, Mapping):
-            raise ConfigError(
-                f"batches[{number}] is a {type(batch).__name__}; it must be a dict of the model's arguments with labels"
-            )
-        if "labels" not in batch:
-            raise ConfigError(f"batches[{number}] has no labels; it has {', '.join(map(str, batch)) or 'nothing'}")
-        if not isinstance(batch["labels"], Tensor):
-            kind = type(batch["labels"]).__name__
-            raise ConfigError(f"batches[{number}]['labels'] is of type {kind}; it must be a tensor of token ids")
-    return batches
-
-
-def _nothing() -> None:
-    """Nothing to wait for."""
-
-
-def stream_seed(seed: int, step: int, micro_batch: int) -> int:
-    """Seed of one micro-batch's random stream: distinct inputs give unrelated streams (SplitMix64's finalizer)."""
-    mask = (1 << 64) - 1
-    value = seed & mask
-    for part in (step, micro_batch):
-        value = (value + 0x9E3779B97F4A7C15 * (part + 1)) & mask
-        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
-        value ^= value >> 31
-    return value >> 1  # torch takes signed 64 bits
-
-
-def _refuse_meta(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ConfigError(
-                f"model: {name} is on the meta device and has no value; load or initialise the model first"
-            )
-        if parameter.device.type != "cpu":
-            raise ConfigError(f"model: {name} is on {parameter.device}; build the model on the cpu")
-
-
-def check_plan(model: nn.Module, optimizer: AdamW | None, settings: Mapping[str, Any]) -> None:
-    """Raise CapacityError where a model that exists only as shapes (on the meta device) would not fit."""
-    setup.check_arguments(optimizer, settings)
-    part = partition(model)
-    _, group_of = (optimizer or AdamW()).group_slots(part.slots)
-    precision = setup.resolve_precision(
-        settings.get("precision", "auto"), setup.make_device(settings.get("device", "auto"))
-    )
-    layouts = setup.lay_out_units(part, setup.weight_dtypes(model, part, precision), group_of)
-    plan = setup.plan_for(layouts, settings.get("clip_norm", 1.0), settings.get("clip_scope", "global"))
-    require_fit(plan, host_memory_limits().free_bytes, 0)

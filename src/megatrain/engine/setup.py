@@ -17,15 +17,25 @@ from megatrain.engine.gradient_stream import largest_staging_bytes
 from megatrain.engine.kept_graphs import check_keep_graphs
 from megatrain.errors import ConfigError
 from megatrain.memory.layout import BYTES, Request, SlabLayout, lay_out
-from megatrain.memory.plan import MemoryPlan, plan_memory
+from megatrain.memory.limits import host_memory_limits
+from megatrain.memory.plan import MemoryPlan, plan_memory, require_fit
 from megatrain.memory.store import HostStore, home_layouts
-from megatrain.model.partition import ParameterSlot, Partition
+from megatrain.model.block import UnitForward
+from megatrain.model.partition import ParameterSlot, Partition, partition
 from megatrain.optim.adamw import AdamW
 from megatrain.sizes import parse_bytes
 
 PRECISIONS = ("auto", "bf16", "fp32")
 CLIP_SCOPES = ("global", "unit")
 _log = logging.getLogger(__name__)
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise ConfigError where `model` is no module, or one that an engine runs already."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is a {type(model).__name__}; pass an nn.Module, or use Engine.from_pretrained")
+    if any(isinstance(m.__dict__.get("forward"), UnitForward) for m in model.modules()):
+        raise ConfigError("model: another Engine owns it or a part of it; close that one first")
 
 
 def check_arguments(optimizer: AdamW | None, settings: Mapping[str, Any]) -> None:
@@ -172,6 +182,24 @@ def lay_out_units(part: Partition, dtypes: dict[int, str], group_of: dict[int, i
     return layouts
 
 
+def parameter_groups(optimizer: AdamW | None, part: Partition) -> tuple[list[dict[str, Any]], dict[int, int]]:
+    """(the optimizer's param groups, number of its group by slot index)."""
+    groups, group_of = (optimizer or AdamW()).group_slots(part.slots)
+    if not groups:
+        raise ConfigError("model: all of its parameters are frozen; at least one must require a gradient")
+    return groups, group_of
+
+
+def refuse_meta(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ConfigError(
+                f"model: {name} is on the meta device and has no value; load or initialise the model first"
+            )
+        if parameter.device.type != "cpu":
+            raise ConfigError(f"model: {name} is on {parameter.device}; build the model on the cpu")
+
+
 def plan_for(layouts: dict[int, list[SlabLayout]], clip_norm: float | None, clip_scope: str) -> MemoryPlan:
     return plan_memory(layouts, keep_gradients=keeps_gradients(clip_norm, clip_scope))
 
@@ -204,3 +232,14 @@ def move_buffers(model: nn.Module, device: torch.device) -> None:
 def _all_bf16(module: nn.Module) -> bool:
     dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
     return dtypes == {torch.bfloat16}
+
+
+def check_plan(model: nn.Module, optimizer: AdamW | None, settings: Mapping[str, Any]) -> None:
+    """Raise CapacityError where a model that exists only as shapes (on the meta device) would not fit."""
+    check_arguments(optimizer, settings)
+    part = partition(model)
+    _, group_of = (optimizer or AdamW()).group_slots(part.slots)
+    precision = resolve_precision(settings.get("precision", "auto"), make_device(settings.get("device", "auto")))
+    layouts = lay_out_units(part, weight_dtypes(model, part, precision), group_of)
+    plan = plan_for(layouts, settings.get("clip_norm", 1.0), settings.get("clip_scope", "global"))
+    require_fit(plan, host_memory_limits().free_bytes, 0)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megatrain.engine.batches import Batch
 from megatrain.engine.executor import BACKWARD, HEAD, backward
 from megatrain.engine.targets import count_targets
 from megatrain.errors import ConfigError
@@ -19,7 +20,6 @@ from megatrain.model.side_effects import RandomState
 if TYPE_CHECKING:
     from megatrain.engine.engine import Engine
 
-Batch = Mapping[str, Any]
 LossParts = list[tuple[Tensor, float]]  # (scalar, factor) of what adds up to a micro-batch's loss
 
 
