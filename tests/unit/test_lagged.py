@@ -13,6 +13,8 @@ import pytest
 import torch
 from test_engine_random import tiny_llama
 from test_engine_toys import (
+    WIDTH,
+    Block,
     Net,
     Output,
     assert_trains_like_plain,
@@ -26,7 +28,7 @@ from megatrain.device.base import WAITS
 from megatrain.device.cpu import CpuDevice
 from megatrain.device.lagged import LaggedDevice
 from megatrain.engine.setup import head_chunk_tokens
-from megatrain.engine.updates import SlabUpdate
+from megatrain.engine.updates import PendingUpdates, SlabUpdate
 from megatrain.errors import CapacityError, ConfigError, UnsupportedModelError
 from megatrain.model.hidden import HiddenParameter
 from megatrain.schedule.build import build_schedule
@@ -155,6 +157,53 @@ def test_two_weight_passes_however_many_micro_batches() -> None:
     assert passes[0] < 2
     assert passes[1] == passes[2] < 2
     engine.close()
+
+
+class Normed(Net):
+    """All but the blocks is small: embedding, a norm, and the head."""
+
+    def __init__(self) -> None:
+        super().__init__(Wide, count=4)
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        return self.norm(super().hidden(input_ids))
+
+
+class Wide(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 1024), nn.Linear(1024, WIDTH)
+
+
+@pytest.mark.parametrize("clip_scope", ["global", "unit"])
+def test_small_units_are_copied_ahead_of_large_ones(clip_scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And updated before them, so that no copy waits for all updates."""
+    device, copied, updated = lagged(), [], []
+    own_copy, own_update = device.up.copy, PendingUpdates._carry_out
+    with monkeypatch.context() as watched:
+        watched.setattr(device.up, "copy", lambda *a, **k: copied.append(k["label"]) or own_copy(*a, **k))
+        watched.setattr(
+            PendingUpdates, "_carry_out", lambda s, u, w: updated.append(s._names[u]) or own_update(s, u, w)
+        )
+        torch.manual_seed(0)
+        engine = make_engine(Normed(), device=device, clip_scope=clip_scope)
+        for step in range(4):
+            copied.clear()
+            updated.clear()
+            engine.train_step(batches_of(step, 2))
+            engine.flush()
+            if step:
+                assert copied[:3] == ["embed", "norm", "head"]
+                assert set(copied[3:]) == {f"blocks.{n}" for n in range(4)}
+            assert clip_scope == "unit" or updated[:3] == ["embed", "head", "norm"]
+        engine.close()
+    found = {name: value.clone() for name, value in engine.model.state_dict().items()}
+    torch.manual_seed(0)
+    host = make_engine(Normed(), clip_scope=clip_scope)
+    for step in range(4):
+        host.train_step(batches_of(step, 2))
+    assert all(torch.equal(value, found[name]) for name, value in host.model.state_dict().items())
 
 
 # -- the head -------------------------------------------------------------------------------------------------------

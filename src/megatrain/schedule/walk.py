@@ -16,6 +16,7 @@ class Walk:
         self.schedule = schedule
         self.deviated = False
         self.visits: list[Visit] = []
+        self.small: dict[int, None] = {}  # units that are no visits, in the order of their first use
         self._grouped = False
         self._issued = 0  # operations of the schedule
         self._played = -1  # the last visit whose operations are issued
@@ -44,6 +45,9 @@ class Walk:
             self.visits.append(Visit((unit,), backward or together))
         self._grouped = together
         return True
+
+    def use_small(self, unit: int) -> None:
+        self.small.setdefault(unit)
 
     def as_expected(self) -> bool:
         assert self.schedule is not None
