@@ -29,6 +29,7 @@ from megatrain.device.cpu import CpuDevice
 from megatrain.device.lagged import LaggedDevice
 from megatrain.engine.setup import head_chunk_tokens
 from megatrain.engine.updates import PendingUpdates, SlabUpdate
+from megatrain.engine.weight_stream import WeightStream
 from megatrain.errors import CapacityError, ConfigError, UnsupportedModelError
 from megatrain.model.hidden import HiddenParameter
 from megatrain.schedule.build import build_schedule
@@ -523,6 +524,23 @@ def test_saved_inputs_come_back_only_where_memory_is_short() -> None:
         sent.append(stats.d2h_bytes - sum(p.nbytes for p in engine.model.parameters()))
         engine.close()
     assert sent[0] > 0 and sent[1] == 0
+
+
+def test_inputs_leave_beside_the_forward_that_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their copy is issued, and on a GPU ordered, before the unit computes."""
+    monkeypatch.setattr(WeightStream, "_inputs_must_leave", lambda *_: True)
+    device, seen = lagged(), []
+    own_copy = device.down.copy
+    monkeypatch.setattr(device.down, "copy", lambda *a, **k: seen.append(k["label"]) or own_copy(*a, **k))
+    engine = make_engine(Net(count=4), device=device, keep_graphs="off")
+    for number, block in enumerate(engine.model.blocks):
+        block.norm.register_forward_pre_hook(lambda *_, number=number: seen.append(number))
+    for _ in range(2):
+        seen.clear()
+        engine.train_step(batches_of(0, 1))
+    first_forward = seen[: seen.index(3) + 1]
+    assert first_forward == ["inputs", 0, "inputs", 1, "inputs", 2, "inputs", 3]
+    engine.close()
 
 
 @pytest.mark.parametrize("device", ["cpu", "lagged"])
