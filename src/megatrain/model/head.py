@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from megatrain.errors import CapacityError
 from megatrain.model.root import RootForward
 from megatrain.model.side_effects import RandomState
 
@@ -189,6 +190,8 @@ class ChunkedHead:
         try:
             with torch.no_grad(), self.root.capturing_off():
                 return self._compare_losses()
+        except (CapacityError, torch.OutOfMemoryError, MemoryError):
+            raise
         except Exception as error:  # whatever the model's own code raises on a stand-in: it needs the real thing
             return f"{type(error).__name__}: {error}".splitlines()[0]
         finally:
