@@ -5,6 +5,7 @@ import json
 import random
 import time
 import warnings
+import weakref
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from megatrain.engine.setup import head_chunk_tokens
 from megatrain.engine.updates import PendingUpdates, SlabUpdate
 from megatrain.engine.weight_stream import WeightStream
 from megatrain.errors import CapacityError, ConfigError, UnsupportedModelError
+from megatrain.model.head import ChunkedHead
 from megatrain.model.hidden import HiddenParameter
 from megatrain.schedule.build import build_schedule
 from megatrain.schedule.check import check_schedule
@@ -450,6 +452,37 @@ def test_memory_that_runs_out_in_a_step_leaves_weights_and_engine_as_they_were()
     assert engine.train_step(batches_of(1, 1)).loss == host.train_step(batches_of(1, 1)).loss
     engine.close()
     host.close()
+
+
+@pytest.mark.parametrize("error", [CapacityError("2 B missing"), torch.OutOfMemoryError("2 B missing")], ids=repr)
+def test_memory_that_runs_out_while_the_head_is_tried_out_is_no_reason_for_whole_logits(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_self: ChunkedHead) -> str:
+        raise error
+
+    monkeypatch.setattr(ChunkedHead, "_compare_losses", fail)
+    with pytest.raises(type(error), match="2 B missing"):
+        make_engine(tiny_llama(), device=lagged())
+
+
+def test_a_closed_engine_holds_no_device_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WeightStream, "_inputs_must_leave", lambda *_: True)
+    device, allocated = lagged(), []
+    own = device.allocate
+
+    def allocate(n_bytes: int, what: str) -> Tensor:
+        memory = own(n_bytes, what)
+        allocated.append(weakref.ref(memory))
+        return memory
+
+    monkeypatch.setattr(device, "allocate", allocate)
+    engine = make_engine(Net(count=4), device=device)
+    engine.train_step(batches_of(0, 2))
+    engine.model(**make_batch(0)).loss.backward()
+    engine.close()
+    assert len(allocated) >= 4 and [ref() for ref in allocated if ref() is not None] == []
+    assert engine.memory_report()["weights"] > 0
 
 
 class ReadsOutside(Net):

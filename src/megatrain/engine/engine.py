@@ -457,6 +457,7 @@ class Engine:
         for undo in self._undo:
             undo()
         self.executor.hand_over.close()
+        self.gradients.close()
         self.weights.close()
         if self._host_thread is not None:
             self._host_thread.close()

@@ -214,6 +214,9 @@ class WeightStream(Weights):
 
     def close(self) -> None:
         self._issuer.close()
+        self._slots, self._own, self._strays = [], {}, None  # the engine may be held for its optimizer's state
+        self._walk = Walk("", None)
+        self.inputs.begin()
 
     # -- visits -----------------------------------------------------------------------------------------------
 
