@@ -32,7 +32,7 @@ class UnitImage:
             sources[whole.data_ptr()] = whole
         for slot in slots:
             weight = slot.parameter.detach()
-            if store.slots[slot.index].unit != unit:
+            if slot.index not in store.slots or store.slots[slot.index].unit != unit:
                 sources[weight.data_ptr()] = weight.reshape(-1).view(torch.uint8)
         ends = list(accumulate(-(-s.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for s in sources.values()))
         pieces = tuple(zip([0, *ends[:-1]], sources.values(), strict=True))

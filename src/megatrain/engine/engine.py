@@ -368,6 +368,9 @@ class Engine:
         if streams(device):
             self._host_thread = HostThread("host-updates")
             self.updates = PendingUpdates(store, part, device, self._host_thread)
+            for slot in part.slots:
+                if slot.index not in store.slots:
+                    device.pin(store.take_over_as_it_is(slot))
             self.weights = WeightStream(device, store, part, self.updates, slots or DEFAULT_SLOTS)
             gradient_stream = GradientStream(device, self._host_thread, setup.largest_gradient_bytes(store))
             for unit in store.units:
@@ -377,7 +380,7 @@ class Engine:
                         device.pin(slab.gradient)
         else:
             self.updates = PendingUpdates(store, part, device)
-            self.weights = HostWeights(store, part, self.updates)
+            self.weights = HostWeights(part, self.updates)
         memory = GradientMemory(store, device, lends=not self.keeps_gradients)
         settle, complete = self.updates.settle, self._update_complete_unit
         self.gradients = GradientBook(store, part, memory, settle=settle, complete=complete, stream=gradient_stream)

@@ -115,6 +115,15 @@ class HostStore:
                 del source
         self.units[unit] = state
 
+    def take_over_as_it_is(self, slot: ParameterSlot) -> Tensor:
+        """Make a parameter that is not floating point, and never changes, a view of whole pages of its own, which can
+        be page-locked; returns them."""
+        source = slot.parameter.data
+        memory = allocate(source.nbytes)[: source.nbytes]
+        slot.parameter.data = memory.view(source.dtype).view(source.shape)
+        slot.parameter.data.copy_(source)
+        return memory
+
     def write_master(self, slot: int, source: Tensor) -> None:
         """Set a parameter's master from `source` (any float dtype, the parameter's shape); steps and moments stay."""
         weight, remainder = self.slots[slot].weight, self.slots[slot].remainder
