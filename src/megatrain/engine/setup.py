@@ -7,7 +7,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatrain.device.base import ComputeDevice, streams
 from megatrain.device.cpu import CpuDevice
@@ -215,19 +215,21 @@ def cast_buffers(model: nn.Module, dtypes: dict[int, str]) -> None:
     not saved (rotary frequencies) keep the precision they were computed in."""
     if "bf16" not in dtypes.values():
         return
+    cast: dict[Tensor, Tensor] = {}  # a buffer that several modules hold stays one
     for module in model.modules():
         for name, buffer in module._buffers.items():
             saved = name not in module._non_persistent_buffers_set
             if buffer is not None and saved and buffer.dtype == torch.float32 and _all_bf16(module):
-                module._buffers[name] = buffer.to(torch.bfloat16)
+                module._buffers[name] = cast.setdefault(buffer, buffer.to(torch.bfloat16))
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:
     """Buffers are small, and where the model computes."""
+    moved: dict[Tensor, Tensor] = {}
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device:
-                module._buffers[name] = buffer.to(device)
+                module._buffers[name] = moved.setdefault(buffer, buffer.to(device))
 
 
 def _all_bf16(module: nn.Module) -> bool:
