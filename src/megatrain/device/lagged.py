@@ -172,7 +172,7 @@ class LaggedDevice:
 
     def allocate(self, n_bytes: int, what: str) -> Tensor:
         self._count(n_bytes, what)
-        return torch.full((n_bytes,), 0xFF, dtype=torch.uint8)
+        return torch.full((n_bytes,), 0xFF, dtype=torch.uint8, device="cpu")
 
     def hold(self, n_bytes: int) -> None:
         if n_bytes > 0:
@@ -199,7 +199,7 @@ class LaggedDevice:
     def let_go(self, tensor: Tensor, copied: Event) -> None:
         self.host_wait("inputs_saved", copied.wait)
         if torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) <= _OUR_REFERENCES:
-            _fill_with_nan(torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()))
+            _fill_with_nan(torch.empty(0, dtype=torch.uint8, device="cpu").set_(tensor.untyped_storage()))
 
     def pin(self, buffer: Tensor) -> None:
         """Noted and held, as a driver does; tests look whether copies touch other memory."""

@@ -182,7 +182,7 @@ class Engine:
         self._require_open()
         self.gradients.finish()
         self._clip_override = float(max_norm)
-        return torch.tensor(self.gradients.norm(), dtype=torch.float64)
+        return torch.tensor(self.gradients.norm(), dtype=torch.float64, device="cpu")
 
     def flush(self) -> None:
         """Return when all decided updates are in the weights."""
@@ -347,7 +347,7 @@ class Engine:
     def _state_of(self, entry: SlotState) -> dict[str, Any]:
         slab = entry.slab
         return {
-            "step": torch.tensor(float(entry.steps)),
+            "step": torch.tensor(float(entry.steps), device="cpu"),
             "exp_avg": entry.view(torch.from_numpy(slab.exp_avg)),
             "exp_avg_sq": entry.view(torch.from_numpy(slab.exp_avg_sq)),
         }

@@ -141,7 +141,7 @@ class HostStore:
         weight, remainder = self.slots[slot].weight, self.slots[slot].remainder
         if remainder is None:
             return weight.detach().to(torch.float32, copy=True)
-        master = torch.empty(weight.shape, dtype=torch.float32)
+        master = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
         merge(self.workers, bits(weight.view(-1)), remainder, master.view(-1).numpy())
         return master
 
@@ -178,7 +178,7 @@ class HostStore:
         slabs = self.units[unit].slabs
         storage = slabs[0].weight.untyped_storage()
         n_bytes = sum(slab.layout.weight_bytes for slab in slabs)
-        memory = torch.empty(0, dtype=torch.uint8)
+        memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         return memory.set_(storage, slabs[0].weight.storage_offset(), (n_bytes,), (1,))
 
     def bytes_by_category(self) -> dict[str, int]:

@@ -106,7 +106,7 @@ class UnitForward:
         self.where = f"unit {unit.name or type(unit.module).__name__}"
         self.attributes = WrittenAttributes(unit.module, self.where)
         self.buffers = WrittenBuffers(unit.module, self.where)
-        self.anchor = torch.zeros((), requires_grad=True)
+        self.anchor = torch.zeros((), requires_grad=True, device="cpu")
 
     def install(self) -> None:
         self.unit.module.forward = self  # type: ignore[assignment]
