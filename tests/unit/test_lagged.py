@@ -143,12 +143,26 @@ def test_bytes_and_peak_are_the_schedules(slots: int, inputs_leave: bool) -> Non
     inputs = dict(weights.inputs.bytes_by_unit)
     sizes = Sizes(weights.unit_bytes, gradients, inputs, inputs_leave, gradient_sums=gradients)
     expected = build_schedule(schedule.visits, sizes, schedule.classes)
-    staging_bytes = 2 * max(engine.store.units[u].slabs[0].layout.gradient_bytes for u in gradients)
+    staging_bytes = 2 * max(
+        sum(-(-slot.parameter.nbytes // 64) * 64 for slot in unit.slots) for unit in engine.partition.units
+    )
     assert stats.device_peak_bytes == check_schedule(expected, sizes) + staging_bytes
     assert stats.h2d_bytes == expected.h2d_bytes
     assert stats.d2h_bytes == expected.d2h_bytes
     assert stats.weight_passes == expected.total_bytes(Kind.FETCH) / sum(weights.unit_bytes.values())
     assert (expected.total_bytes(Kind.SAVE) > 0) == inputs_leave
+    engine.close()
+
+
+def test_parameters_in_a_slot_are_aligned_for_a_gpu() -> None:
+    """All but the smallest, those that another unit holds as well."""
+    model = Net(Wide, count=2)
+    model.blocks[1].norm, model.head.weight = model.blocks[0].norm, model.embed.weight
+    engine = make_engine(model, device=lagged())
+    for image in engine.weights._images.values():
+        starts = [(offset, dtype.itemsize * shape.numel()) for _, offset, dtype, shape in image.parameters]
+        assert [offset % (256 if n_bytes >= 256 else 64) for offset, n_bytes in starts] == [0] * len(starts)
+        assert all(a + n <= b for (a, n), (b, _) in pairwise(sorted(starts)))
     engine.close()
 
 

@@ -232,7 +232,7 @@ def bits(tensor: Tensor) -> np.ndarray:
 
 
 def _weight_views(slabs: list[SlabLayout]) -> Iterator[tuple[SlabLayout, Tensor]]:
-    """One buffer for all of a unit's weights, cut into its slabs (their sizes are whole cache lines)."""
+    """One buffer for all of a unit's weights, cut into its slabs (their sizes are aligned)."""
     buffer = allocate(sum(layout.weight_bytes for layout in slabs))
     start = 0
     for layout in slabs:
