@@ -451,7 +451,7 @@ def planned_bytes(model: Model) -> dict[str, int]:
     part = partition(made)
     _, group_of = AdamW().group_slots(part.slots)
     layouts = setup.lay_out_units(part, setup.weight_dtypes(made, part, "bf16"), group_of)
-    return {scope: setup.plan_for(layouts, 1.0, scope).total_bytes for scope in ("global", "unit")}
+    return {scope: setup.plan_for(layouts, 1.0, scope, streaming=True).total_bytes for scope in ("global", "unit")}
 
 
 def run_models(bench: Bench) -> None:

@@ -35,6 +35,8 @@ OTHER_ADAMW = torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
         ("device_memory", "much", "engine.device_memory is 'much'; it must be a number of bytes > 0"),
         ("device_memory", NAN, "engine.device_memory is nan; it must be a number of bytes > 0"),
         ("slots", "2", "engine.slots is '2'; it must be a number from 1 to 64"),
+        ("head_chunk_tokens", 0, "engine.head_chunk_tokens is 0; it must be a number of tokens > 0"),
+        ("head_chunk_tokens", 1.5, "engine.head_chunk_tokens is 1.5; it must be a number of tokens > 0"),
         ("slots", True, "engine.slots is True; it must be a number from 1 to 64"),
         ("keep_graphs", None, "engine.keep_graphs is None; it must be auto, off or a number"),
         ("keep_graphs", True, "engine.keep_graphs is True; it must be auto, off or a number"),

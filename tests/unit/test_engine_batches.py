@@ -13,6 +13,7 @@ from test_engine_toys import Block, Net, batches_of, make_batch, make_engine, pl
 from torch import Tensor, nn
 
 import megatrain as mt
+from megatrain.engine.step import on_device
 from megatrain.model.head import ChunkedHead
 
 
@@ -173,10 +174,9 @@ def chunked_reference(plain: nn.Module, batches: list[dict[str, Tensor]], size: 
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_many_chunks(micro_batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, whole, model = tiny_llama(), tiny_llama(), tiny_llama()
-    engine, trainer = make_engine(model), plain_trainer(plain)
+    engine, trainer = make_engine(model, head_chunk_tokens=4), plain_trainer(plain)
     assert engine.head.reason is None
     calls: list[int] = []
-    monkeypatch.setattr(ChunkedHead, "chunk_tokens", lambda _self: 4)
     original = ChunkedHead.chunk_loss
 
     def counting(self: ChunkedHead, hidden: Tensor, *rest: Any) -> Tensor:
@@ -205,10 +205,9 @@ def test_many_chunks(micro_batches: int, monkeypatch: pytest.MonkeyPatch) -> Non
     assert weight_differences(plain, engine) == []
 
 
-def test_chunks_without_targets_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ChunkedHead, "chunk_tokens", lambda _self: 4)
+def test_chunks_without_targets_are_left_out() -> None:
     model = tiny_llama()
-    engine = make_engine(model)
+    engine = make_engine(model, head_chunk_tokens=4)
     calls: list[int] = []
     model.lm_head.register_forward_pre_hook(lambda *_: calls.append(1))
     batch = make_batch(0, rows=1, length=16, masked=0)
@@ -217,10 +216,9 @@ def test_chunks_without_targets_are_left_out(monkeypatch: pytest.MonkeyPatch) ->
     assert len(calls) == 2  # one token of the collecting run, and the one chunk
 
 
-def test_logits_of_the_whole_batch_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ChunkedHead, "chunk_tokens", lambda _self: 4)
+def test_logits_of_the_whole_batch_never_exist() -> None:
     model = tiny_llama()
-    engine = make_engine(model)
+    engine = make_engine(model, head_chunk_tokens=4)
     rows: list[int] = []
     model.lm_head.register_forward_hook(lambda _m, _i, out: rows.append(out.shape[0] * out.shape[1]))
     engine.train_step([make_batch(0, rows=3, length=11)])
@@ -229,7 +227,7 @@ def test_logits_of_the_whole_batch_never_exist(monkeypatch: pytest.MonkeyPatch) 
 
 def test_chunk_holds_about_16_mib_of_logits() -> None:
     engine = make_engine(tiny_llama())
-    tokens = engine.head.chunk_tokens()
+    tokens = engine.head.chunk_tokens
     assert tokens % 64 == 0 and 8 * 2**20 < tokens * 61 * 4 <= 16 * 2**20
 
 
@@ -249,10 +247,9 @@ def soft_capped(kind: str) -> nn.Module:
 
 @pytest.mark.parametrize("kind", ["gemma2", "gemma3"])
 @pytest.mark.parametrize("chunk", [4, 1024])
-def test_soft_capped_logits(kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ChunkedHead, "chunk_tokens", lambda _self: chunk)
+def test_soft_capped_logits(kind: str, chunk: int) -> None:
     plain, model = soft_capped(kind), soft_capped(kind)
-    engine = make_engine(model)
+    engine = make_engine(model, head_chunk_tokens=chunk)
     assert engine.head.reason is None
     batch = make_batch(0, rows=2, length=9)
     loss = plain(**batch).loss
@@ -399,3 +396,21 @@ def test_train_step_takes_gradients_whatever_the_callers_mode(micro_batches: int
         stats = make_engine(Net()).train_step(batches_of(0, micro_batches))
         assert not torch.is_grad_enabled()
     assert (stats.loss, stats.grad_norm) == (expected.loss, expected.grad_norm)
+
+
+def test_a_mask_of_ones_stays_on_the_host_unless_it_means_something() -> None:
+    """Beside position_ids it says that they are one sequence each, however they are numbered."""
+    ones, positions = torch.ones(2, 6, dtype=torch.long), torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
+    some = ones.clone()
+    some[0, 5] = 0
+    batch = make_batch(0)
+    meta = torch.device("meta")
+    assert set(on_device(batch | {"attention_mask": ones}, meta)) == {"input_ids", "labels"}
+    for kept in ({"attention_mask": some}, {"attention_mask": ones, "position_ids": positions}):
+        assert set(on_device(batch | kept, meta)) == {"input_ids", "labels", *kept}
+    model = tiny_llama()
+    outputs = [
+        model(batch["input_ids"], position_ids=positions, use_cache=False, **extra).logits
+        for extra in ({}, {"attention_mask": ones})
+    ]
+    assert not torch.allclose(*outputs), "transformers treats both alike now: the mask can always be left out"

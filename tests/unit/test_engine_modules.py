@@ -978,3 +978,42 @@ def test_gradients_do_not_stay_on_the_parameters() -> None:
     assert all(p.grad is None for p in model.parameters())
     engine.step()
     assert gradient_differences(plain, engine) == []
+
+
+class Routed(Block):
+    """Parameters that are not floating point: a table of rows, and flags."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.arange(WIDTH).flip(0), requires_grad=False)
+        self.flags = nn.Parameter(torch.arange(WIDTH) % 2 == 0, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[..., self.rows] * self.flags
+
+
+class Table(nn.Module):
+    """A unit with nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.arange(2 * WIDTH, dtype=torch.uint8)[::2], requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1 + self.rows)
+
+
+@pytest.mark.parametrize("device", ["cpu", "lagged"])
+def test_parameters_that_are_not_floating_point(device: str) -> None:
+    class Mixed(Net):
+        def __init__(self) -> None:
+            super().__init__(Routed)
+            self.table = Table()
+
+        def hidden(self, input_ids: Tensor) -> Tensor:
+            return self.table(super().hidden(input_ids))
+
+    model = Mixed()
+    assert_trains_like_plain(model, micro_batches=2, device=device).close()
+    assert model.blocks[0].rows.dtype == torch.int64 and model.blocks[1].flags.dtype == torch.bool
+    assert model.table.rows.tolist() == list(range(0, 2 * WIDTH, 2))

@@ -20,6 +20,7 @@ from test_engine_toys import (
 )
 from torch import Tensor
 
+from megatrain.engine.setup import move_buffers
 from megatrain.errors import UnsupportedModelError
 from megatrain.model.block import UnitCall
 
@@ -344,3 +345,18 @@ class ForgettingABuffer(WithBuffer):
 def test_a_buffer_that_the_block_deletes_is_refused_by_name() -> None:
     with pytest.raises(UnsupportedModelError, match=r"unit blocks\.0: its forward removed the buffer scale"):
         make_engine(Net(ForgettingABuffer)).train_step([make_batch(0)])
+
+
+def test_a_buffer_that_modules_share_stays_one_when_it_is_cast_or_moved() -> None:
+    model = Net(count=3)
+    shared, own = torch.ones(4), torch.zeros(4)
+    for block in model.blocks:
+        block.register_buffer("shared", shared)
+    model.blocks[0].register_buffer("own", own)
+    engine = make_engine(model, precision="bf16")
+    assert model.blocks[0].shared.dtype == torch.bfloat16
+    for device in ("cpu", "meta"):
+        move_buffers(model, torch.device(device))
+        assert model.blocks[0].shared is model.blocks[1].shared is model.blocks[2].shared
+        assert model.blocks[0].own is not model.blocks[0].shared and model.blocks[0].own.device.type == device
+    engine.close()

@@ -537,8 +537,9 @@ def test_parameters_are_views_of_one_page_aligned_buffer_per_unit(precision: str
         assert start <= ends[0][0] and ends[-1][1] <= start + storage.nbytes()
         assert all(b[0] >= a[1] for a, b in pairwise(ends)), "parameters overlap"
         gaps = storage.nbytes() - sum(s.parameter.nbytes for s in unit.slots)
-        assert gaps < mmap.PAGESIZE + 64 * len(unit.slots)
+        assert gaps < mmap.PAGESIZE + 256 * len(unit.slots)
         assert all(a[0] % 64 == 0 for a in ends)
+        assert all(a[0] % 256 == 0 for a in ends if a[1] - a[0] >= 256)
     assert len(buffers) == len(engine.partition.units)
 
 

@@ -7,7 +7,8 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -281,3 +282,22 @@ def test_default_dtype_and_results_keep_their_order() -> None:
         return run
 
     assert hand_over.run([last_first(n) for n in range(5)]) == [0, 1, 2, 3, 4]
+
+
+def test_each_body_enters_what_the_caller_made_for_it() -> None:
+    made, entered = [], []
+
+    @contextmanager
+    def entering(number: int) -> Iterator[None]:
+        entered.append((number, threading.get_ident()))
+        yield
+        entered.append((number, threading.get_ident()))
+
+    def make() -> AbstractContextManager[None]:
+        made.append(threading.get_ident())
+        return entering(len(made) - 1)
+
+    hand_over = HandOver(CPU, make)
+    threads = hand_over.run([threading.get_ident] * 3)
+    assert made == [threading.get_ident()] * 3
+    assert entered == [(number, thread) for number, thread in enumerate(threads) for _ in range(2)]

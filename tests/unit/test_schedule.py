@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from megatrain.schedule.build import build_schedule
 from megatrain.schedule.check import ScheduleError, check_schedule, held_over_backward
 from megatrain.schedule.operations import Kind, Operation, Schedule, Sizes, SlotClass, Visit, slot_classes
+from megatrain.schedule.walk import Walk
 
 
 def there_and_back(units: int) -> list[Visit]:
@@ -163,3 +164,22 @@ def test_any_order_gives_a_schedule_that_the_checker_accepts(case: tuple[list[Vi
     assert peak >= schedule.slot_bytes
     held = held_over_backward(schedule)
     assert {u for u, stays in held.items() if stays} == schedule.held
+
+
+def test_elements_of_a_pass_are_those_that_are_open_at_a_time() -> None:
+    walk = Walk("free", None, 4)
+    walk.further_forward(3)
+    assert walk.elements == 7
+    walk.arrive(0, backward=True, together=False)
+    walk.further_forward(5)
+    assert walk.elements == 7
+    walk.further_forward(5)
+    assert walk.elements == 10
+
+
+def test_visits_outside_of_passes_are_numbered_and_not_kept() -> None:
+    walk = Walk("", None)
+    for number in range(100):
+        assert walk.arrive(number % 3, backward=False, together=False)
+        assert not walk.arrive(number % 3, backward=False, together=False)
+        assert walk.number == number and len(walk.visits) == 1

@@ -62,6 +62,10 @@ class ComputeDevice(Protocol):
     def computing(self) -> AbstractContextManager[Any]:
         """Entered around every run of a unit and every backward."""
 
+    def same_order(self) -> AbstractContextManager[Any]:
+        """Made by one thread and entered by another, once: that one's computation, between units too, then comes in
+        the first one's order and not in one of its own."""
+
     def native_bf16(self) -> bool:
         """Whether the device computes bf16 natively; decides what `precision="auto"` means."""
 
@@ -84,6 +88,7 @@ class StreamingDevice(ComputeDevice, Protocol):
     memory_bytes: int | None  # that may be used; None: all there is
     up: Stream
     down: Stream
+    pools_host_memory: bool  # what `host_memory` has given stays with the process while passes go on asking for it
 
     def allocate(self, n_bytes: int, what: str) -> Tensor:
         """Device memory for good, uint8. Raises CapacityError, naming `what` and the missing bytes."""
@@ -106,11 +111,21 @@ class StreamingDevice(ComputeDevice, Protocol):
     def host_memory(self, like: Tensor) -> Tensor:
         """Host memory to copy `like` to: its shape, strides and dtype."""
 
+    def host_memory_bytes(self, n_bytes: int) -> int:
+        """What `host_memory` takes for a tensor of so many bytes."""
+
     def let_go(self, tensor: Tensor, copied: Event) -> None:
         """The memory of a tensor that computation made may be used again once it has been `copied`."""
 
     def pin(self, buffer: Tensor) -> None:
-        """Make host memory fast to copy from and to."""
+        """Make host memory fast to copy from and to: page-locked. The device holds it until `unpin` or `close`."""
+
+    def unpin(self, buffer: Tensor) -> None:
+        """Undo `pin`, before memory is dropped. No copy from or to it is under way."""
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Of host memory that `pin` was given."""
 
     def start_step(self) -> None:
         """Peak memory counts from here."""

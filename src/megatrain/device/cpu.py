@@ -30,6 +30,9 @@ class CpuDevice:
     def computing(self) -> AbstractContextManager[Any]:
         return nullcontext() if self._native else Bf16ThroughFp32()
 
+    def same_order(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
     def native_bf16(self) -> bool:
         # without AVX512-BF16 or AMX, bf16 matrix products are emulated and several times slower than fp32
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

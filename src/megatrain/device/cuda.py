@@ -80,6 +80,7 @@ class CudaDevice:
     goes beyond it is out of memory. CUDA's context and libraries take some hundred MB besides."""
 
     name = "cuda"
+    pools_host_memory = True
 
     def __init__(self, index: int = 0, memory_bytes: int | None = None) -> None:
         if not torch.cuda.is_available():
@@ -107,7 +108,7 @@ class CudaDevice:
         self._host_memory_used = self._host_memory_kept = False
         # held here until it is unregistered: the driver goes on copying to and from the pages that it has locked, and a
         # new mapping at an address that was unmapped before would never see what is copied
-        self._registered: list[Tensor] = []
+        self._registered: dict[int, Tensor] = {}  # by address
         weakref.finalize(self, _give_back, self._registered, self._limit, self.torch_device).atexit = False
         self.up = CudaStream("up", self.torch_device)
         self.down = CudaStream("down", self.torch_device)
@@ -138,6 +139,10 @@ class CudaDevice:
 
     def computing(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self.torch_device)  # a thread begins on GPU 0
+
+    def same_order(self) -> AbstractContextManager[Any]:
+        # a thread begins in the default stream; entering a stream enters its device, too
+        return torch.cuda.stream(torch.cuda.current_stream(self.torch_device))  # type: ignore[no-any-return]
 
     def native_bf16(self) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -190,6 +195,9 @@ class CudaDevice:
         # strides of `like`; where it overlaps itself (`expand`) or has gaps, those of a dense copy
         return torch.empty_like(like, device="cpu", pin_memory=True)
 
+    def host_memory_bytes(self, n_bytes: int) -> int:
+        return 1 << (n_bytes - 1).bit_length() if n_bytes else 0  # PyTorch's allocator of page-locked memory rounds up
+
     def let_go(self, tensor: Tensor, copied: Any) -> None:
         tensor.record_stream(self.down.stream)  # the allocator waits for what this stream has been given so far
         self._leaving.append((copied, tensor.nbytes))
@@ -219,10 +227,19 @@ class CudaDevice:
                 )
             raise CapacityError(
                 f"{format_bytes(buffer.nbytes)} of host memory could not be page-locked (CUDA error {code}) after"
-                f" {len(self._registered)} buffers of {format_bytes(sum(b.nbytes for b in self._registered))}; raise"
+                f" {len(self._registered)} buffers of {format_bytes(self.pinned_bytes)}; raise"
                 " the limit (`ulimit -l unlimited`; in WSL2 half of the memory is the most)"
             )
-        self._registered.append(buffer)
+        self._registered[buffer.data_ptr()] = buffer
+
+    def unpin(self, buffer: Tensor) -> None:
+        if buffer.nbytes:
+            with torch.cuda.device(self.torch_device):
+                _unregister(self._registered.pop(buffer.data_ptr()), self.torch_device)
+
+    @property
+    def pinned_bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in list(self._registered.values()))
 
     # -- order ----------------------------------------------------------------------------------------------
 
@@ -264,7 +281,7 @@ def _timed(stream: Any) -> Any:
     return event
 
 
-def _give_back(buffers: list[Tensor], limit: object | None, device: torch.device) -> None:
+def _give_back(buffers: dict[int, Tensor], limit: object | None, device: torch.device) -> None:
     """Unregister memory, once no copy is under way, and lift the limit if it is still the device's own."""
     if limit is not None and _LIMITED_BY.get(device) is limit:
         del _LIMITED_BY[device]
@@ -275,10 +292,13 @@ def _give_back(buffers: list[Tensor], limit: object | None, device: torch.device
         torch.cuda.synchronize(device)
     with torch.cuda.device(device):
         while buffers:
-            buffer = buffers.pop()
-            if int(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())):
-                _forget_error(device)
-            _advise(buffer, "MADV_DOFORK")
+            _unregister(buffers.popitem()[1], device)
+
+
+def _unregister(buffer: Tensor, device: torch.device) -> None:
+    if int(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())):
+        _forget_error(device)
+    _advise(buffer, "MADV_DOFORK")
 
 
 def _forget_error(device: torch.device) -> None:

@@ -5,7 +5,6 @@ random delay, as late and as interleaved as the named waits allow; memory has a 
 into NaN. Values are computed on the host, so a step is bit-equal to the same step on the `cpu` device, or wrong.
 """
 
-import math
 import random
 import threading
 import time
@@ -111,6 +110,7 @@ class LaggedDevice:
 
     name = "lagged"
     torch_device = torch.device("cpu")
+    pools_host_memory = False
 
     def __init__(
         self,
@@ -129,6 +129,7 @@ class LaggedDevice:
         self.trace: Trace | None = None
         self._without = frozenset(without)
         self._host = CpuDevice(precision)
+        self.pinned: dict[int, Tensor] = {}  # by address
         self._held_bytes = 0
         self._peak_bytes = 0
         self._lock = threading.Lock()
@@ -150,6 +151,9 @@ class LaggedDevice:
         self._compute.wait_for_last()  # what was given to `compute` comes before what is computed from here on
         return self._host.computing()
 
+    def same_order(self) -> AbstractContextManager[Any]:
+        return self._host.same_order()
+
     def native_bf16(self) -> bool:
         return self._host.native_bf16()
 
@@ -168,7 +172,7 @@ class LaggedDevice:
 
     def allocate(self, n_bytes: int, what: str) -> Tensor:
         self._count(n_bytes, what)
-        return torch.full((n_bytes,), 0xFF, dtype=torch.uint8)
+        return torch.full((n_bytes,), 0xFF, dtype=torch.uint8, device="cpu")
 
     def hold(self, n_bytes: int) -> None:
         if n_bytes > 0:
@@ -187,15 +191,29 @@ class LaggedDevice:
             self._peak_bytes = max(self._peak_bytes, held)
 
     def host_memory(self, like: Tensor) -> Tensor:
-        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
+        return torch.empty_like(like, device="cpu")  # dense where `like` overlaps itself
+
+    def host_memory_bytes(self, n_bytes: int) -> int:
+        return n_bytes
 
     def let_go(self, tensor: Tensor, copied: Event) -> None:
         self.host_wait("inputs_saved", copied.wait)
         if torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) <= _OUR_REFERENCES:
-            _fill_with_nan(tensor.detach())
+            _fill_with_nan(torch.empty(0, dtype=torch.uint8, device="cpu").set_(tensor.untyped_storage()))
 
     def pin(self, buffer: Tensor) -> None:
-        pass
+        """Noted and held, as a driver does; tests look whether copies touch other memory."""
+        assert buffer.data_ptr() not in self.pinned, "pinned already"
+        if buffer.nbytes:
+            self.pinned[buffer.data_ptr()] = buffer
+
+    def unpin(self, buffer: Tensor) -> None:
+        if buffer.nbytes:
+            del self.pinned[buffer.data_ptr()]
+
+    @property
+    def pinned_bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self.pinned.values())
 
     # -- order ----------------------------------------------------------------------------------------------
 
@@ -232,11 +250,11 @@ class LaggedDevice:
     def close(self) -> None:
         for stream in (self.up, self._compute, self.down):
             stream.close()
+        self.pinned.clear()
 
 
 def _fill_with_nan(memory: Tensor) -> None:
-    with torch.no_grad():
-        memory.fill_(0xFF if memory.dtype == torch.uint8 else math.nan)  # 0xFF.. is NaN in bf16 and in fp32
+    memory.fill_(0xFF)  # of uint8; NaN in bf16 and in fp32
 
 
 def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +31,7 @@ class Attachment:
     shifts_labels: whether the model's loss pairs each token with the next one's label.
     """
 
-    def __init__(self, engine: "Engine", compile: str) -> None:
+    def __init__(self, engine: "Engine", compile: str, head_chunk_tokens: int | None) -> None:
         self._model = model = engine.model
         self._undo: list[Callable[[], None]] = []
         self._hooks: list[Any] = []
@@ -43,7 +44,8 @@ class Attachment:
         self._hook_gradients(engine)
         self._hook_state(engine)
         guard(model, engine.device.torch_device)
-        self.head = ChunkedHead(model, self.root, engine.device.torch_device, engine.executor.direct)
+        chunk_tokens = partial(setup.head_chunk_tokens, head_chunk_tokens, engine.device)
+        self.head = ChunkedHead(model, self.root, engine.device.torch_device, engine.executor.direct, chunk_tokens)
         engine.executor.forget_order()
         # a head that was shown to run in chunks of shifted labels does shift them
         self.shifts_labels = self.head.reason is None or labels_are_shifted(model)

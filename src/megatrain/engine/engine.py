@@ -16,6 +16,7 @@ from megatrain.engine.attachment import Attachment
 from megatrain.engine.batches import Batch, checked_batches
 from megatrain.engine.compiled import check_compile
 from megatrain.engine.executor import Executor
+from megatrain.engine.gradient_memory import GradientMemory
 from megatrain.engine.gradient_stream import GradientStream
 from megatrain.engine.gradients import GradientBook
 from megatrain.engine.host_thread import HostThread
@@ -57,6 +58,8 @@ class Engine:
     slots:         units of a size whose weights may be on a streaming device at once; None: 2.
     compile:       'off', or 'blocks': blocks run as graphs of torch.compile, one per kind. Sums inside a block may then
                    be added up in another order (last bits), and the first steps wait for the compiler.
+    head_chunk_tokens: tokens whose logits exist at once where the head runs in chunks; None: as many as suit the
+                   device. Sums over tokens are added up chunk by chunk, so the last bits depend on it.
 
     Raises ConfigError for a wrong setting and CapacityError when the plan does not fit into host memory.
     """
@@ -75,12 +78,14 @@ class Engine:
         keep_graphs: KeepGraphs = "auto",
         slots: int | None = None,
         compile: str = "off",
+        head_chunk_tokens: int | None = None,
         *,
         _mapped: bool = False,
     ) -> None:
         setup.check_model(model)
         settings = {"clip_norm": clip_norm, "clip_scope": clip_scope, "device_memory": device_memory, "seed": seed}
-        setup.check_arguments(optimizer, settings | {"threads": threads, "keep_graphs": keep_graphs, "slots": slots})
+        settings |= {"threads": threads, "keep_graphs": keep_graphs, "slots": slots}
+        setup.check_arguments(optimizer, settings | {"head_chunk_tokens": head_chunk_tokens})
         self.model, optimizer = model, optimizer or AdamW()
         self.precision = setup.resolve_precision(precision, setup.make_device(device))
         self.device = setup.make_device(device, self.precision, setup.device_memory_bytes(device_memory))
@@ -99,7 +104,7 @@ class Engine:
         self.optimizer = EngineOptimizer(groups, optimizer, self)
         self.kept_graphs = KeptGraphs(keep_graphs, self.partition.units)
         self.executor = Executor(self.device, self.weights, self.gradients, self.kept_graphs)
-        self.attachment = Attachment(self, compile)
+        self.attachment = Attachment(self, compile, head_chunk_tokens)
         self.head, self.shifts_labels = self.attachment.head, self.attachment.shifts_labels
         self._attached = True
         trim_freed_memory()  # of taking the model over and probing its head
@@ -110,7 +115,7 @@ class Engine:
         model, part = self.model, self.partition
         dtypes = setup.weight_dtypes(model, part, self.precision)
         layouts = setup.lay_out_units(part, dtypes, group_of)
-        self.plan: MemoryPlan = setup.plan_for(layouts, self.clip_norm, self.clip_scope)
+        self.plan: MemoryPlan = setup.plan_for(layouts, self.clip_norm, self.clip_scope, streaming=streams(self.device))
         setup.refuse_meta(model)
         held = sum(slot.parameter.nbytes for slot in part.slots)
         require_fit(self.plan, host_memory_limits().free_bytes, held)
@@ -177,7 +182,7 @@ class Engine:
         self._require_open()
         self.gradients.finish()
         self._clip_override = float(max_norm)
-        return torch.tensor(self.gradients.norm(), dtype=torch.float64)
+        return torch.tensor(self.gradients.norm(), dtype=torch.float64, device="cpu")
 
     def flush(self) -> None:
         """Return when all decided updates are in the weights."""
@@ -329,8 +334,9 @@ class Engine:
         OptimizerState(self.store, self.partition, self.optimizer.param_groups).write(state)
 
     def memory_report(self) -> dict[str, int]:
-        """Bytes that the store holds now, by category."""
-        return self.store.bytes_by_category()
+        """Bytes that the host holds now, by category; of saved inputs, the most in the last pass."""
+        inputs = self.weights.inputs
+        return self.store.bytes_by_category() | {"saved inputs": inputs.host_bytes if inputs is not None else 0}
 
     # -- devices, and the end -----------------------------------------------------------------------------------
 
@@ -343,6 +349,9 @@ class Engine:
         if streams(device):
             self._host_thread = HostThread("host-updates")
             self.updates = PendingUpdates(store, part, device, self._host_thread)
+            for slot in part.slots:
+                if slot.index not in store.slots:
+                    device.pin(store.take_over_as_it_is(slot))
             self.weights = WeightStream(device, store, part, self.updates, slots or DEFAULT_SLOTS)
             gradient_stream = GradientStream(device, self._host_thread, setup.largest_gradient_bytes(store))
             for unit in store.units:
@@ -352,10 +361,10 @@ class Engine:
                         device.pin(slab.gradient)
         else:
             self.updates = PendingUpdates(store, part, device)
-            self.weights = HostWeights(store, part, self.updates)
-        self.gradients = GradientBook(
-            store, part, settle=self.updates.settle, complete=self._update_complete_unit, stream=gradient_stream
-        )
+            self.weights = HostWeights(part, self.updates)
+        memory = GradientMemory(store, device, lends=not self.keeps_gradients)
+        settle, complete = self.updates.settle, self._update_complete_unit
+        self.gradients = GradientBook(store, part, memory, settle=settle, complete=complete, stream=gradient_stream)
 
     @property
     def exposed_seconds(self) -> float:
@@ -370,6 +379,7 @@ class Engine:
         self.flush()
         self.attachment.remove()
         self.executor.hand_over.close()
+        self.gradients.close()
         self.weights.close()
         if self._host_thread is not None:
             self._host_thread.close()

@@ -42,7 +42,7 @@ class Executor:
     ) -> None:
         self.generation = 0
         self.compute_device = device.torch_device
-        self.hand_over = HandOver(device.torch_device)
+        self.hand_over = HandOver(device.torch_device, device.same_order)
         self.kept_units: set[int] = set()
         self.watched: list[WrittenAttributes] = []
         self._device = device
@@ -135,12 +135,14 @@ class Executor:
             self._local.direct = None
 
     @contextmanager
-    def forward_pass(self) -> Iterator[None]:
-        """Around the model's own forward: with gradients on it begins a pass of a caller's loop, which ends with the
-        step, unless a step has begun one; with gradients off it is a pass of its own."""
+    def forward_pass(self, elements: int) -> Iterator[None]:
+        """Around the model's own forward, of so many elements: with gradients on it begins a pass of a caller's loop,
+        which ends with the step, or belongs to the one that has begun; with gradients off it is a pass of its own."""
         if torch.is_grad_enabled():
             if not self._in_pass:
-                self._begin_pass(FREE)
+                self._begin_pass(FREE, elements)
+            else:
+                self._weights.further_forward(elements)
             yield
             return
         self._weights.begin(EVALUATION)

@@ -12,9 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from megatrain.engine.gradient_memory import GradientMemory
 from megatrain.engine.gradient_stream import GradientStream
-from megatrain.memory.arena import allocate
-from megatrain.memory.store import HostStore, SlotState, bits, gradient_buffers
+from megatrain.memory.plan import ARRIVING_UNITS
+from megatrain.memory.store import HostStore, SlotState, bits
 from megatrain.model.partition import Partition, Unit
 from megatrain.optim.gradient_kernels import accumulate, copy_with_square_sum, round_to_bf16, square_sum
 
@@ -31,12 +32,14 @@ class GradientBook:
         self,
         store: HostStore,
         part: Partition,
+        memory: GradientMemory,
         *,
         settle: Callable[[int], None],
         complete: Callable[[int, list[SlotState]], None],
         stream: GradientStream | None = None,
     ) -> None:
         self._store = store
+        self._memory = memory
         self._stream = stream
         self._settle = settle
         self._complete = complete
@@ -130,9 +133,9 @@ class GradientBook:
         """A step whose backward calls are all known beforehand: nothing has to accumulate on the host."""
         self.clear()
         self.keep = keep
-        for unit in self._store.units.values():
-            for slab in unit.slabs:
-                slab.accumulated = None
+        self._memory.drop_sums()
+        if not keep:
+            self._memory.drop_kept()
 
     def clear(self) -> None:
         """Forget the step's gradients and calls; kept buffers stay allocated."""
@@ -150,6 +153,12 @@ class GradientBook:
             self._stream.settle()
         self._written.clear()
         self.squares.clear()
+
+    def close(self) -> None:
+        """No gradient comes after this."""
+        self.clear()
+        if self._stream is not None:
+            self._stream.close()
 
     def _homes_with_sums(self) -> set[int]:
         return {self._store.slots[slot].unit for slot in self._sums}
@@ -169,10 +178,13 @@ class GradientBook:
         self._written.update(e.slot.index for e in entries)
         gradients = [self._sums.pop(e.slot.index) for e in entries]
         self._owned.difference_update(e.slot.index for e in entries)
+        if self.keep:
+            self._memory.keep(home)
         if self._stream is None:
+            lent = {} if self.keep else self._lend(home)
             for entry, gradient, is_further in zip(entries, gradients, again, strict=True):
-                self.squares[entry.slot.index] = self._write_gradient(entry, gradient, is_further)
-            self._written_home(home, entries)
+                self.squares[entry.slot.index] = self._write_gradient(entry, gradient, is_further, lent)
+            self._written_home(home, entries, lent)
         else:
             self._send(self._stream, home, entries, gradients, again)
 
@@ -181,80 +193,66 @@ class GradientBook:
     ) -> None:
         """As `_write`, from a streaming device: the host's part is done when the gradient has arrived."""
         if not self.keep:
-            stream.wait_for_all_but(1)  # buffers are lent until the update is done: two units' at most
-        targets = [self._arrival(e, is_further) for e, is_further in zip(entries, again, strict=True)]
+            stream.wait_for_all_but(ARRIVING_UNITS - 1)  # buffers are lent until the update is done
+        # a gradient crosses the link in its slab's dtype, also where it goes into an fp32 sum
+        through = [f or not self.keep or e.slab.accumulated is not None for e, f in zip(entries, again, strict=True)]
+        lent = self._lend(home) if any(through) else {}
+        targets = [_place_in(lent if t else {}, e) for e, t in zip(entries, through, strict=True)]
 
         def land() -> None:
-            for entry, target, is_further in zip(entries, targets, again, strict=True):
-                square = (
-                    self._accumulate(entry, target) if is_further else square_sum(self._store.workers, bits(target))
-                )
+            for entry, target, is_further, is_lent in zip(entries, targets, again, through, strict=True):
+                if is_further:
+                    square = self._accumulate(entry, target)
+                else:
+                    square = square_sum(self._store.workers, bits(target))
+                    if is_lent and self.keep:
+                        _place_in({}, entry).copy_(target)
                 self.squares[entry.slot.index] = square
-            self._written_home(home, entries)
+            self._written_home(home, entries, lent)
 
         stream.send(gradients, targets, land, label=self._names.get(home, "stray parameters"))
-        if any(again):
+        if self.keep and lent:
             stream.finish()  # the place of a first gradient changes when a further one has been added
 
-    def _arrival(self, entry: SlotState, is_further: bool) -> Tensor:
-        """Host memory for a gradient that comes from the device, 1-D: its place, or a further one's temporary."""
-        if is_further:
-            return torch.empty(entry.place.count, dtype=entry.slab.weight.dtype)
-        return self._place_of(entry)
+    def _lend(self, home: int) -> dict[int, Tensor]:
+        """Buffers for the unit's slabs, by their ids."""
+        slabs = self._store.units[home].slabs
+        return {id(slab): buffer for slab, buffer in zip(slabs, self._memory.lend(home), strict=True)}
 
-    def _written_home(self, home: int, entries: list[SlotState]) -> None:
-        if not self.keep:
+    def _written_home(self, home: int, entries: list[SlotState], lent: dict[int, Tensor]) -> None:
+        if self.keep:
+            return
+        slabs = self._store.units[home].slabs
+        try:
+            for slab in slabs:
+                slab.gradient = lent[id(slab)]
             self._complete(home, entries)
-            for slab in self._store.units[home].slabs:
-                slab.gradient = None  # it was lent
+        finally:
+            for slab in slabs:
+                slab.gradient = None
 
     def _hold(self, n_bytes: int) -> None:
         if self._stream is not None:
             self._stream.hold(n_bytes)
 
-    def _write_gradient(self, entry: SlotState, gradient: Tensor, is_further: bool) -> float:
+    def _write_gradient(self, entry: SlotState, gradient: Tensor, is_further: bool, lent: dict[int, Tensor]) -> float:
         """Bring a complete gradient to the host; returns its sum of squares (float64)."""
         if is_further:
             return self._accumulate(entry, gradient)
-        return _store_gradient(self._store, self._place_of(entry), gradient)
-
-    def _place_of(self, entry: SlotState) -> Tensor:
-        """Where the first gradient of a step belongs on the host, 1-D."""
-        self._ensure_gradient_buffers(entry.unit)
-        slab = entry.slab
-        held = slab.accumulated if self.keep and slab.accumulated is not None else slab.gradient
-        assert held is not None
-        return held[slab.range_of(entry.place)]
+        return _store_gradient(self._store, _place_in(lent, entry), gradient)
 
     def _accumulate(self, entry: SlotState, gradient: Tensor) -> float:
         """A further backward call of the same step: from here on the slab's gradient is an fp32 sum on the host."""
-        slab = entry.slab
-        if slab.accumulated is None and slab.layout.dtype != "fp32":
-            assert slab.gradient is not None
-            n_bytes = slab.layout.moment_bytes
-            slab.accumulated = allocate(n_bytes)[:n_bytes].view(torch.float32)
-            slab.accumulated.copy_(slab.gradient)
-            slab.gradient = None
-        held = slab.gradient if slab.accumulated is None else slab.accumulated
-        assert held is not None
-        total = held[slab.range_of(entry.place)]
+        total = self._memory.keep_sum(entry.slab)[entry.slab.range_of(entry.place)]
         return accumulate(self._store.workers, total.numpy(), bits(gradient.detach().contiguous().view(-1)))
 
-    def _ensure_gradient_buffers(self, unit: int) -> None:
-        slabs = self._store.units[unit].slabs
-        if self.keep:
-            for slab in slabs:
-                if slab.gradient is None and slab.accumulated is None:
-                    (slab.gradient,) = gradient_buffers([slab])
-        else:
-            self._lend_buffers(unit)
 
-    def _lend_buffers(self, unit: int) -> None:
-        """A buffer for as long as it takes to write and apply the unit's gradient."""
-        slabs = self._store.units[unit].slabs
-        if all(slab.gradient is None for slab in slabs):
-            for slab, buffer in zip(slabs, gradient_buffers(slabs), strict=True):
-                slab.gradient = buffer
+def _place_in(lent: dict[int, Tensor], entry: SlotState) -> Tensor:
+    """Where a gradient goes on the host, 1-D: into a buffer that is lent, or into the one that is kept."""
+    slab = entry.slab
+    held = lent.get(id(slab), slab.gradient if slab.accumulated is None else slab.accumulated)
+    assert held is not None
+    return held[slab.range_of(entry.place)]
 
 
 def _store_gradient(store: HostStore, target: Tensor, gradient: Tensor) -> float:

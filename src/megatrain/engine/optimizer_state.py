@@ -35,7 +35,7 @@ class OptimizerState:
 def _state_of(entry: SlotState) -> dict[str, Any]:
     slab = entry.slab
     return {
-        "step": torch.tensor(float(entry.steps)),
+        "step": torch.tensor(float(entry.steps), device="cpu"),
         "exp_avg": entry.view(torch.from_numpy(slab.exp_avg)),
         "exp_avg_sq": entry.view(torch.from_numpy(slab.exp_avg_sq)),
     }

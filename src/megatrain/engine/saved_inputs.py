@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from megatrain.device.base import Event, StreamingDevice
-from megatrain.errors import UnsupportedModelError
+from megatrain.errors import CapacityError, UnsupportedModelError
+from megatrain.memory.limits import host_memory_limits
+from megatrain.sizes import format_bytes
 
 
 @dataclass(slots=True)
@@ -25,31 +27,52 @@ class SavedInput:
 
 
 class SavedInputs:
-    """`offloading`: whether inputs go to the host. `bytes_by_unit` is what a pass has kept, wherever it is."""
+    """`offloading`: whether inputs go to the host. `bytes_by_unit` is what a pass has kept, wherever it is, and
+    `most_bytes` the most of it at a time."""
 
     def __init__(self, device: StreamingDevice) -> None:
         self._device = device
         self.offloading = False
         self.staying: frozenset[int] = frozenset()  # units whose backward comes too soon for their inputs to leave
         self.bytes_by_unit: dict[int, int] = defaultdict(int)
+        self.most_bytes = 0
+        self._kept_bytes = 0
         self._away: dict[int, list[SavedInput]] = defaultdict(list)
         self._leaving: list[tuple[SavedInput, Tensor, int]] = []  # with its version counter
         self._held_bytes = 0
+        self.host_bytes = 0  # the most that inputs took on the host at a time, in this pass
+        self._host_bytes = 0  # that they take now
+        self._pooled_bytes = 0  # that the device keeps for them from earlier passes
+        self._room_bytes = 0  # for more than that
 
     def begin(self) -> None:
         """A pass begins: nothing is kept, not even for calls whose backward never came."""
         self._hold(-self._held_bytes)
         self.bytes_by_unit.clear()
+        self.most_bytes = self._kept_bytes = 0
         self._away.clear()
         self._leaving.clear()
+        # a pass without any gives the pool back
+        self._pooled_bytes = max(self._pooled_bytes, self.host_bytes) if self.host_bytes else 0
+        self.host_bytes = self._host_bytes = 0
+
+    def offload(self, offloading: bool) -> None:
+        """Whether inputs go to the host from here on."""
+        self.offloading = offloading
+        if offloading:
+            pooled = self._pooled_bytes if self._device.pools_host_memory else 0
+            self._room_bytes = host_memory_limits().free_bytes + pooled
 
     def keep(self, unit: int, tensor: Tensor) -> SavedInput:
         """An input of a call of `unit`, until `take`."""
         self.let_go()
         self._hold(tensor.nbytes)
         self.bytes_by_unit[unit] += tensor.nbytes
+        self._kept_bytes += tensor.nbytes
+        self.most_bytes = max(self.most_bytes, self._kept_bytes)
         kept = SavedInput(tensor.detach())
         if self.offloading and unit not in self.staying:
+            self._take_host_memory(tensor.nbytes)
             host = self._device.host_memory(tensor)
             kept.host, kept.tensor = host, None
             kept.saved = self._device.down.copy([(host, tensor.detach())], (), computed=True, label="inputs")
@@ -83,8 +106,23 @@ class SavedInputs:
         assert kept.tensor is not None
         if kept.restored is not None:
             self._device.wait("inputs_restored", kept.restored)
+        if kept.host is not None:
+            self._host_bytes -= self._device.host_memory_bytes(kept.host.nbytes)
         self._hold(-kept.tensor.nbytes)
+        self._kept_bytes -= kept.tensor.nbytes
         return kept.tensor
+
+    def _take_host_memory(self, n_bytes: int) -> None:
+        """Count it. Raises CapacityError where the host has not so much."""
+        needed = self._host_bytes + self._device.host_memory_bytes(n_bytes)
+        if needed > self._room_bytes:
+            raise CapacityError(
+                f"host memory: inputs of units that wait there for backward need {format_bytes(needed)} (page-locked),"
+                f" and {format_bytes(self._room_bytes)} can be had: {format_bytes(needed - self._room_bytes)} missing;"
+                " give steps smaller or fewer micro-batches, or raise engine.device_memory so that more inputs stay"
+            )
+        self._host_bytes = needed
+        self.host_bytes = max(self.host_bytes, needed)
 
     def _bring_back(self, kept: SavedInput) -> None:
         assert kept.host is not None and kept.saved is not None

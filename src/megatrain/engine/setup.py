@@ -7,9 +7,9 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from megatrain.device.base import ComputeDevice
+from megatrain.device.base import ComputeDevice, streams
 from megatrain.device.cpu import CpuDevice
 from megatrain.device.cuda import CudaDevice
 from megatrain.device.lagged import LaggedDevice
@@ -27,6 +27,8 @@ from megatrain.sizes import parse_bytes
 
 PRECISIONS = ("auto", "bf16", "fp32")
 CLIP_SCOPES = ("global", "unit")
+_LOGITS_IN_CACHES_BYTES = 16 * 1024**2  # of one chunk in fp32
+_DEVICE_CHUNK_TOKENS = 4096
 _log = logging.getLogger(__name__)
 
 
@@ -50,6 +52,7 @@ def check_arguments(optimizer: AdamW | None, settings: Mapping[str, Any]) -> Non
     check_clipping(settings.get("clip_norm"), settings.get("clip_scope", "global"))
     check_threads(settings.get("threads"))
     check_slots(settings.get("slots"))
+    check_head_chunk_tokens(settings.get("head_chunk_tokens"))
     check_keep_graphs(settings.get("keep_graphs", "auto"))
     device_memory_bytes(settings.get("device_memory"))
     if not _is_whole(seed := settings.get("seed", 0)):
@@ -113,6 +116,30 @@ def largest_gradient_bytes(store: HostStore) -> int:
         if entry.place.trainable:
             units.setdefault(entry.unit, []).append((entry.place.count, BYTES[entry.slab.layout.dtype]))
     return largest_staging_bytes(list(units.values()))
+
+
+def head_chunk_tokens(setting: int | None, device: ComputeDevice, token_bytes: int, vocabulary: int) -> int:
+    """Tokens of one chunk of the head, in whole multiples of 64 where the user has not chosen.
+
+    On the host as many as its caches can hold. A device wants many at once: an eighth of its memory, or 4096 tokens if
+    that is more, and at most half of what weights and gradients have left. `token_bytes`: what the logits of one token
+    take there.
+    """
+    if setting is not None:
+        return setting
+    if not streams(device) or device.memory_bytes is None:
+        return max(64, _LOGITS_IN_CACHES_BYTES // (4 * vocabulary) // 64 * 64)
+    device.start_step()  # its peak counts from what is allocated now
+    free_bytes = max(0, device.memory_bytes - device.peak_bytes())
+    wanted_bytes = max(device.memory_bytes // 8, _DEVICE_CHUNK_TOKENS * token_bytes)
+    return max(64, min(wanted_bytes, free_bytes // 2) // token_bytes // 64 * 64)
+
+
+def check_head_chunk_tokens(setting: int | None) -> None:
+    if setting is not None and not (_is_whole(setting) and setting >= 1):
+        raise ConfigError(
+            f"engine.head_chunk_tokens is {setting!r}; it must be a number of tokens > 0, or None to fit the device"
+        )
 
 
 def resolve_precision(name: str, device: ComputeDevice) -> str:
@@ -200,8 +227,10 @@ def refuse_meta(model: nn.Module) -> None:
             raise ConfigError(f"model: {name} is on {parameter.device}; build the model on the cpu")
 
 
-def plan_for(layouts: dict[int, list[SlabLayout]], clip_norm: float | None, clip_scope: str) -> MemoryPlan:
-    return plan_memory(layouts, keep_gradients=keeps_gradients(clip_norm, clip_scope))
+def plan_for(
+    layouts: dict[int, list[SlabLayout]], clip_norm: float | None, clip_scope: str, *, streaming: bool
+) -> MemoryPlan:
+    return plan_memory(layouts, keep_gradients=keeps_gradients(clip_norm, clip_scope), streaming=streaming)
 
 
 def keeps_gradients(clip_norm: float | None, clip_scope: str) -> bool:
@@ -214,19 +243,21 @@ def cast_buffers(model: nn.Module, dtypes: dict[int, str]) -> None:
     not saved (rotary frequencies) keep the precision they were computed in."""
     if "bf16" not in dtypes.values():
         return
+    cast: dict[Tensor, Tensor] = {}  # a buffer that several modules hold stays one
     for module in model.modules():
         for name, buffer in module._buffers.items():
             saved = name not in module._non_persistent_buffers_set
             if buffer is not None and saved and buffer.dtype == torch.float32 and _all_bf16(module):
-                module._buffers[name] = buffer.to(torch.bfloat16)
+                module._buffers[name] = cast.setdefault(buffer, buffer.to(torch.bfloat16))
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:
     """Buffers are small, and where the model computes."""
+    moved: dict[Tensor, Tensor] = {}
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device:
-                module._buffers[name] = buffer.to(device)
+                module._buffers[name] = moved.setdefault(buffer, buffer.to(device))
 
 
 def _all_bf16(module: nn.Module) -> bool:
@@ -239,7 +270,9 @@ def check_plan(model: nn.Module, optimizer: AdamW | None, settings: Mapping[str,
     check_arguments(optimizer, settings)
     part = partition(model)
     _, group_of = (optimizer or AdamW()).group_slots(part.slots)
-    precision = resolve_precision(settings.get("precision", "auto"), make_device(settings.get("device", "auto")))
+    device = make_device(settings.get("device", "auto"))
+    precision = resolve_precision(settings.get("precision", "auto"), device)
     layouts = lay_out_units(part, weight_dtypes(model, part, precision), group_of)
-    plan = plan_for(layouts, settings.get("clip_norm", 1.0), settings.get("clip_scope", "global"))
+    clipping = settings.get("clip_norm", 1.0), settings.get("clip_scope", "global")
+    plan = plan_for(layouts, *clipping, streaming=streams(device))
     require_fit(plan, host_memory_limits().free_bytes, 0)

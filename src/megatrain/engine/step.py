@@ -96,18 +96,19 @@ def _run_chunked(engine: "Engine", number: int, batch: Batch, count: int, total:
     losses: LossParts = []
     hidden_gradient = torch.zeros_like(hidden)
     for part, labels, where in engine.head.chunks(hidden.detach(), labels_on_host):
-        leaf = part.detach().requires_grad_()
-        with engine.executor.direct() as weights:
-            chunk_loss = engine.head.chunk_loss(leaf, labels, template, batch, total)
-        with engine.device.computing():
-            backward([chunk_loss], [None])
-        losses.append((chunk_loss.detach(), 1.0))
-        if leaf.grad is not None:
-            hidden_gradient.view(-1, hidden.shape[-1])[where] = leaf.grad.view(-1, hidden.shape[-1])
-        for slot, weight in weights.leaves.items():
-            if weight.grad is not None:
-                engine.gradients.add(slot, weight.grad)
-        del chunk_loss, leaf, weights
+        with engine.weights.holding(engine.head.logits_bytes(labels.numel())):
+            leaf = part.detach().requires_grad_()
+            with engine.executor.direct() as weights:
+                chunk_loss = engine.head.chunk_loss(leaf, labels, template, batch, total)
+            with engine.device.computing():
+                backward([chunk_loss], [None])
+            losses.append((chunk_loss.detach(), 1.0))
+            if leaf.grad is not None:
+                hidden_gradient.view(-1, hidden.shape[-1])[where] = leaf.grad.view(-1, hidden.shape[-1])
+            for slot, weight in weights.leaves.items():
+                if weight.grad is not None:
+                    engine.gradients.add(slot, weight.grad)
+            del chunk_loss, leaf, weights
     engine.gradients.release_hold()
 
     engine.executor.enter_phase(BACKWARD)
@@ -144,11 +145,13 @@ def _value(parts: LossParts) -> float:
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """`batch` where the model computes. A mask of ones is left out on a device of its own: attention is then causal and
-    nothing else, for which there are faster kernels; it is looked at here, on the host."""
+    nothing else, for which there are faster kernels; it is looked at here, on the host. Not beside position_ids, which
+    transformers takes for several sequences in one where they begin anew, if there is no mask."""
     if device.type == "cpu":
         return batch
     mask = batch.get("attention_mask")
-    unmasked = isinstance(mask, Tensor) and mask.device.type == "cpu" and mask.ndim == 2 and bool(mask.all())
+    ones = isinstance(mask, Tensor) and mask.device.type == "cpu" and mask.ndim == 2 and bool(mask.all())
+    unmasked = ones and "position_ids" not in batch
     return {
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for name, value in batch.items()

@@ -49,6 +49,7 @@ class PendingUpdates:
         self._device = device
         self._names = {u.index: u.name for u in part.units}
         self._background = background
+        self.first: frozenset[int] = frozenset()  # carried out before the others: small, and fetched ahead of them
         self._pending: dict[int, list[SlabUpdate]] = {}
         self._tickets: dict[int, Ticket] = {}
         self.exposed_seconds = 0.0  # spent on updates while compute waited
@@ -62,7 +63,7 @@ class PendingUpdates:
     def start(self) -> None:
         """All updates of a step are scheduled: the host thread, if there is one, begins."""
         if self._background is not None:
-            for unit in sorted(self._pending):
+            for unit in sorted(self._pending, key=lambda u: (u not in self.first, u)):
                 run = partial(self._carry_out, unit, self._pending.pop(unit))
                 self._tickets[unit] = self._background.submit(run)
 

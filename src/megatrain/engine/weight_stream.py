@@ -7,7 +7,8 @@ another way is fetched as it comes from there on, said once, and recorded anew.
 
 import warnings
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
@@ -34,19 +35,18 @@ _SMALL_UNIT_SHARE = 64  # units below this fraction of the largest have device m
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What the last recorded pass of a kind did: visits, bytes of saved inputs by unit and whether they left the
-    device, label elements, peak device bytes, and the bytes among them that were allocated for good."""
+    """What the last recorded pass of a kind did: visits, bytes of saved inputs by unit, the most of them at a time, and
+    whether they left the device, elements, peak device bytes, the bytes among them that were allocated for good, and
+    the small units, in the order of their first use."""
 
     visits: tuple[Visit, ...]
     inputs: dict[int, int]
+    inputs_bytes: int
     inputs_left: bool
     elements: int
     peak_bytes: int
     fixed_bytes: int
-
-    @property
-    def inputs_bytes(self) -> int:
-        return sum(self.inputs.values())
+    small: tuple[int, ...]
 
 
 class WeightStream(Weights):
@@ -71,6 +71,9 @@ class WeightStream(Weights):
         self._homes = {unit.index: sorted({slot.units[0] for slot in unit.slots}) for unit in part.units}
         largest = max(self.unit_bytes.values())
         self._small = {u for u, n in self.unit_bytes.items() if n * _SMALL_UNIT_SHARE <= largest}
+        # a fetch ahead of all others must not wait for the update of a large unit
+        self._ahead = frozenset(u for u in self._small if self._small.issuperset(self._homes[u]))
+        updates.first = self._ahead
         self._fixed_bytes = 0
         self._own = {u: self._new_slot(self.unit_bytes[u]) for u in sorted(self._small)}
         self._strays: DeviceSlot | None = None
@@ -101,12 +104,24 @@ class WeightStream(Weights):
         else:
             self.inputs.begin()
             self._device.start_step()
-            self.inputs.offloading = self._inputs_must_leave(kind, elements)
+            self.inputs.offload(self._inputs_must_leave(kind, elements))
         schedule = self._schedule(kind)
         saves = {op.unit for op in schedule.operations if op.kind is Kind.SAVE} if schedule is not None else self._units
         self.inputs.staying = frozenset(self._units).difference(saves)
         self._walk = Walk(kind, schedule, elements)
         self._forget_residents()
+        order = self._orders.get(kind)
+        for unit in order.small if order is not None else ():
+            self._issue(unit, self._own[unit])  # on demand they would come behind large units that are copied ahead
+
+    def further_forward(self, elements: int) -> None:
+        walk = self._walk
+        if walk.kind != FREE:
+            return
+        walk.further_forward(elements)
+        if not self.inputs.offloading and self._inputs_must_leave(FREE, walk.elements):
+            self.inputs.offload(True)
+            self.inputs.staying = frozenset()
 
     def end(self) -> None:
         walk = self._walk
@@ -143,6 +158,7 @@ class WeightStream(Weights):
     def fetch(self, unit: Unit, *, backward: bool, together: bool) -> dict[int, Tensor]:
         if unit.index in self._small:
             slot = self._own[unit.index]
+            self._walk.use_small(unit.index)
             if slot.fetch is None:
                 self._issue(unit.index, slot)
         else:
@@ -164,6 +180,14 @@ class WeightStream(Weights):
         # in a caller's own loop an evaluation may come in between
         followed = walk.kind == STEP and walk.schedule is not None and not walk.deviated
         return walk.schedule.held if followed and walk.schedule is not None else frozenset()
+
+    @contextmanager
+    def holding(self, n_bytes: int) -> Iterator[None]:
+        self._device.hold(n_bytes)
+        try:
+            yield
+        finally:
+            self._device.hold(-n_bytes)
 
     def pin(self, unit: int) -> None:
         self._pinned[unit] += 1
@@ -190,6 +214,9 @@ class WeightStream(Weights):
 
     def close(self) -> None:
         self._issuer.close()
+        self._slots, self._own, self._strays = [], {}, None  # the engine may be held for its optimizer's state
+        self._walk = Walk("", None)
+        self.inputs.begin()
 
     # -- visits -----------------------------------------------------------------------------------------------
 
@@ -240,10 +267,12 @@ class WeightStream(Weights):
         self._orders[walk.kind] = Order(
             tuple(walk.visits),
             dict(self.inputs.bytes_by_unit),
+            self.inputs.most_bytes,
             self.inputs.offloading,
             walk.elements,
             self._device.peak_bytes(),
             fixed,
+            tuple(u for u in walk.small if u in self._ahead),
         )
         self._schedules = {k: s for k, s in self._schedules.items() if k[0] != walk.kind}
 

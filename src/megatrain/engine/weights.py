@@ -3,12 +3,14 @@
 The host as its own device binds weights where they lie. `weight_stream` copies them to a device with memory of its own.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor
 
 from megatrain.engine.saved_inputs import SavedInputs
 from megatrain.engine.updates import PendingUpdates
 from megatrain.memory.arena import trim_freed_memory
-from megatrain.memory.store import HostStore
 from megatrain.model.partition import Partition, Unit
 
 STEP, FREE, EVALUATION = "step", "free", "evaluation"  # kinds of pass; FREE: under a caller's own loop
@@ -25,6 +27,9 @@ class Weights:
 
     def begin(self, kind: str, elements: int = 0) -> None:
         """A pass of this kind begins, over a batch of so many label elements (0: not known)."""
+
+    def further_forward(self, elements: int) -> None:
+        """Another forward of the pass, which counts where the pass is a caller's own loop."""
 
     def end(self) -> None:
         """It is over."""
@@ -56,6 +61,11 @@ class Weights:
     def changed(self) -> None:
         """The host's weights have changed."""
 
+    @contextmanager
+    def holding(self, n_bytes: int) -> Iterator[None]:
+        """Computation has so many bytes on the compute device meanwhile, besides what units leave there."""
+        yield
+
     def waited_seconds(self) -> float:
         """How long computation stood still for weights since the last call."""
         return 0.0
@@ -67,12 +77,9 @@ class Weights:
 class HostWeights(Weights):
     """The host as its own device: nothing is copied."""
 
-    def __init__(self, store: HostStore, part: Partition, updates: PendingUpdates) -> None:
+    def __init__(self, part: Partition, updates: PendingUpdates) -> None:
         self._updates = updates
-        self._weights = {
-            unit.index: {s.index: store.slots[s.index].slot.parameter.detach() for s in unit.slots}
-            for unit in part.units
-        }
+        self._weights = {unit.index: {s.index: s.parameter.detach() for s in unit.slots} for unit in part.units}
         self.unit_bytes = {u: sum(w.nbytes for w in weights.values()) for u, weights in self._weights.items()}
         self._fetched = -1
 

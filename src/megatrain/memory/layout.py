@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 ALIGNMENT_BYTES = 64  # a cache line, and the widest vector register
+OPERAND_BYTES = 256  # what GPU libraries take operands to be aligned to, for their fastest kernels
 BYTES = {"bf16": 2, "fp32": 4}
 
 
@@ -65,7 +66,8 @@ class SlabLayout:
 
 
 def lay_out(requests: list[Request]) -> list[SlabLayout]:
-    """Place `requests` of one unit: one slab per dtype present, bf16 first; every start is cache-line aligned."""
+    """Place `requests` of one unit: one slab per dtype present, bf16 first; every start is cache-line aligned, and
+    those of parameters of 256 bytes or more as a GPU wants them: in a slot they lie as here."""
     slabs = []
     for dtype in ("bf16", "fp32"):
         chosen = [r for r in requests if r.dtype == dtype]
@@ -75,12 +77,17 @@ def lay_out(requests: list[Request]) -> list[SlabLayout]:
 
 
 def _lay_out_slab(dtype: str, requests: list[Request]) -> SlabLayout:
-    step = ALIGNMENT_BYTES // BYTES[dtype]
-    places, start, state_count = [], 0, 0
+    line, operand = ALIGNMENT_BYTES // BYTES[dtype], OPERAND_BYTES // BYTES[dtype]
+    places, end, state_count = [], 0, 0
     for r in sorted(requests, key=lambda r: (not r.trainable, r.group)):  # stable: tree order inside a run
         count = math.prod(r.shape)
+        start = _round_up(end, operand if count >= operand else line)
         places.append(Place(r.slot, r.shape, start, count, r.group, r.trainable))
-        start += -(-count // step) * step
+        end = _round_up(start + count, line)
         if r.trainable:
-            state_count = start
-    return SlabLayout(dtype, tuple(places), start, state_count)
+            state_count = end
+    return SlabLayout(dtype, tuple(places), _round_up(end, operand), state_count)
+
+
+def _round_up(count: int, step: int) -> int:
+    return -(-count // step) * step

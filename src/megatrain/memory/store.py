@@ -115,6 +115,15 @@ class HostStore:
                 del source
         self.units[unit] = state
 
+    def take_over_as_it_is(self, slot: ParameterSlot) -> Tensor:
+        """Make a parameter that is not floating point, and never changes, a view of whole pages of its own, which can
+        be page-locked; returns them."""
+        source = slot.parameter.data
+        memory = allocate(source.nbytes)[: source.nbytes]
+        slot.parameter.data = memory.view(source.dtype).view(source.shape)
+        slot.parameter.data.copy_(source)
+        return memory
+
     def write_master(self, slot: int, source: Tensor) -> None:
         """Set a parameter's master from `source` (any float dtype, the parameter's shape); steps and moments stay."""
         weight, remainder = self.slots[slot].weight, self.slots[slot].remainder
@@ -132,7 +141,7 @@ class HostStore:
         weight, remainder = self.slots[slot].weight, self.slots[slot].remainder
         if remainder is None:
             return weight.detach().to(torch.float32, copy=True)
-        master = torch.empty(weight.shape, dtype=torch.float32)
+        master = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
         merge(self.workers, bits(weight.view(-1)), remainder, master.view(-1).numpy())
         return master
 
@@ -169,7 +178,7 @@ class HostStore:
         slabs = self.units[unit].slabs
         storage = slabs[0].weight.untyped_storage()
         n_bytes = sum(slab.layout.weight_bytes for slab in slabs)
-        memory = torch.empty(0, dtype=torch.uint8)
+        memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         return memory.set_(storage, slabs[0].weight.storage_offset(), (n_bytes,), (1,))
 
     def bytes_by_category(self) -> dict[str, int]:
@@ -223,7 +232,7 @@ def bits(tensor: Tensor) -> np.ndarray:
 
 
 def _weight_views(slabs: list[SlabLayout]) -> Iterator[tuple[SlabLayout, Tensor]]:
-    """One buffer for all of a unit's weights, cut into its slabs (their sizes are whole cache lines)."""
+    """One buffer for all of a unit's weights, cut into its slabs (their sizes are aligned)."""
     buffer = allocate(sum(layout.weight_bytes for layout in slabs))
     start = 0
     for layout in slabs:

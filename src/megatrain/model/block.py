@@ -56,7 +56,8 @@ class UnitHost(Protocol):
         """Current weights of the unit on the compute device, by slot index, without gradient history."""
 
     def keep_inputs(self, unit: Unit, tensors: dict[int, Tensor]) -> dict[int, Any]:
-        """Keep inputs of a call for its backward, by position; those that are not in the result autograd keeps."""
+        """Keep inputs of a call that is about to run for its backward, by position; those that are not in the result
+        autograd keeps."""
 
     def take_inputs(self, unit: Unit, kept: dict[int, Any]) -> dict[int, Tensor]:
         """What `keep_inputs` was given, on the compute device, for the backward that has begun."""
@@ -108,7 +109,7 @@ class UnitForward:
         self.where = f"unit {unit.name or type(unit.module).__name__}"
         self.attributes = WrittenAttributes(unit.module, self.where)
         self.buffers = WrittenBuffers(unit.module, self.where)
-        self.anchor = torch.zeros((), requires_grad=True)
+        self.anchor = torch.zeros((), requires_grad=True, device="cpu")
         self.differentiates = False  # inside its forward, as far as is known
 
     def notice_differentiation(self) -> None:
@@ -180,10 +181,12 @@ class UnitCall:
         assert result is not None
         return result.deliver(outputs, self)
 
-    def run_first(self, inputs: list[Tensor]) -> list[Tensor]:
-        """The forward run; `inputs` are the flat tensors. Returns the node's outputs."""
+    def run_first(self, inputs: list[Tensor], hidden: list[int]) -> list[Tensor]:
+        """The forward run; `inputs` are the flat tensors, `hidden` the positions of those that come from other units.
+        Returns the node's outputs."""
         block, host = self.block, self.block.host
         weights = host.fetch(block.unit)
+        self.kept_inputs = host.keep_inputs(block.unit, {n: inputs[n] for n in hidden})  # copied beside the run
         versions = [t._version for t in inputs]
         self.random = RandomState(host.compute_device)
         buffers = block.buffers.before()
@@ -255,10 +258,8 @@ class _UnitNode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: UnitCall, anchor: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        outputs = call.run_first(list(inputs))
+        outputs = call.run_first(list(inputs), [n for n in range(len(inputs)) if ctx.needs_input_grad[n + 2]])
         ctx.call = call
-        hidden = {n: t for n, t in enumerate(inputs) if ctx.needs_input_grad[n + 2]}
-        call.kept_inputs = call.block.host.keep_inputs(call.block.unit, hidden)
         ctx.save_for_backward(*[None if n in call.kept_inputs else t for n, t in enumerate(inputs)])
         # as in plain PyTorch, what depends on no weight and no input with a gradient requires none
         ctx.mark_non_differentiable(*[t for t, own in zip(outputs, call.own_outputs, strict=True) if not own])

@@ -20,11 +20,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from megatrain.errors import CapacityError
 from megatrain.model.root import RootForward
 from megatrain.model.side_effects import RandomState
 
 IGNORED = -100  # transformers' label for "no target here"
-_LOGITS_BYTES = 16 * 1024**2  # of one chunk in fp32
+_BYTES_PER_LOGIT = 16  # while a chunk is differentiated: fp32 logits, their log-softmax, two gradients; and bf16 ones
 
 
 @dataclass(slots=True)
@@ -46,6 +47,8 @@ class ChunkedHead:
     """Runs a causal language model's base and head apart. `reason` says why not, or is None where it can.
 
     `direct` is the context in which units join the surrounding graph instead of being nodes of their own.
+    `chunk_tokens`: how many tokens to a chunk, given what the logits of one take while they are differentiated, and
+    the size of the vocabulary.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class ChunkedHead:
         root: RootForward,
         device: torch.device,
         direct: Callable[[], AbstractContextManager[Any]],
+        chunk_tokens: Callable[[int, int], int],
     ) -> None:
         self.model = model
         self._direct = direct
@@ -74,6 +78,10 @@ class ChunkedHead:
         self.reason = self._probe()
         if self.reason is not None:
             self.remove()
+            return
+        vocabulary: int = max(p.shape[0] for p in _output_embeddings(model).parameters())
+        self._token_bytes = _BYTES_PER_LOGIT * vocabulary
+        self.chunk_tokens = chunk_tokens(self._token_bytes, vocabulary)
 
     def remove(self) -> None:
         """Give the model its own base and loss function back."""
@@ -121,7 +129,7 @@ class ChunkedHead:
         """
         shifted = shift_labels(labels)
         tokens = shifted.numel()
-        size = self.chunk_tokens()
+        size = self.chunk_tokens
         if tokens <= size:
             yield hidden, shifted.to(hidden.device, non_blocking=True), slice(0, tokens)
             return
@@ -131,10 +139,9 @@ class ChunkedHead:
             if bool((targets[:, part] != IGNORED).any()):
                 yield flat[:, part], targets[:, part].to(hidden.device, non_blocking=True), part
 
-    def chunk_tokens(self) -> int:
-        """Tokens whose fp32 logits take about 16 MiB, in whole multiples of 64."""
-        vocabulary: int = max(p.shape[0] for p in _output_embeddings(self.model).parameters())
-        return max(64, _LOGITS_BYTES // (4 * vocabulary) // 64 * 64)
+    def logits_bytes(self, tokens: int) -> int:
+        """What the logits of a chunk of so many tokens take while they are differentiated."""
+        return self._token_bytes * tokens
 
     # -- stand-ins --------------------------------------------------------------------------------------------
 
@@ -183,6 +190,8 @@ class ChunkedHead:
         try:
             with torch.no_grad(), self.root.capturing_off():
                 return self._compare_losses()
+        except (CapacityError, torch.OutOfMemoryError, MemoryError):
+            raise
         except Exception as error:  # whatever the model's own code raises on a stand-in: it needs the real thing
             return f"{type(error).__name__}: {error}".splitlines()[0]
         finally:

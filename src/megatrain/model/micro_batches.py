@@ -7,6 +7,7 @@ there, whatever their shapes, and a later phase begins only when every thread ha
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 
@@ -27,11 +28,18 @@ class HandOver:
     """Runs bodies in turns. `device` is the compute device, whose random generator each thread has to itself.
 
     Threads are started when they are first needed and end with this object.
+    `same_order`: called by the caller's thread for each body; the body's thread enters what it returns.
     `carried`: further state that belongs to a micro-batch; each entry saves it and returns what puts it back.
     """
 
-    def __init__(self, device: torch.device, carried: Sequence[Callable[[], Callable[[], None]]] = ()) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        same_order: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        carried: Sequence[Callable[[], Callable[[], None]]] = (),
+    ) -> None:
         self._device = device
+        self._same_order = same_order
         self.carried = carried
         self._turn = threading.Condition()
         self._progress: dict[int, Progress] = {}
@@ -49,12 +57,13 @@ class HandOver:
         results: list[Any] = [None] * len(bodies)
         autocast = AutocastState(self._device)
         compute_threads, gradients_on = torch.get_num_threads(), torch.is_grad_enabled()
+        orders = [self._same_order() for _ in bodies]
 
         def body(number: int) -> None:
             self._local.number = number
             torch.set_num_threads(compute_threads)  # OpenMP keeps the number per thread, and sums depend on it
             self._wait_for_turn(number)
-            with autocast.entered(), torch.set_grad_enabled(gradients_on):
+            with orders[number], autocast.entered(), torch.set_grad_enabled(gradients_on):
                 results[number] = bodies[number]()
 
         outside = RandomState(self._device)

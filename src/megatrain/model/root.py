@@ -30,6 +30,11 @@ def configurations(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
+def _elements(arguments: list[Any]) -> int:
+    """Of the largest tensor among a forward's arguments: the measure of its size. 0 where there is none."""
+    return max((value.numel() for value in arguments if isinstance(value, torch.Tensor)), default=0)
+
+
 class RootForward:
     """Stands in for the model's forward, for the sake of caches, which are on by default.
 
@@ -41,7 +46,7 @@ class RootForward:
         self,
         model: nn.Module,
         flush: Callable[[], None],
-        forward_pass: Callable[[], AbstractContextManager[None]],
+        forward_pass: Callable[[int], AbstractContextManager[None]],
         hiding: Callable[[], AbstractContextManager[None]] = nullcontext,
         device: torch.device = _HOST,
     ) -> None:
@@ -56,7 +61,7 @@ class RootForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._flush()  # the model's own code may read any parameter, not only through the unit that owns it
-        with self._forward_pass(), self._hiding():
+        with self._forward_pass(_elements([*args, *kwargs.values()])), self._hiding():
             return self._call(tuple(map(self._moved, args)), {name: self._moved(v) for name, v in kwargs.items()})
 
     def _moved(self, value: Any) -> Any:

@@ -10,21 +10,33 @@ class Walk:
 
     def __init__(self, kind: str, schedule: Schedule | None, elements: int = 0) -> None:
         self.kind = kind
-        self.elements = elements
+        self.elements = elements  # of all forwards that wait for their backward at the same time
+        self._open_elements = elements
+        self._differentiated = False  # since the last forward began
         self.schedule = schedule
         self.deviated = False
-        self.visits: list[Visit] = []
+        self.visits: list[Visit] = []  # without a kind, outside of passes, the last one alone
+        self._forgotten = 0
+        self.small: dict[int, None] = {}  # units that are no visits, in the order of their first use
         self._grouped = False
         self._issued = 0  # operations of the schedule
         self._played = -1  # the last visit whose operations are issued
 
+    def further_forward(self, elements: int) -> None:
+        """A backward in between has taken what was open before, as in a loop that adds up gradients."""
+        if self._differentiated:
+            self._open_elements, self._differentiated = 0, False
+        self._open_elements += elements
+        self.elements = max(self.elements, self._open_elements)
+
     @property
     def number(self) -> int:
         """Of the visit that is under way."""
-        return len(self.visits) - 1
+        return self._forgotten + len(self.visits) - 1
 
     def arrive(self, unit: int, backward: bool, together: bool) -> bool:
         """Record that `unit` is about to run; whether that begins a visit (or makes one larger)."""
+        self._differentiated |= backward
         current = self.visits[-1] if self.visits else Visit(())
         if unit in current.units and (current.backward or not backward):
             return False
@@ -33,7 +45,13 @@ class Walk:
         else:  # units that run together are differentiated at once
             self.visits.append(Visit((unit,), backward or together))
         self._grouped = together
+        if not self.kind and len(self.visits) > 1:
+            self._forgotten += len(self.visits) - 1
+            del self.visits[:-1]
         return True
+
+    def use_small(self, unit: int) -> None:
+        self.small.setdefault(unit)
 
     def as_expected(self) -> bool:
         assert self.schedule is not None
