@@ -31,8 +31,10 @@ from megatrain.memory.limits import host_memory_limits
 from megatrain.memory.plan import MemoryPlan, require_fit
 from megatrain.memory.store import TORCH_DTYPE, HostStore, SlotState, gradient_buffers
 from megatrain.model.block import LOOK_STEPS, UnitForward, install_units
+from megatrain.model.fused_loss import liger_loss
 from megatrain.model.head import ChunkedHead
 from megatrain.model.hidden import HiddenParameters
+from megatrain.model.kernels import choose_kernels, install_kernels
 from megatrain.model.partition import partition
 from megatrain.model.root import RootForward, guard, report_device, unguard
 from megatrain.optim.adamw import AdamW, EngineOptimizer, check_learning_rate
@@ -59,6 +61,8 @@ class Engine:
     slots:         units of a size whose weights may be on a streaming device at once; None: 2.
     compile:       'off', or 'blocks': blocks run as graphs of torch.compile, one per kind. Sums inside a block may then
                    be added up in another order (last bits), and the first steps wait for the compiler.
+    kernels:       'torch': the model's own code; 'liger': Liger's kernels in place of parts of it, and for the head,
+                   until `close()`; 'auto': liger where it is installed, the device is cuda and it knows the model.
 
     Raises ConfigError for a wrong setting and CapacityError when the plan does not fit into host memory.
     """
@@ -77,6 +81,7 @@ class Engine:
         keep_graphs: KeepGraphs = "auto",
         slots: int | None = None,
         compile: str = "off",
+        kernels: str = "auto",
         *,
         _mapped: bool = False,
     ) -> None:
@@ -90,6 +95,7 @@ class Engine:
         self.precision = setup.resolve_precision(precision, setup.make_device(device))
         self.device = setup.make_device(device, self.precision, setup.device_memory_bytes(device_memory))
         check_compile(compile, self.device.torch_device)
+        chosen = choose_kernels(kernels, model, self.device)
         self.clip_norm, self.clip_scope, self.seed = clip_norm, clip_scope, seed
         self.keeps_gradients = setup.keeps_gradients(clip_norm, clip_scope)
         self.step_count = 0
@@ -108,6 +114,7 @@ class Engine:
         _refuse_meta(model)
         held = sum(slot.parameter.nbytes for slot in self.partition.slots)
         require_fit(self.plan, host_memory_limits().free_bytes, held)
+        self.kernels, self._remove_kernels = install_kernels(chosen, model, required=kernels == "liger")
 
         keep_large_allocations_out_of_heap()
         compile_kernels()
@@ -415,6 +422,9 @@ class Engine:
             )
         guard(model, self.device.torch_device)
         self.head = ChunkedHead(model, self._root, self.device.torch_device, self.executor.direct)
+        if self.kernels.name == "liger":
+            self.head.fuse(liger_loss())
+            self.executor.abort_step()  # the probe was none
         self.executor.forget_order()
         # a head that was shown to run in chunks of shifted labels does shift them
         self.shifts_labels = self.head.reason is None or labels_are_shifted(model)
@@ -441,6 +451,7 @@ class Engine:
         self.head.remove()
         for block in self._blocks:
             block.remove()
+        self._remove_kernels()
         self.model.__dict__.pop("forward", None)
         self.model.__dict__.pop("zero_grad", None)
         for hook in self._hooks:
@@ -514,9 +525,9 @@ def check_plan(model: nn.Module, optimizer: AdamW | None, settings: Mapping[str,
     setup.check_arguments(optimizer, settings)
     part = partition(model)
     _, group_of = (optimizer or AdamW()).group_slots(part.slots)
-    precision = setup.resolve_precision(
-        settings.get("precision", "auto"), setup.make_device(settings.get("device", "auto"))
-    )
+    device = setup.make_device(settings.get("device", "auto"))
+    choose_kernels(settings.get("kernels", "auto"), model, device)
+    precision = setup.resolve_precision(settings.get("precision", "auto"), device)
     layouts = setup.lay_out_units(part, setup.weight_dtypes(model, part, precision), group_of)
     plan = setup.plan_for(layouts, settings.get("clip_norm", 1.0), settings.get("clip_scope", "global"))
     require_fit(plan, host_memory_limits().free_bytes, 0)
