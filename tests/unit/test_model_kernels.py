@@ -220,13 +220,23 @@ def test_the_order_in_which_engines_close_does_not_matter() -> None:
 @pytest.mark.usefixtures("usable")
 def test_a_copy_of_the_model_has_its_own_methods() -> None:
     model = tiny()
-    installed, remove = install_kernels(Kernels("liger", ""), model, required=True)
+    _, remove = install_kernels(Kernels("liger", ""), model, required=True)
     twin = copy.deepcopy(model)
-    assert installed.name == "liger"
     for one, two in zip(model.modules(), twin.modules(), strict=True):
         if "forward" in one.__dict__:
             assert one.forward.__self__ is one and two.forward.__self__ is two
     remove()
+
+
+@pytest.mark.usefixtures("usable")
+def test_no_norm_writes_over_the_gradient_it_is_given() -> None:
+    model = tiny()
+    model.lm_head.in_place = True  # its owner's, for whatever it means
+    _, remove = install_kernels(Kernels("liger", ""), model, required=True)
+    assert {m.in_place for m in model.modules() if type(m).__name__ == "LlamaRMSNorm"} == {False}
+    assert model.lm_head.in_place is True
+    remove()
+    assert not hasattr(model.model.norm, "in_place") and model.lm_head.in_place is True
 
 
 def test_what_liger_fails_on_is_as_it_was(usable: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -10,6 +10,9 @@ type it knows. Its patching reaches further than the model it is given. What it 
   sees the other names of its module as they were when it was made;
 - classes in transformers' modules and `torch.nn.LayerNorm`, which models made later would get, are put back at once.
 
+Its RMSNorm can write a gradient over the one that it was given, which a residual connection may still have to read: in
+glm4v (liger-kernel 0.8.5) gradients come out wrong by a factor of up to 10^5, with the right loss. It may not here.
+
 So no other model of the process is changed, but one that another thread makes at that very moment. Liger's
 cross-entropy and its causal-LM forwards stay off: the head is the engine's (`fused_loss.py`).
 """
@@ -137,6 +140,7 @@ def _install_liger(model: nn.Module) -> Callable[[], None]:
             finally:
                 functions = shared.put_back()
         _bind_methods(model, functions)
+        instance.set_where_added("in_place", False)
     except BaseException:
         instance.put_back()
         raise
@@ -153,6 +157,12 @@ class _InstanceState:
 
     def put_back(self) -> None:
         self.changes()()
+
+    def set_where_added(self, name: str, value: Any) -> None:
+        """Give attribute `name` this value on the modules that have got it."""
+        for holder, before in self._before:
+            if name in holder and name not in before:
+                holder[name] = value
 
     def changes(self) -> Callable[[], None]:
         """What undoes the changes made so far, and none that come later."""
