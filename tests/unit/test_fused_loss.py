@@ -48,6 +48,7 @@ HEADS = {
     "llama": {},
     "llama, tied": {"tie_word_embeddings": True},
     "gemma2": {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 50.0},
+    "gemma2, a cap for large logits alone": {"final_logit_softcapping": 500.0, "attn_logit_softcapping": 50.0},
     "phi": {},  # a bias
     "mixtral": {"num_local_experts": 4, "output_router_logits": True},  # an auxiliary loss
 }
@@ -126,13 +127,13 @@ def test_what_else_a_head_does_keeps_it_as_it_is(kind: str, settings: dict[str, 
 
 
 class _DropoutBefore(transformers.LlamaForCausalLM):
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        head = self.lm_head
-        self.lm_head = nn.Sequential(nn.Dropout(0.5), head)
+    """Dropout between base and head."""
 
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head[1] if isinstance(self.lm_head, nn.Sequential) else self.lm_head
+    def forward(self, input_ids: Tensor, labels: Tensor, **kwargs: Any) -> Any:
+        hidden = self.model(input_ids=input_ids, **kwargs).last_hidden_state
+        logits = self.lm_head(nn.functional.dropout(hidden, 0.5, self.training))
+        loss = self.loss_function(logits, labels, self.config.vocab_size)
+        return transformers.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
 
 
 def _config() -> Any:
@@ -143,6 +144,7 @@ def test_dropout_before_the_head_keeps_it_as_it_is() -> None:
     torch.manual_seed(0)
     model = _DropoutBefore(_config()).eval()
     engine, reason = fused(model)
+    assert engine.head.reason is None  # it runs in chunks
     assert engine.head.fused is None, reason
     assert not any(module.training for module in model.modules())
     engine.close()
@@ -231,6 +233,15 @@ def test_the_probe_leaves_nothing_behind() -> None:
     assert not engine.gradients.squares
     engine.close()
     assert "forward" not in model.get_output_embeddings().__dict__
+
+
+def test_removing_the_head_gives_the_linear_layer_back() -> None:
+    model = make()
+    engine, _ = fused(model)
+    assert model.lm_head(torch.ones(1, 1, TEXT["hidden_size"])).shape[-1] == VOCABULARY
+    engine.head.remove()
+    assert engine.head.fused is None and model.lm_head.forward.forward.__func__ is nn.Linear.forward
+    engine.close()
 
 
 def test_on_the_cpu_nothing_is_fused() -> None:

@@ -183,6 +183,7 @@ def test_one_model_is_changed_and_only_until_its_engine_closes() -> None:
     before = _state(model)
     ids = torch.arange(1, 17).view(2, 8)
     engine = make_engine(model, kernels="liger", clip_norm=None)
+    assert engine.head.fused is not None and not engine.executor._in_pass
     assert _state(model)[0] == before[0]  # no class or function that models share
     CALLS.clear()
     other(input_ids=ids, labels=ids).loss.backward()
