@@ -203,6 +203,14 @@ class EngineConfig:
         default="off",
         metadata=_about(choice("off", "blocks"), "blocks: torch.compile, one graph per kind of block"),
     )
+    kernels: str = field(
+        default="auto",
+        metadata=_about(
+            choice("auto", "torch", "liger"),
+            "torch: the model's own code; liger: kernels of liger-kernel in place of parts of it (cuda only); "
+            "auto: liger where it is installed and knows the model",
+        ),
+    )
     keep_graphs: int | str = field(
         default="auto",
         metadata=_about(

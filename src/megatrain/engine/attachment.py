@@ -15,6 +15,7 @@ from megatrain.engine.gradients import GradientBook
 from megatrain.engine.targets import labels_are_shifted
 from megatrain.engine.weight_stream import WeightStream
 from megatrain.model.block import install_units
+from megatrain.model.fused_loss import liger_loss
 from megatrain.model.head import ChunkedHead
 from megatrain.model.hidden import HiddenParameters
 from megatrain.model.root import RootForward, guard, report_device, unguard
@@ -46,6 +47,9 @@ class Attachment:
         guard(model, engine.device.torch_device)
         chunk_tokens = partial(setup.head_chunk_tokens, head_chunk_tokens, engine.device)
         self.head = ChunkedHead(model, self.root, engine.device.torch_device, engine.executor.direct, chunk_tokens)
+        if engine.kernels.name == "liger":
+            self.head.fuse(liger_loss())
+            engine.executor.abort_step()  # the probe was none
         engine.executor.forget_order()
         # a head that was shown to run in chunks of shifted labels does shift them
         self.shifts_labels = self.head.reason is None or labels_are_shifted(model)

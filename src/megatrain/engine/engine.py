@@ -29,10 +29,12 @@ from megatrain.engine.weight_stream import DEFAULT_SLOTS, WeightStream
 from megatrain.engine.weights import HostWeights, Weights
 from megatrain.errors import ConfigError, NonFiniteGradientError
 from megatrain.memory.arena import keep_large_allocations_out_of_heap, reuse_freed_memory, trim_freed_memory
+from megatrain.memory.layout import SlabLayout
 from megatrain.memory.limits import host_memory_limits
 from megatrain.memory.plan import MemoryPlan, require_fit
 from megatrain.memory.store import TORCH_DTYPE, HostStore, SlotState, gradient_buffers
 from megatrain.model.block import LOOK_STEPS
+from megatrain.model.kernels import choose_kernels, install_kernels
 from megatrain.model.partition import partition
 from megatrain.optim.adamw import AdamW, EngineOptimizer, check_learning_rate
 from megatrain.optim.compilation import compile_kernels
@@ -60,6 +62,8 @@ class Engine:
                    be added up in another order (last bits), and the first steps wait for the compiler.
     head_chunk_tokens: tokens whose logits exist at once where the head runs in chunks; None: as many as suit the
                    device. Sums over tokens are added up chunk by chunk, so the last bits depend on it.
+    kernels:       'torch': the model's own code; 'liger': Liger's kernels in place of parts of it, and for the head,
+                   until `close()`; 'auto': liger where it is installed, the device is cuda and it knows the model.
 
     Raises ConfigError for a wrong setting and CapacityError when the plan does not fit into host memory.
     """
@@ -79,6 +83,7 @@ class Engine:
         slots: int | None = None,
         compile: str = "off",
         head_chunk_tokens: int | None = None,
+        kernels: str = "auto",
         *,
         _mapped: bool = False,
     ) -> None:
@@ -90,6 +95,7 @@ class Engine:
         self.precision = setup.resolve_precision(precision, setup.make_device(device))
         self.device = setup.make_device(device, self.precision, setup.device_memory_bytes(device_memory))
         check_compile(compile, self.device.torch_device)
+        chosen = choose_kernels(kernels, model, self.device)
         self.clip_norm, self.clip_scope, self.seed = clip_norm, clip_scope, seed
         self.keeps_gradients = setup.keeps_gradients(clip_norm, clip_scope)
         self.step_count = 0
@@ -99,7 +105,12 @@ class Engine:
 
         self.partition = partition(model)
         groups, group_of = setup.parameter_groups(optimizer, self.partition)
-        self._take_over(group_of, threads or torch.get_num_threads(), _mapped)
+        dtypes = setup.weight_dtypes(model, self.partition, self.precision)
+        layouts = setup.lay_out_units(self.partition, dtypes, group_of)
+        self._plan_memory(layouts)
+        self.kernels, self._remove_kernels = install_kernels(chosen, model, required=kernels == "liger")
+        self._take_over(layouts, threads or torch.get_num_threads(), _mapped)
+        setup.cast_buffers(model, dtypes)
         self._connect(slots)
         self.optimizer = EngineOptimizer(groups, optimizer, self)
         self.kept_graphs = KeptGraphs(keep_graphs, self.partition.units)
@@ -110,22 +121,20 @@ class Engine:
         trim_freed_memory()  # of taking the model over and probing its head
         reuse_freed_memory()
 
-    def _take_over(self, group_of: dict[int, int], threads: int, mapped: bool) -> None:
-        """Plan the bytes, refuse what does not fit, then move the model's parameters into the host store."""
-        model, part = self.model, self.partition
-        dtypes = setup.weight_dtypes(model, part, self.precision)
-        layouts = setup.lay_out_units(part, dtypes, group_of)
+    def _plan_memory(self, layouts: dict[int, list[SlabLayout]]) -> None:
+        """Raise CapacityError where the host has no room for it all."""
         self.plan: MemoryPlan = setup.plan_for(layouts, self.clip_norm, self.clip_scope, streaming=streams(self.device))
-        setup.refuse_meta(model)
-        held = sum(slot.parameter.nbytes for slot in part.slots)
+        setup.refuse_meta(self.model)
+        held = sum(slot.parameter.nbytes for slot in self.partition.slots)
         require_fit(self.plan, host_memory_limits().free_bytes, held)
 
+    def _take_over(self, layouts: dict[int, list[SlabLayout]], threads: int, mapped: bool) -> None:
+        """Move the model's parameters into the host store, unit by unit."""
         keep_large_allocations_out_of_heap()
         compile_kernels()
         self.store = HostStore(Workers(threads))
         for unit, slabs in layouts.items():
-            self.store.take_over(unit, slabs, {slot.index: slot for slot in part.slots}, mapped=mapped)
-        setup.cast_buffers(model, dtypes)
+            self.store.take_over(unit, slabs, {slot.index: slot for slot in self.partition.slots}, mapped=mapped)
         if self.keeps_gradients:
             for state in self.store.units.values():
                 for slab, buffer in zip(state.slabs, gradient_buffers(state.slabs), strict=True):
@@ -378,6 +387,7 @@ class Engine:
         self._attached = False
         self.flush()
         self.attachment.remove()
+        self._remove_kernels()
         self.executor.hand_over.close()
         self.gradients.close()
         self.weights.close()

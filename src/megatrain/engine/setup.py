@@ -21,6 +21,7 @@ from megatrain.memory.limits import host_memory_limits
 from megatrain.memory.plan import MemoryPlan, plan_memory, require_fit
 from megatrain.memory.store import HostStore, home_layouts
 from megatrain.model.block import UnitForward
+from megatrain.model.kernels import choose_kernels
 from megatrain.model.partition import ParameterSlot, Partition, partition
 from megatrain.optim.adamw import AdamW
 from megatrain.sizes import parse_bytes
@@ -271,6 +272,7 @@ def check_plan(model: nn.Module, optimizer: AdamW | None, settings: Mapping[str,
     part = partition(model)
     _, group_of = (optimizer or AdamW()).group_slots(part.slots)
     device = make_device(settings.get("device", "auto"))
+    choose_kernels(settings.get("kernels", "auto"), model, device)
     precision = resolve_precision(settings.get("precision", "auto"), device)
     layouts = lay_out_units(part, weight_dtypes(model, part, precision), group_of)
     clipping = settings.get("clip_norm", 1.0), settings.get("clip_scope", "global")

@@ -182,6 +182,7 @@ def _engine_settings(config: Config) -> dict[str, Any]:
         "keep_graphs": config.engine.keep_graphs,
         "slots": config.engine.slots,
         "compile": config.engine.compile,
+        "kernels": config.engine.kernels,
     }
 
 
