@@ -1,5 +1,6 @@
 """Blocks that differentiate, checkpoint or script a part of themselves."""
 
+import gc
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ from test_engine_toys import WIDTH, Block, Net, assert_trains_like_plain, make_b
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megatrain.engine.kept_graphs import GraphMeter
 from megatrain.errors import UnsupportedModelError
 
 # -- torch.autograd.grad inside a forward ----------------------------------------------------------------------------
@@ -97,6 +99,15 @@ def test_differentiating_a_tensor_that_a_block_kept_names_the_block() -> None:
     model(**make_batch(0))
     with pytest.raises(UnsupportedModelError, match=r"unit blocks\.1: .*differentiated past it"):
         kept[1].sum().backward()
+
+
+def test_tensors_that_the_first_step_measured_are_let_go() -> None:
+    """Graph, hook and measured tensors held one another, which no garbage collector sees."""
+    before = {id(found) for found in gc.get_objects() if isinstance(found, GraphMeter)}
+    engine = make_engine(Net())
+    engine.train_step([make_batch(0)])
+    gc.collect()
+    assert not [found for found in gc.get_objects() if isinstance(found, GraphMeter) and id(found) not in before]
 
 
 # -- torch.utils.checkpoint inside a block ---------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from transformers.models.llama import modeling_llama
 
 import megatrain as mt
 from megatrain.device.cpu import CpuDevice
-from megatrain.engine.engine import check_plan
+from megatrain.engine.setup import check_plan
 from megatrain.errors import ConfigError
 from megatrain.model import kernels
 from megatrain.model.kernels import Kernels, choose_kernels, install_kernels

@@ -34,6 +34,8 @@ class SavedTensors:
             self._over = True
             for box in self._held:
                 box.clear()
+            # the graph holds this object; what this one holds may hold the graph, which no garbage collector sees
+            del self._meter, self._noticed
 
     def _pack(self, tensor: Tensor) -> Any:
         self._meter(tensor)
