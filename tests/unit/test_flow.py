@@ -41,8 +41,11 @@ CORE = {"torch", "numpy", "numba"}
 # beyond the core: llvmlite is numba's own, psutil reads memory where there is no /proc
 ALSO_CORE = {
     "optim.adamw_kernels": {"llvmlite"},
+    "optim.adamw_vector": {"llvmlite"},
     "memory.limits": {"psutil"},
     "model.folder_swap": {"psutil"},
+    "model.kernels": {"liger_kernel"},  # where it is installed
+    "model.fused_loss": {"liger_kernel"},
 }
 READS_AND_WRITES_CHECKPOINTS = {"model.loading", "model.saving", "model.saved_weights"}
 

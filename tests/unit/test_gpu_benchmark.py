@@ -116,13 +116,13 @@ def test_a_dry_run_measures_everything_once(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_kernels_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatrain.engine import engine
+    from megatrain.engine import attachment, engine
     from megatrain.model.kernels import Kernels
 
     # the host has no such kernels: the same code under both names
     monkeypatch.setattr(engine, "choose_kernels", lambda setting, *_: Kernels(setting, ""))
     monkeypatch.setattr(engine, "install_kernels", lambda chosen, *_, **__: (chosen, lambda: None))
-    monkeypatch.setattr(engine, "liger_loss", lambda: None)
+    monkeypatch.setattr(attachment, "liger_loss", lambda: None)
     results = tmp_path / "results.csv"
     options = ["--device", "lagged", "--tiny", "--threads", "1", "--steps", "1", "--results", str(results)]
     assert gpu.main([*options, "--only", "models", "--models", "1b", "--kernels", "torch,liger"]) == 0

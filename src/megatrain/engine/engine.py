@@ -95,7 +95,7 @@ class Engine:
         self.precision = setup.resolve_precision(precision, setup.make_device(device))
         self.device = setup.make_device(device, self.precision, setup.device_memory_bytes(device_memory))
         check_compile(compile, self.device.torch_device)
-        chosen = choose_kernels(kernels, model, self.device)
+        chosen = choose_kernels(kernels, model, self.device.torch_device)
         self.clip_norm, self.clip_scope, self.seed = clip_norm, clip_scope, seed
         self.keeps_gradients = setup.keeps_gradients(clip_norm, clip_scope)
         self.step_count = 0

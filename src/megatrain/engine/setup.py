@@ -272,7 +272,7 @@ def check_plan(model: nn.Module, optimizer: AdamW | None, settings: Mapping[str,
     part = partition(model)
     _, group_of = (optimizer or AdamW()).group_slots(part.slots)
     device = make_device(settings.get("device", "auto"))
-    choose_kernels(settings.get("kernels", "auto"), model, device)
+    choose_kernels(settings.get("kernels", "auto"), model, device.torch_device)
     precision = resolve_precision(settings.get("precision", "auto"), device)
     layouts = lay_out_units(part, weight_dtypes(model, part, precision), group_of)
     clipping = settings.get("clip_norm", 1.0), settings.get("clip_scope", "global")

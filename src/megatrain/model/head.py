@@ -88,11 +88,9 @@ class ChunkedHead:
     def fuse(self, loss: FusedLoss) -> str:
         """From here on compute head and loss by `loss`, where the model's head proves to be nothing more: why, or why
         not. A pass of the units goes with it, which is the caller's to end."""
-        from transformers.loss.loss_utils import ForCausalLMLoss
-
         if self.reason is not None:
             return self.reason
-        if self._loss_function is not ForCausalLMLoss:
+        if _qualified_name(self._loss_function) != "transformers.loss.loss_utils.ForCausalLMLoss":
             return "the model's loss function is not that of transformers' causal language models"
         random, trained = RandomState(self.device), [(m, m.training) for m in self.model.modules()]
         try:
@@ -284,6 +282,10 @@ def _base_of(model: nn.Module) -> nn.Module | None:
     if not isinstance(base, nn.Module) or base is model or embeddings is None or not hasattr(model, "loss_function"):
         return None
     return None if getattr(model.config, "is_encoder_decoder", False) else base
+
+
+def _qualified_name(function: Any) -> str:
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '')}"
 
 
 def _output_embeddings(model: nn.Module) -> nn.Module:

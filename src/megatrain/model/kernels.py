@@ -28,9 +28,9 @@ from importlib import metadata, util
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
-from megatrain.device.base import ComputeDevice
 from megatrain.errors import ConfigError
 
 KERNELS = ("auto", "torch", "liger")
@@ -52,7 +52,7 @@ class Kernels:
         return f"{self.name} kernels ({self.reason})"
 
 
-def choose_kernels(setting: str, model: nn.Module, device: ComputeDevice) -> Kernels:
+def choose_kernels(setting: str, model: nn.Module, device: torch.device) -> Kernels:
     """The kernels that `setting` comes to for `model` on `device`; nothing is changed yet.
 
     Raises ConfigError for a wrong setting, and for liger where it cannot be used.
@@ -93,10 +93,10 @@ def _nothing() -> None:
 # -- whether Liger can be used --------------------------------------------------------------------------------
 
 
-def _obstacle(model: nn.Module, device: ComputeDevice) -> str | None:
+def _obstacle(model: nn.Module, device: torch.device) -> str | None:
     """Why Liger cannot be used on `model`; None where it can."""
-    if device.torch_device.type not in _DEVICE_TYPES:
-        return f"the device is {device.name}, and its kernels need cuda"
+    if device.type not in _DEVICE_TYPES:
+        return f"the device is {device.type}, and its kernels need cuda"
     try:
         version = metadata.version("liger-kernel")
     except metadata.PackageNotFoundError:

@@ -11,7 +11,7 @@ import dataclasses
 import enum
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -210,6 +210,17 @@ class _FreshLayers(list):  # type: ignore[type-arg]
     def pop(self, index: Any = -1) -> Any:
         self._own()
         return super().pop(index)
+
+
+def copy_whole_caches(arguments: Iterable[Any], depth: int = 3) -> None:
+    """Make plain lists of the layers of the caches among a unit's `arguments`, for a compiler: it would look at what is
+    shared and make a graph for each layer that it finds."""
+    for node in arguments:
+        if depth and type(node).__module__.startswith("transformers") and hasattr(node, "__dict__"):
+            for name, value in vars(node).items():
+                if isinstance(value, _FreshLayers):
+                    node.__dict__[name] = list(value)
+            copy_whole_caches(vars(node).values(), depth - 1)
 
 
 def _is_known_constant(node: Any) -> bool:
