@@ -3,6 +3,7 @@
     python benchmarks/gpu.py                           every part, within --budget seconds
     python benchmarks/gpu.py --only link,adamw         some parts; each can be a call of its own
     python benchmarks/gpu.py --only models --models 8b
+    python benchmarks/gpu.py --only models --models 8b --kernels torch,liger      both, and the ratio of their speeds
     python benchmarks/gpu.py --device lagged --tiny    a dry run of the same code on the host; its numbers mean nothing
 
 Parts, in this order:
@@ -330,7 +331,8 @@ def _compare(bench: Bench, kind: Model, precision: str) -> tuple[dict[str, float
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
     differences, equal = dict.fromkeys(("loss", "gradient", "weight"), 0.0), True
     device = bench.make_device(precision)
-    with Engine(mine, AdamW(lr=1e-3, weight_decay=0.1), device, precision, clip_norm=1.0, threads=1) as engine:
+    settings: dict[str, Any] = {"clip_norm": 1.0, "threads": 1, "kernels": "torch"}
+    with Engine(mine, AdamW(lr=1e-3, weight_decay=0.1), device, precision, **settings) as engine:
         weights = dict(plain.named_parameters())
         for step in range(3):
             for slot in engine.partition.slots:
@@ -480,7 +482,11 @@ def run_models(bench: Bench) -> None:
         mine = _drop_what_takes_too_long(bench, timing, cases, name)
         if mine:
             cases = [c for c in cases if c.model != name]
-            _run_model(bench, known[name], mine, scope, timing, table)
+            speeds = {}
+            for kernels in bench.options.kernels:
+                speeds[kernels] = _run_model(bench, known[name], mine, scope, kernels, timing, table)
+                _release(bench)
+            _compare_kernels(bench, speeds)
         _release(bench)
     bench.console.print(table)
 
@@ -530,8 +536,9 @@ class Timing:
 
 def _drop_what_takes_too_long(bench: Bench, timing: Timing, cases: list[Case], model: str) -> list[Case]:
     """The cases of `model` that there is time for, if all models to come get theirs; the longest are dropped first."""
-    seconds = {case: timing.seconds(case) for case in cases}
-    setups = {case.model: timing.setup_seconds(case.model) for case in cases}
+    runs = len(bench.options.kernels)
+    seconds = {case: runs * timing.seconds(case) for case in cases}
+    setups = {case.model: runs * timing.setup_seconds(case.model) for case in cases}
     kept, dropped = choose_cases(cases, seconds, setups, bench.left())
     for case in dropped:
         if case in cases:
@@ -540,7 +547,11 @@ def _drop_what_takes_too_long(bench: Bench, timing: Timing, cases: list[Case], m
     return [case for case in kept if case.model == model]
 
 
-def _run_model(bench: Bench, model: Model, cases: list[Case], scope: str, timing: Timing, table: Table) -> None:
+def _run_model(
+    bench: Bench, model: Model, cases: list[Case], scope: str, kernels: str, timing: Timing, table: Table
+) -> dict[Case, float]:
+    """Tokens per second of the cases that there was time and memory for."""
+    speeds: dict[Case, float] = {}
     reset_peak_resident()
     started = time.perf_counter()
     with warnings.catch_warnings():
@@ -555,6 +566,7 @@ def _run_model(bench: Bench, model: Model, cases: list[Case], scope: str, timing
             keep_graphs=bench.options.keep_graphs,
             slots=bench.options.slots,
             compile=bench.options.compile,
+            kernels=kernels,
         )
     with engine:
         seconds = time.perf_counter() - started
@@ -567,14 +579,25 @@ def _run_model(bench: Bench, model: Model, cases: list[Case], scope: str, timing
                 continue
             began = time.perf_counter()
             try:
-                _run_case(bench, engine, model, case, table)
+                speeds[case] = _run_case(bench, engine, model, case, table)
             except (torch.OutOfMemoryError, CapacityError) as error:
                 bench.say(f"{case.label}: out of memory: {str(error).splitlines()[0]}")
                 _release(bench)
             timing.learn(case, time.perf_counter() - began)
+    return speeds
 
 
-def _run_case(bench: Bench, engine: Engine, model: Model, case: Case, table: Table) -> None:
+def _compare_kernels(bench: Bench, speeds: dict[str, dict[Case, float]]) -> None:
+    first, *others = speeds
+    for kernels in others:
+        for case in speeds[first].keys() & speeds[kernels].keys():
+            ratio = speeds[kernels][case] / speeds[first][case]
+            bench.record("models", f"{case.label}, {kernels} kernels", **{f"speed_of_{first}": (ratio, "")})
+            bench.say(f"{case.label}: {kernels} kernels reach {ratio:.2f}x the tokens/s of {first}")
+
+
+def _run_case(bench: Bench, engine: Engine, model: Model, case: Case, table: Table) -> float:
+    """Tokens per second."""
     rows = max(1, min(MICRO_BATCH_TOKENS, case.tokens) // case.seq_len)
     batches = [
         _batch(model.shape.vocabulary, rows, case.seq_len, number)
@@ -615,13 +638,15 @@ def _run_case(bench: Bench, engine: Engine, model: Model, case: Case, table: Tab
         "kept_layers": (kept, ""),
         "loss": (last.loss or 0.0, ""),
     }
-    bench.record("models", f"{case.label}, {engine.clip_scope} clipping", **metrics)
+    label = case.label if engine.kernels.name == "torch" else f"{case.label}, {engine.kernels.name} kernels"
+    bench.record("models", f"{label}, {engine.clip_scope} clipping", **metrics)
     shown = ("model_rate", "hardware_rate", "hardware_of_matmul_peak", "compute_busy", "up_busy", "down_busy")
     rest = ("host_busy", "exposed_optimizer", "exposed_weights", "up_bytes", "down_bytes", "device_peak", "host_peak")
     values = [f"{metrics[name][0]:.3g}" for name in (*shown, *rest)]
     values[2] = f"{hardware_rate / peak:.0%}{_verdict(case, hardware_rate / peak)}"
-    table.add_row(case.label, f"{median:.3f}", f"{case.tokens / median:,.0f}", *values)
-    bench.say(f"{case.label}: {median:.3f} s a step, {case.tokens / median:,.0f} tokens/s, {hardware_rate / peak:.0%}")
+    table.add_row(label, f"{median:.3f}", f"{case.tokens / median:,.0f}", *values)
+    bench.say(f"{label}: {median:.3f} s a step, {case.tokens / median:,.0f} tokens/s, {hardware_rate / peak:.0%}")
+    return case.tokens / median
 
 
 def _verdict(case: Case, share: float) -> str:
@@ -879,6 +904,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--slots", type=int, help="weight slots of a size (default: the engine's)")
     add("--keep-graphs", default="auto", help="auto, off or a number of units (default: auto)")
     add("--compile", default="off", choices=("off", "blocks"), help="the engine's setting (default: off)")
+    add("--kernels", default="torch", help="of torch and liger, separated by commas (default: torch)")
     add("--results", type=Path, help="default: benchmarks/results.csv; of a dry run none")
     add("--commit", default="", help="written to the results (default: git's answer)")
     options = parser.parse_args(argv)
@@ -886,6 +912,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     unknown = [part for part in options.only if part not in PARTS]
     if unknown:
         parser.error(f"--only: there is no {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    options.kernels = [kernels for kernels in options.kernels.split(",") if kernels]
+    if not options.kernels or not {"torch", "liger"}.issuperset(options.kernels):
+        parser.error("--kernels: torch, liger, or both, separated by a comma")
     if options.device != "lagged" and options.device.partition(":")[0] != "cuda":
         parser.error("--device: cuda, cuda:NUMBER or lagged")
     if options.keep_graphs.isdecimal():

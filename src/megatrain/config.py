@@ -219,6 +219,14 @@ class EngineConfig:
         default="off",
         metadata=_about(choice("off", "blocks"), "blocks: torch.compile, one graph per kind of block"),
     )
+    kernels: str = field(
+        default="auto",
+        metadata=_about(
+            choice("auto", "torch", "liger"),
+            "torch: the model's own code; liger: kernels of liger-kernel in place of parts of it (cuda only); "
+            "auto: liger where it is installed and knows the model",
+        ),
+    )
     keep_graphs: int | str = field(
         default="auto",
         metadata=_about(
@@ -285,6 +293,7 @@ def load_config(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
     its value and what would be right.
     """
     settings = read_yaml(path)
+    _refuse_repetition([name for name, _ in overrides])
     for name, text in overrides:
         _override(settings, name, text)
     settings.setdefault("output", None)
@@ -402,6 +411,16 @@ def check_warmup(config: Config, steps: int) -> None:
             f"schedule.warmup_steps: {config.schedule.warmup_steps} is wrong; expected at most the "
             f"{steps} steps of the run"
         )
+
+
+def _refuse_repetition(names: Sequence[str]) -> None:
+    """Of two values for a key one would be lost without a word."""
+    for number, name in enumerate(names):
+        for earlier in names[:number]:
+            if earlier == name:
+                raise ConfigError(f"{name}: given twice on the command line; give it once")
+            if earlier.startswith(f"{name}."):
+                raise ConfigError(f"{name}: would replace {earlier} before it on the command line; give {name} first")
 
 
 def _override(settings: dict[str, Any], name: str, text: str) -> None:

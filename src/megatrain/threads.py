@@ -19,6 +19,7 @@ class KeptThread:
         self._thread = threading.Thread(target=_serve, args=(self._calls,), name=name, daemon=True)
         self._thread.start()
         self._end = weakref.finalize(self, self._calls.put, None)
+        self._end.atexit = False  # woken while Python ends, the thread would run into what is being taken apart
 
     def start(self, call: Callable[[], object], over: Over) -> None:
         """Returns at once. When `call` has ended and nothing of it is held here, the thread calls `over` with what it

@@ -25,6 +25,11 @@ import test_engine_toys as toys
 import torch
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_gpu() -> None:
+    """In place of the fixture that hides it from the other tests."""
+
+
 @pytest.fixture(autouse=True)
 def on_the_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if not on_gpu.AVAILABLE:

@@ -7,7 +7,7 @@ import pytest
 import test_engine_toys as toys
 import torch
 from compare import compare
-from on_gpu import DRY, WHERE, make_device, needs_cuda
+from on_gpu import DRY, WHERE, make_device
 from reference import gradient_differences, placed, plain_norm, weight_differences
 from test_bf16 import Pair, assert_equal_bits
 from test_engine_clipping import clip_units
@@ -141,7 +141,6 @@ def test_what_lies_beside_the_weights(make: Any, micro_batches: int) -> None:
     assert_trains_like_plain(make(), micro_batches=micro_batches, steps=5, device=make_device()).close()
 
 
-@needs_cuda  # the lagged device cannot save such an input
 def test_an_input_that_overlaps_itself_leaves_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatrain.engine.weight_stream import WeightStream
 

@@ -103,6 +103,7 @@ def compare_models(
     fenced: bool = False,
     use_cache: bool | None = None,
     device: Any = "cpu",
+    kernels: str = "torch",
 ) -> Comparison:
     """Train two equal models for `steps`, `plain` in plain PyTorch and `mine` by the engine, with weight decay.
 
@@ -110,7 +111,7 @@ def compare_models(
     keep_graphs: the engine's setting; "off" recomputes every unit, a large number none.
     fenced:      plain adds up what one call of a unit contributes before it adds different calls (`UnitInputs`).
     use_cache:   sets the plain model's configuration; None leaves it at its default.
-    device:      the engine's.
+    device, kernels: the engine's.
     """
     with quiet():
         engine = mt.Engine(
@@ -122,6 +123,7 @@ def compare_models(
             seed=SEED,
             threads=threads,
             keep_graphs=keep_graphs,
+            kernels=kernels,
         )
     try:
         return _compare(plain, engine, batches, steps, name, clip_norm, fenced, use_cache)
@@ -176,7 +178,7 @@ def _compare(
         ]
         if not found.equal:
             break
-    found.caches_off = engine._root._caches_off
+    found.caches_off = engine.attachment.root._caches_off
     found.several_readers, found.several_calls = watch.several_readers, watch.several_calls
     found.read_outside = sorted(outside)
     return found

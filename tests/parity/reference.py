@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from megatrain.engine.engine import stream_seed
+from megatrain.engine.random_streams import stream_seed
 
 Batch = Mapping[str, Any]
 

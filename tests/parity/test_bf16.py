@@ -37,6 +37,7 @@ class Pair:
                 clip_norm=0.5,
                 seed=SEED,
                 threads=1,
+                kernels="torch",
             )
         self.trainer = MasterTrainer(
             self.plain,

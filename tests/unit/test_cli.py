@@ -334,6 +334,9 @@ def test_a_used_run_folder_is_refused_before_anything_happens(
         (["train.steps", "3"], "unrecognized arguments: train.steps 3"),
         (["--train.steps=x"], "train.steps: 'x' is wrong"),
         (["--train.steps", "-4"], "train.steps: -4 is wrong"),
+        (["--train.steps", "1", "--train.steps=2"], "train.steps: given twice on the command line; give it once"),
+        (["--output=a", "--train.steps=1", "--output=a"], "output: given twice"),
+        (["--model.config.n_embd=8", "--model.config={}"], "model.config: would replace model.config.n_embd"),
     ],
 )
 def test_wrong_overrides(
@@ -429,19 +432,22 @@ def test_generate_and_export_say_what_is_missing(tmp_path: Path, capsys: pytest.
     assert capsys.readouterr().err.count("give a new folder") == 1
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
+def test_a_hub_that_cannot_be_reached_is_one_line_soon(tmp_path: Path) -> None:
     program = (
-        "import sys, time; time.sleep = lambda seconds: None\n"  # between attempts
+        "import sys, time; time.sleep = lambda seconds: print(f'paused {seconds}')\n"
         "from megatrain import cli; sys.exit(cli.main(['generate', 'nowhere', '--prompt', 'x']))"
     )
     left_out = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY")
     environment = {name: value for name, value in os.environ.items() if name not in left_out}
-    environment |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("megatrain: nowhere is no folder here") and done.stderr.count("\n") == 1
+    for endpoint, why in (("http://127.0.0.1:9", "Connection refused"), ("http://no-such-host.invalid", "")):
+        environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 2
+        line = f"megatrain: nowhere is no folder here, and the hub did not give it: {endpoint} cannot be reached: {why}"
+        assert done.stderr.startswith(line) and done.stderr.count("\n") == 1
+        assert done.stdout == "paused 1.0\n"  # huggingface_hub by itself: 1, 2, 4, 8 and 8 seconds
 
 
 def test_the_command_leaves_the_root_logger_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -460,3 +460,26 @@ def test_statistics_of_a_step() -> None:
     stats = engine.train_step(batches)
     assert stats.target_tokens == sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
     assert stats.seconds > 0 and not stats.skipped and stats.h2d_bytes == stats.d2h_bytes == 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"clip_norm": None}], ids=str)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("device", ["cpu", "lagged"])
+def test_another_default_device_changes_nothing(device: str, precision: str, settings: dict[str, Any]) -> None:
+    """What the engine has on the host says so; a user's default is for the user's own tensors."""
+    model, other = Net(count=3), Net(count=3)
+    batches = [batches_of(step, 2) for step in range(4)]
+    weights = []
+    for one, default in ((model, "cpu"), (other, "meta")):
+        with torch.device(default):
+            engine = make_engine(one, device=device, precision=precision, **settings)
+            for step in range(3):
+                engine.train_step(batches[step])
+            for batch in batches[3]:
+                engine.model(**batch).loss.backward()
+            assert engine.clip_grad_norm_(1.0).device.type == "cpu"
+            engine.step()
+            assert all(v.device.type == "cpu" for s in engine.optimizer_state().values() for v in s.values())
+            weights.append([p.detach().clone() for p in one.parameters()])
+            engine.close()
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))

@@ -16,6 +16,7 @@ from test_engine_toys import (
     Output,
     assert_close_weights,
     assert_free_loop_like_plain,
+    assert_same_buffers,
     assert_trains_like_plain,
     batches_of,
     make_batch,
@@ -846,6 +847,31 @@ def test_batch_norm_after_a_first_forward_in_eval_mode() -> None:
     assert_trains_like_plain(Net(Normed), prepare=evaluate_first)
 
 
+def test_batch_norm_statistics_of_a_skipped_step_move_as_in_plain_pytorch() -> None:
+    """GradScaler skips the update of a step whose forward has run, too."""
+
+    class Exploding(Net):
+        factor = 1.0
+
+        def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+            return super().loss(logits, labels) * self.factor
+
+    plain, model = Exploding(Normed), Exploding(Normed)
+    engine, trainer = make_engine(model), plain_trainer(plain)
+    for factor in (1.0, float("inf"), 1.0):
+        plain.factor = model.factor = factor
+        trainer.backward([make_batch(0)])
+        stats = engine.train_step([make_batch(0)])
+        assert stats.skipped == (factor != 1.0)
+        assert_same_buffers(plain, model)
+        if not stats.skipped:
+            trainer.update(stats.grad_norm)
+        else:
+            plain.zero_grad()
+    assert model.blocks[0].batch_norm.num_batches_tracked == 3
+    assert weight_differences(plain, engine) == []
+
+
 class Averages(Block):
     """A running mean that its own output depends on."""
 
@@ -952,3 +978,42 @@ def test_gradients_do_not_stay_on_the_parameters() -> None:
     assert all(p.grad is None for p in model.parameters())
     engine.step()
     assert gradient_differences(plain, engine) == []
+
+
+class Routed(Block):
+    """Parameters that are not floating point: a table of rows, and flags."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.arange(WIDTH).flip(0), requires_grad=False)
+        self.flags = nn.Parameter(torch.arange(WIDTH) % 2 == 0, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[..., self.rows] * self.flags
+
+
+class Table(nn.Module):
+    """A unit with nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.arange(2 * WIDTH, dtype=torch.uint8)[::2], requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1 + self.rows)
+
+
+@pytest.mark.parametrize("device", ["cpu", "lagged"])
+def test_parameters_that_are_not_floating_point(device: str) -> None:
+    class Mixed(Net):
+        def __init__(self) -> None:
+            super().__init__(Routed)
+            self.table = Table()
+
+        def hidden(self, input_ids: Tensor) -> Tensor:
+            return self.table(super().hidden(input_ids))
+
+    model = Mixed()
+    assert_trains_like_plain(model, micro_batches=2, device=device).close()
+    assert model.blocks[0].rows.dtype == torch.int64 and model.blocks[1].flags.dtype == torch.bool
+    assert model.table.rows.tolist() == list(range(0, 2 * WIDTH, 2))

@@ -9,7 +9,7 @@ from reference import gradient_differences, plain_norm
 from test_engine_toys import Block, Net, assert_trains_like_plain, batches_of, make_batch, make_engine
 from torch import Tensor, nn
 
-from megatrain.engine.engine import stream_seed
+from megatrain.engine.random_streams import stream_seed
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])

@@ -1,6 +1,7 @@
 """What the model leaves on its units' modules for them to find: recomputation finds it, micro-batches do not mix."""
 
 import copy
+import gc
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,9 @@ from test_engine_toys import (
 )
 from torch import Tensor
 
+from megatrain.engine.setup import move_buffers
 from megatrain.errors import UnsupportedModelError
+from megatrain.model.block import UnitCall
 
 
 class Told(Block):
@@ -129,7 +132,7 @@ def test_a_units_own_tensors_are_not_kept_from_call_to_call() -> None:
             return Output(super().forward(input_ids, labels).loss + sum(b.last for b in self.blocks))
 
     engine = assert_trains_like_plain(Nets(Remembers), micro_batches=1)
-    kept = [value for block in engine._blocks for value in block.attributes._kept.values()]
+    kept = [value for block in engine.attachment.blocks for value in block.attributes._kept.values()]
     assert not any(isinstance(value, Tensor) for value in kept)
 
 
@@ -176,6 +179,26 @@ def test_a_unit_that_cannot_be_repeated_is_refused_by_name(block: Any) -> None:
     with pytest.raises(UnsupportedModelError, match=r"unit blocks\.1: .*(another result|puts tensors)"):
         engine.train_step([make_batch(0)])
     engine.close()
+
+
+class SideBySide(Net):
+    """Blocks that all read the embedding: when one of them is refused, autograd has the others still to do."""
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids)
+        return sum(block(x) for block in self.blocks)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_a_refused_step_leaves_nothing_of_its_graph_behind(micro_batches: int) -> None:
+    """Neither held by this thread nor by those of the micro-batches, which could not free it while Python ends."""
+    engine = make_engine(SideBySide(OwnGenerator, count=3), keep_graphs="off")
+    with pytest.raises(UnsupportedModelError, match="another result"):
+        engine.train_step(batches_of(0, micro_batches))
+    gc.collect()
+    assert not [
+        found for found in gc.get_objects() if isinstance(found, UnitCall) and found.block.host is engine.executor
+    ]
 
 
 class WithBuffer(Block):
@@ -277,3 +300,63 @@ class Recurrent(Block):
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_recurrent_layers_of_torch_train(micro_batches: int) -> None:
     assert_trains_like_plain(Net(Recurrent), micro_batches=micro_batches)
+
+
+class Consuming(Block):
+    """Uses up what the model leaves for it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        left = self.left
+        del self.left
+        return super().forward(x) * (left[0] if isinstance(left, list) else left)
+
+
+class Leaving(Net):
+    def __init__(self, make: Any) -> None:
+        super().__init__(Consuming)
+        self.make = make
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        for block in self.blocks:
+            block.left = self.make(input_ids)
+        return super().hidden(input_ids)
+
+
+@pytest.mark.parametrize("make", [lambda ids: 0.5, lambda ids: mask(ids)], ids=["number", "tensor"])
+def test_an_attribute_that_the_block_deletes_is_found_by_recomputation(make: Any) -> None:
+    model = Leaving(make)
+    assert_trains_like_plain(model, keep_graphs="off")
+    assert not any(hasattr(block, "left") for block in model.blocks)
+
+
+def test_a_list_that_the_block_deletes_is_refused_by_name() -> None:
+    engine = make_engine(Leaving(lambda ids: [0.5]), keep_graphs="off")
+    with pytest.raises(UnsupportedModelError, match=r"unit blocks\.0: its forward deletes the attribute left"):
+        engine.train_step([make_batch(0)])
+
+
+class ForgettingABuffer(WithBuffer):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        del self.scale
+        return y
+
+
+def test_a_buffer_that_the_block_deletes_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"unit blocks\.0: its forward removed the buffer scale"):
+        make_engine(Net(ForgettingABuffer)).train_step([make_batch(0)])
+
+
+def test_a_buffer_that_modules_share_stays_one_when_it_is_cast_or_moved() -> None:
+    model = Net(count=3)
+    shared, own = torch.ones(4), torch.zeros(4)
+    for block in model.blocks:
+        block.register_buffer("shared", shared)
+    model.blocks[0].register_buffer("own", own)
+    engine = make_engine(model, precision="bf16")
+    assert model.blocks[0].shared.dtype == torch.bfloat16
+    for device in ("cpu", "meta"):
+        move_buffers(model, torch.device(device))
+        assert model.blocks[0].shared is model.blocks[1].shared is model.blocks[2].shared
+        assert model.blocks[0].own is not model.blocks[0].shared and model.blocks[0].own.device.type == device
+    engine.close()

@@ -83,8 +83,15 @@ def batches_of(step: int, count: int) -> list[dict[str, Tensor]]:
 
 
 def make_engine(model: nn.Module, **settings: Any) -> mt.Engine:
-    optimizer = settings.pop("optimizer", mt.AdamW(lr=1e-2, weight_decay=0.1))
-    return mt.Engine(model, optimizer, **({"precision": "fp32", "clip_norm": 0.5, "seed": 3, "threads": 1} | settings))
+    defaults = {
+        "optimizer": mt.AdamW(lr=1e-2, weight_decay=0.1),
+        "precision": "fp32",
+        "clip_norm": 0.5,
+        "seed": 3,
+        "threads": 1,
+        "kernels": "torch",
+    }
+    return mt.Engine(model, **(defaults | settings))
 
 
 def plain_trainer(model: nn.Module, clip_norm: float | None = 0.5) -> PlainTrainer:

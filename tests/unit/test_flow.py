@@ -19,16 +19,17 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "sizes": set(),
     "threads": set(),
+    "hub": set(),
     "yaml_file": {"errors"},
     "config_kinds": {"errors", "sizes"},
     "config": {"errors", "sizes", "yaml_file", "config_kinds"},
     "schedule": set(),
-    "model": {"errors", "sizes", "threads"},
+    "model": {"errors", "sizes", "threads", "hub"},
     "optim": {"errors", "sizes", "threads", "model.partition"},
-    "memory": {"errors", "sizes", "model.partition", "optim"},
+    "memory": {"errors", "sizes", "threads", "model.partition", "optim"},
     "device": {"errors", "sizes", "memory"},
     "engine": {"errors", "sizes", "threads", "schedule", "model", "optim", "memory", "device"},
-    "data": {"errors", "sizes"},
+    "data": {"errors", "sizes", "hub"},
     "train": {"errors", "sizes", "yaml_file", "config", "data", "model", "optim", "memory", "device", "engine"},
     "doctor": {"version", "sizes", "memory.limits"},
     "cli": {"version", "errors", "sizes", "config", "config_kinds", "train", "doctor"},
@@ -40,8 +41,11 @@ CORE = {"torch", "numpy", "numba"}
 # beyond the core: llvmlite is numba's own, psutil reads memory where there is no /proc
 ALSO_CORE = {
     "optim.adamw_kernels": {"llvmlite"},
+    "optim.adamw_vector": {"llvmlite"},
     "memory.limits": {"psutil"},
     "model.folder_swap": {"psutil"},
+    "model.kernels": {"liger_kernel"},  # where it is installed
+    "model.fused_loss": {"liger_kernel"},
 }
 READS_AND_WRITES_CHECKPOINTS = {"model.loading", "model.saving", "model.saved_weights"}
 

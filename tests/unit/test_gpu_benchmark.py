@@ -115,6 +115,24 @@ def test_a_dry_run_measures_everything_once(tmp_path: Path, capsys: pytest.Captu
     assert "Training steps" in capsys.readouterr().out
 
 
+def test_kernels_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatrain.engine import attachment, engine
+    from megatrain.model.kernels import Kernels
+
+    # the host has no such kernels: the same code under both names
+    monkeypatch.setattr(engine, "choose_kernels", lambda setting, *_: Kernels(setting, ""))
+    monkeypatch.setattr(engine, "install_kernels", lambda chosen, *_, **__: (chosen, lambda: None))
+    monkeypatch.setattr(attachment, "liger_loss", lambda: None)
+    results = tmp_path / "results.csv"
+    options = ["--device", "lagged", "--tiny", "--threads", "1", "--steps", "1", "--results", str(results)]
+    assert gpu.main([*options, "--only", "models", "--models", "1b", "--kernels", "torch,liger"]) == 0
+    with results.open(newline="") as stream:
+        found = {(row["case"], row["metric"]): float(row["value"]) for row in csv.DictReader(stream)}
+    case, metric = "1b, 64 x 2", "tokens_per_second"
+    ratio = found[f"{case}, liger kernels, global clipping", metric] / found[f"{case}, global clipping", metric]
+    assert found[f"{case}, liger kernels", "speed_of_torch"] == pytest.approx(ratio, rel=1e-3)
+
+
 def test_a_failed_check_ends_the_call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(gpu, "CHECK_BOUNDS", {"fp32": -1.0})
     assert gpu.main(["--device", "lagged", "--tiny", "--only", "check,link"]) == 1
@@ -139,6 +157,7 @@ def test_a_part_that_fails_leaves_the_others_their_turn(
     [
         (["--only", "link,speed"], "there is no speed; there are check, link, matmul, adamw, models"),
         (["--device", "rocm"], "cuda, cuda:NUMBER or lagged"),
+        (["--kernels", "torch,cutlass"], "torch, liger, or both, separated by a comma"),
     ],
 )
 def test_wrong_options_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ import json
 import random
 import time
 import warnings
+import weakref
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import pytest
 import torch
 from test_engine_random import tiny_llama
 from test_engine_toys import (
+    WIDTH,
+    Block,
     Net,
     Output,
     assert_trains_like_plain,
@@ -26,8 +29,10 @@ from megatrain.device.base import WAITS
 from megatrain.device.cpu import CpuDevice
 from megatrain.device.lagged import LaggedDevice
 from megatrain.engine.setup import head_chunk_tokens
-from megatrain.engine.updates import SlabUpdate
+from megatrain.engine.updates import PendingUpdates, SlabUpdate
+from megatrain.engine.weight_stream import WeightStream
 from megatrain.errors import CapacityError, ConfigError, UnsupportedModelError
+from megatrain.model.head import ChunkedHead
 from megatrain.model.hidden import HiddenParameter
 from megatrain.schedule.build import build_schedule
 from megatrain.schedule.check import check_schedule
@@ -115,7 +120,7 @@ def test_any_of_many_interleavings(seed: int) -> None:
 
 
 def test_a_model_twenty_times_the_memory() -> None:
-    count = 250
+    count = 150
     state = sum(p.nbytes for p in Net(count=count).parameters())
     cap = state // 20
     host = train(Net(count=count), "cpu", steps=3, keep_graphs="off")
@@ -138,12 +143,26 @@ def test_bytes_and_peak_are_the_schedules(slots: int, inputs_leave: bool) -> Non
     inputs = dict(weights.inputs.bytes_by_unit)
     sizes = Sizes(weights.unit_bytes, gradients, inputs, inputs_leave, gradient_sums=gradients)
     expected = build_schedule(schedule.visits, sizes, schedule.classes)
-    staging_bytes = 2 * max(engine.store.units[u].slabs[0].layout.gradient_bytes for u in gradients)
+    staging_bytes = 2 * max(
+        sum(-(-slot.parameter.nbytes // 64) * 64 for slot in unit.slots) for unit in engine.partition.units
+    )
     assert stats.device_peak_bytes == check_schedule(expected, sizes) + staging_bytes
     assert stats.h2d_bytes == expected.h2d_bytes
     assert stats.d2h_bytes == expected.d2h_bytes
     assert stats.weight_passes == expected.total_bytes(Kind.FETCH) / sum(weights.unit_bytes.values())
     assert (expected.total_bytes(Kind.SAVE) > 0) == inputs_leave
+    engine.close()
+
+
+def test_parameters_in_a_slot_are_aligned_for_a_gpu() -> None:
+    """All but the smallest, those that another unit holds as well."""
+    model = Net(Wide, count=2)
+    model.blocks[1].norm, model.head.weight = model.blocks[0].norm, model.embed.weight
+    engine = make_engine(model, device=lagged())
+    for image in engine.weights._images.values():
+        starts = [(offset, dtype.itemsize * shape.numel()) for _, offset, dtype, shape in image.parameters]
+        assert [offset % (256 if n_bytes >= 256 else 64) for offset, n_bytes in starts] == [0] * len(starts)
+        assert all(a + n <= b for (a, n), (b, _) in pairwise(sorted(starts)))
     engine.close()
 
 
@@ -155,6 +174,53 @@ def test_two_weight_passes_however_many_micro_batches() -> None:
     assert passes[0] < 2
     assert passes[1] == passes[2] < 2
     engine.close()
+
+
+class Normed(Net):
+    """All but the blocks is small: embedding, a norm, and the head."""
+
+    def __init__(self) -> None:
+        super().__init__(Wide, count=4)
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        return self.norm(super().hidden(input_ids))
+
+
+class Wide(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 1024), nn.Linear(1024, WIDTH)
+
+
+@pytest.mark.parametrize("clip_scope", ["global", "unit"])
+def test_small_units_are_copied_ahead_of_large_ones(clip_scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And updated before them, so that no copy waits for all updates."""
+    device, copied, updated = lagged(), [], []
+    own_copy, own_update = device.up.copy, PendingUpdates._carry_out
+    with monkeypatch.context() as watched:
+        watched.setattr(device.up, "copy", lambda *a, **k: copied.append(k["label"]) or own_copy(*a, **k))
+        watched.setattr(
+            PendingUpdates, "_carry_out", lambda s, u, w: updated.append(s._names[u]) or own_update(s, u, w)
+        )
+        torch.manual_seed(0)
+        engine = make_engine(Normed(), device=device, clip_scope=clip_scope)
+        for step in range(4):
+            copied.clear()
+            updated.clear()
+            engine.train_step(batches_of(step, 2))
+            engine.flush()
+            if step:
+                assert copied[:3] == ["embed", "norm", "head"]
+                assert set(copied[3:]) == {f"blocks.{n}" for n in range(4)}
+            assert clip_scope == "unit" or updated[:3] == ["embed", "head", "norm"]
+        engine.close()
+    found = {name: value.clone() for name, value in engine.model.state_dict().items()}
+    torch.manual_seed(0)
+    host = make_engine(Normed(), clip_scope=clip_scope)
+    for step in range(4):
+        host.train_step(batches_of(step, 2))
+    assert all(torch.equal(value, found[name]) for name, value in host.model.state_dict().items())
 
 
 # -- the head -------------------------------------------------------------------------------------------------------
@@ -316,7 +382,7 @@ def test_in_a_callers_own_loop_inputs_leave_only_where_memory_is_short() -> None
 
     small, large = make_batch(0, rows=2, length=6), make_batch(1, rows=16, length=6)
     one, two, big = [[small]], [[small, small]], [[large]]
-    assert sent(10_000, [one, one, one]) == [True, True, True]
+    assert sent(8_000, [one, one, one]) == [True, True, True]
     assert sent(1_000_000, [one, one, big]) == [True, False, False]
     assert sent(40_000, [one, one, big, one, big]) == [True, False, True, False, True]
     assert sent(40_000, [two, [[small]] * 6, [[small]] * 6]) == [True, False, False]
@@ -402,6 +468,37 @@ def test_memory_that_runs_out_in_a_step_leaves_weights_and_engine_as_they_were()
     host.close()
 
 
+@pytest.mark.parametrize("error", [CapacityError("2 B missing"), torch.OutOfMemoryError("2 B missing")], ids=repr)
+def test_memory_that_runs_out_while_the_head_is_tried_out_is_no_reason_for_whole_logits(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_self: ChunkedHead) -> str:
+        raise error
+
+    monkeypatch.setattr(ChunkedHead, "_compare_losses", fail)
+    with pytest.raises(type(error), match="2 B missing"):
+        make_engine(tiny_llama(), device=lagged())
+
+
+def test_a_closed_engine_holds_no_device_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WeightStream, "_inputs_must_leave", lambda *_: True)
+    device, allocated = lagged(), []
+    own = device.allocate
+
+    def allocate(n_bytes: int, what: str) -> Tensor:
+        memory = own(n_bytes, what)
+        allocated.append(weakref.ref(memory))
+        return memory
+
+    monkeypatch.setattr(device, "allocate", allocate)
+    engine = make_engine(Net(count=4), device=device)
+    engine.train_step(batches_of(0, 2))
+    engine.model(**make_batch(0)).loss.backward()
+    engine.close()
+    assert len(allocated) >= 4 and [ref() for ref in allocated if ref() is not None] == []
+    assert engine.memory_report()["weights"] > 0
+
+
 class ReadsOutside(Net):
     """Uses the embedding's weight as its head, without calling the embedding."""
 
@@ -474,6 +571,23 @@ def test_saved_inputs_come_back_only_where_memory_is_short() -> None:
         sent.append(stats.d2h_bytes - sum(p.nbytes for p in engine.model.parameters()))
         engine.close()
     assert sent[0] > 0 and sent[1] == 0
+
+
+def test_inputs_leave_beside_the_forward_that_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their copy is issued, and on a GPU ordered, before the unit computes."""
+    monkeypatch.setattr(WeightStream, "_inputs_must_leave", lambda *_: True)
+    device, seen = lagged(), []
+    own_copy = device.down.copy
+    monkeypatch.setattr(device.down, "copy", lambda *a, **k: seen.append(k["label"]) or own_copy(*a, **k))
+    engine = make_engine(Net(count=4), device=device, keep_graphs="off")
+    for number, block in enumerate(engine.model.blocks):
+        block.norm.register_forward_pre_hook(lambda *_, number=number: seen.append(number))
+    for _ in range(2):
+        seen.clear()
+        engine.train_step(batches_of(0, 1))
+    first_forward = seen[: seen.index(3) + 1]
+    assert first_forward == ["inputs", 0, "inputs", 1, "inputs", 2, "inputs", 3]
+    engine.close()
 
 
 @pytest.mark.parametrize("device", ["cpu", "lagged"])

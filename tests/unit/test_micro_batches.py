@@ -2,6 +2,8 @@
 
 import _thread
 import contextvars
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -157,6 +159,16 @@ def test_threads_are_kept_and_end_with_their_owner() -> None:
     for thread in first:
         thread.join(10)
     assert not any(thread.is_alive() for thread in first)
+
+
+def test_nobody_wakes_kept_threads_while_python_ends() -> None:
+    program = (
+        "import atexit; from megatrain.threads import KeptThread\n"
+        "kept = KeptThread('kept'); thread = kept._thread\n"
+        "atexit._run_exitfuncs(); thread.join(0.5); print(thread.is_alive())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split()[-1] == "True", done.stderr
 
 
 def test_kept_threads_begin_as_new_ones() -> None:

@@ -175,3 +175,11 @@ def test_elements_of_a_pass_are_those_that_are_open_at_a_time() -> None:
     assert walk.elements == 7
     walk.further_forward(5)
     assert walk.elements == 10
+
+
+def test_visits_outside_of_passes_are_numbered_and_not_kept() -> None:
+    walk = Walk("", None)
+    for number in range(100):
+        assert walk.arrive(number % 3, backward=False, together=False)
+        assert not walk.arrive(number % 3, backward=False, together=False)
+        assert walk.number == number and len(walk.visits) == 1

@@ -202,8 +202,9 @@ def test_int8_moments_take_two_bytes_and_an_eighth() -> None:
     model = tiny_llama()
     engines = {m: make_engine(copy.deepcopy(model), optimizer=mt.AdamW(moments=m)) for m in ("fp32", "int8")}
     held = {m: engine.memory_report() for m, engine in engines.items()}
-    ratio = held["int8"]["exp_avg"] / held["fp32"]["exp_avg"]
-    assert ratio == 1.0625 / 4
+    elements = held["fp32"]["exp_avg"] / 4
+    # a byte each, and a scale for 64; every parameter begins a block here
+    assert elements * 1.0625 <= held["int8"]["exp_avg"] < elements * 1.1
     for m, engine in engines.items():
         engine.train_step([make_batch(0)])
         assert held[m]["exp_avg"] == engine.plan.state["exp_avg"]

@@ -22,7 +22,9 @@ from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS
 from megatrain.errors import CapacityError, ConfigError, MegaTrainError
 from megatrain.model.partition import ParameterSlot
 from megatrain.train import build
+from megatrain.train import evaluate as evaluation
 from megatrain.train.evaluate import evaluate
+from megatrain.train.generate import _placed
 from megatrain.train.interrupt import StopOnInterrupt
 from megatrain.train.loop import LoopResult, train
 from megatrain.train.metrics import MetricsFile
@@ -345,3 +347,45 @@ def test_models_that_can_be_trained_pass_the_trial(name: str) -> None:
         entries["decoder_start_token_id"] = 0
     settings = dataclasses.replace(config(steps=1), model=ModelConfig(config=entries, tokenizer="t"))
     try_out(settings, read_model_settings(settings), Vocabulary(96, BPE_SPECIAL_TOKENS))
+
+
+class Placed(torch.nn.Linear):
+    """Says where it was brought."""
+
+    where = "host"
+
+    def cuda(self, device: Any = None) -> Any:
+        self.where = "cuda"
+        return self
+
+
+@pytest.mark.parametrize(("free_bytes", "where"), [(1_000_000, "cuda"), (4_000, "host")])
+def test_text_is_made_on_a_gpu_that_has_room(free_bytes: int, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free_bytes, 2_000_000))
+    assert _placed(Placed(32, 32)).where == where
+
+
+class OnAnotherDevice:
+    """A model whose logits are not where its batches are."""
+
+    training = False
+
+    def eval(self) -> None:
+        pass
+
+    def train(self, _mode: bool) -> None:
+        pass
+
+    def __call__(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
+        return SimpleNamespace(logits=torch.empty(*input_ids.shape, 7, device="meta"))
+
+
+def test_labels_follow_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(
+        evaluation, "_summed_loss", lambda logits, labels: seen.append((logits.device, labels.device)) or 1.0
+    )
+    stream = TokenStream(np.arange(20, dtype=np.uint16) % 7, 40)
+    assert evaluate(OnAnotherDevice(), stream, seq_len=5, micro_batch=2) is not None
+    assert seen and all(where == (torch.device("meta"), torch.device("meta")) for where in seen)

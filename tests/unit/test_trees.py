@@ -1,8 +1,10 @@
 """Arguments taken apart into tensors and put together again."""
 
 import collections
+import copy
 import dataclasses
 import enum
+import operator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -262,3 +264,32 @@ def test_filled_cache_is_refused_and_an_empty_one_is_fresh_for_each_run() -> Non
         fresh.update(torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4), 0)
         assert fresh.get_seq_length() == 2
         assert cache.get_seq_length() == 0
+
+
+def test_of_a_cache_only_the_layer_that_is_used_is_copied() -> None:
+    """In each run of each unit: copying all layers would take time that grows with the square of the depth."""
+    from transformers import DynamicCache, LlamaConfig
+
+    cache = DynamicCache(config=LlamaConfig(num_hidden_layers=40))
+    flat = FlatTree((cache,), "unit")
+    own = copy.copy
+    copied: list[str] = []
+    with pytest.MonkeyPatch.context() as watched:
+        watched.setattr(copy, "copy", lambda x: copied.append(type(x).__name__) or own(x))
+        (fresh,) = flat.build([])
+        keys = torch.ones(1, 2, 3, 4)
+        fresh.update(keys, 2 * keys, 7)
+        assert copied == ["DynamicCache", "DynamicLayer"]
+    assert fresh.get_seq_length(7) == 3 and fresh.get_seq_length(6) == 0
+    assert cache.get_seq_length(7) == 0 and not cache.layers[7].is_initialized
+    for layers in (list(fresh.layers), fresh.layers[:], fresh.layers.copy(), operator.add(fresh.layers, [])):
+        assert layers[7] is fresh.layers[7] and len(layers) == 40
+        assert not {id(layer) for layer in layers} & {id(layer) for layer in cache.layers}
+    assert next(reversed(fresh.layers)) is fresh.layers[-1]
+    cache.update(keys, keys, 7)
+    (fresh,) = FlatTree((cache,), "unit").build([])
+    assert fresh.get_seq_length(6) == 0
+    with pytest.raises(UnsupportedModelError, match=r"unit: a filled cache \(DynamicLayer\) reached it"):
+        fresh.get_seq_length(7)
+    fresh = FlatTree((DynamicCache(config=LlamaConfig(num_hidden_layers=40)),), "unit").build([])[0]
+    assert fresh.layers.pop() is not cache.layers[-1] and len(cache.layers) == 40

@@ -37,10 +37,13 @@ def load_tokenizer(path: str, *, key: str = "model.tokenizer") -> Any:
     """
     from transformers import AutoTokenizer
 
+    from megatrain.hub import check_hub_is_reachable
+
     folder = os.path.expanduser(path)
     if not os.path.exists(folder) and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise ConfigError(f"{key}: {path!r} does not exist; give a folder with a tokenizer or a hub id")
     try:
+        check_hub_is_reachable(folder, "tokenizer_config.json", "tokenizer.json", "config.json")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError or ImportError, by file and cause
         # about files, its messages speak of its own classes; about the hub, they say what went wrong

@@ -33,7 +33,7 @@ def _mm(_func: Any, a: Tensor, b: Tensor) -> Tensor:
     parts = _blocks(max(m, n), inner + min(m, n))
     if len(parts) == 1:
         return (a.float() @ b.float()).bfloat16()
-    out = torch.empty(m, n, dtype=torch.bfloat16)
+    out = torch.empty(m, n, dtype=torch.bfloat16, device="cpu")
     narrow = (a if n >= m else b).float()
     for part in parts:
         if n >= m:

@@ -5,7 +5,6 @@ random delay, as late and as interleaved as the named waits allow; memory has a 
 into NaN. Values are computed on the host, so a step is bit-equal to the same step on the `cpu` device, or wrong.
 """
 
-import math
 import random
 import threading
 import time
@@ -173,7 +172,7 @@ class LaggedDevice:
 
     def allocate(self, n_bytes: int, what: str) -> Tensor:
         self._count(n_bytes, what)
-        return torch.full((n_bytes,), 0xFF, dtype=torch.uint8)
+        return torch.full((n_bytes,), 0xFF, dtype=torch.uint8, device="cpu")
 
     def hold(self, n_bytes: int) -> None:
         if n_bytes > 0:
@@ -192,7 +191,7 @@ class LaggedDevice:
             self._peak_bytes = max(self._peak_bytes, held)
 
     def host_memory(self, like: Tensor) -> Tensor:
-        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
+        return torch.empty_like(like, device="cpu")  # dense where `like` overlaps itself
 
     def host_memory_bytes(self, n_bytes: int) -> int:
         return n_bytes
@@ -200,7 +199,7 @@ class LaggedDevice:
     def let_go(self, tensor: Tensor, copied: Event) -> None:
         self.host_wait("inputs_saved", copied.wait)
         if torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) <= _OUR_REFERENCES:
-            _fill_with_nan(tensor.detach())
+            _fill_with_nan(torch.empty(0, dtype=torch.uint8, device="cpu").set_(tensor.untyped_storage()))
 
     def pin(self, buffer: Tensor) -> None:
         """Noted and held, as a driver does; tests look whether copies touch other memory."""
@@ -255,8 +254,7 @@ class LaggedDevice:
 
 
 def _fill_with_nan(memory: Tensor) -> None:
-    with torch.no_grad():
-        memory.fill_(0xFF if memory.dtype == torch.uint8 else math.nan)  # 0xFF.. is NaN in bf16 and in fp32
+    memory.fill_(0xFF)  # of uint8; NaN in bf16 and in fp32
 
 
 def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -12,9 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from megatrain.errors import ConfigError
 from megatrain.model.block import UnitForward
+from megatrain.model.trees import copy_whole_caches
 
 COMPILE = ("off", "blocks")
 
@@ -36,7 +38,12 @@ def compile_blocks(blocks: list[UnitForward]) -> None:
         if count[kind] > 1:
             if kind not in compiled:
                 compiled[kind] = torch.compile(kind.forward)
-            block.forward = functools.partial(compiled[kind], block.unit.module)
+            block.forward = functools.partial(_run, compiled[kind], block.unit.module)
+
+
+def _run(compiled: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    copy_whole_caches((*args, *kwargs.values()))
+    return compiled(module, *args, **kwargs)
 
 
 def _cpp_compiler() -> str | None:

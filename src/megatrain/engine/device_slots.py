@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatrain.device.base import Event
-from megatrain.memory.layout import ALIGNMENT_BYTES
+from megatrain.memory.layout import OPERAND_BYTES
 from megatrain.memory.store import HostStore
 from megatrain.model.partition import ParameterSlot
 
@@ -32,9 +32,9 @@ class UnitImage:
             sources[whole.data_ptr()] = whole
         for slot in slots:
             weight = slot.parameter.detach()
-            if store.slots[slot.index].unit != unit:
+            if slot.index not in store.slots or store.slots[slot.index].unit != unit:
                 sources[weight.data_ptr()] = weight.reshape(-1).view(torch.uint8)
-        ends = list(accumulate(-(-s.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for s in sources.values()))
+        ends = list(accumulate(-(-s.nbytes // OPERAND_BYTES) * OPERAND_BYTES for s in sources.values()))
         pieces = tuple(zip([0, *ends[:-1]], sources.values(), strict=True))
         parameters = []
         for slot in slots:

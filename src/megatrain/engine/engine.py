@@ -2,10 +2,7 @@
 
 import os
 import warnings
-import weakref
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,28 +12,30 @@ from torch import Tensor, nn
 from megatrain.device.base import ComputeDevice, streams
 from megatrain.device.trace import Trace
 from megatrain.engine import setup
-from megatrain.engine.compiled import check_compile, compile_blocks
+from megatrain.engine.attachment import Attachment
+from megatrain.engine.batches import Batch, checked_batches
+from megatrain.engine.compiled import check_compile
 from megatrain.engine.executor import Executor
 from megatrain.engine.gradient_memory import GradientMemory
 from megatrain.engine.gradient_stream import GradientStream
 from megatrain.engine.gradients import GradientBook
 from megatrain.engine.host_thread import HostThread
 from megatrain.engine.kept_graphs import KeepGraphs, KeptGraphs
-from megatrain.engine.step import Batch, StepClock, StepStats, train_step
-from megatrain.engine.targets import labels_are_shifted
+from megatrain.engine.optimizer_state import OptimizerState
+from megatrain.engine.random_streams import stream_seed
+from megatrain.engine.step import StepClock, StepStats, train_step
 from megatrain.engine.updates import PendingUpdates, SlabUpdate, gradient_arrays, unit_updates
 from megatrain.engine.weight_stream import DEFAULT_SLOTS, WeightStream
 from megatrain.engine.weights import HostWeights, Weights
 from megatrain.errors import ConfigError, NonFiniteGradientError
 from megatrain.memory.arena import keep_large_allocations_out_of_heap, reuse_freed_memory, trim_freed_memory
+from megatrain.memory.layout import SlabLayout
 from megatrain.memory.limits import host_memory_limits
 from megatrain.memory.plan import MemoryPlan
 from megatrain.memory.store import TORCH_DTYPE, HostStore, SlotState, gradient_buffers
-from megatrain.model.block import LOOK_STEPS, UnitForward, install_units
-from megatrain.model.head import ChunkedHead
-from megatrain.model.hidden import HiddenParameters
+from megatrain.model.block import LOOK_STEPS
+from megatrain.model.kernels import choose_kernels, install_kernels
 from megatrain.model.partition import partition
-from megatrain.model.root import RootForward, guard, report_device, unguard
 from megatrain.optim.adamw import AdamW, EngineOptimizer, check_learning_rate
 from megatrain.optim.compilation import compile_kernels
 from megatrain.optim.workers import Workers
@@ -66,6 +65,8 @@ class Engine:
                    parameter, of as many units as it takes); None: what does not fit is refused.
     head_chunk_tokens: tokens whose logits exist at once where the head runs in chunks; None: as many as suit the
                    device. Sums over tokens are added up chunk by chunk, so the last bits depend on it.
+    kernels:       'torch': the model's own code; 'liger': Liger's kernels in place of parts of it, and for the head,
+                   until `close()`; 'auto': liger where it is installed, the device is cuda and it knows the model.
 
     Raises ConfigError for a wrong setting and CapacityError when the plan does not fit into host memory.
     """
@@ -85,68 +86,79 @@ class Engine:
         slots: int | None = None,
         compile: str = "off",
         head_chunk_tokens: int | None = None,
+        kernels: str = "auto",
         host_memory: int | str | None = None,
         nvme: str | Path | None = None,
         *,
         _mapped: bool = False,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise ConfigError(f"model is a {type(model).__name__}; pass an nn.Module, or use Engine.from_pretrained")
-        if any(isinstance(m.__dict__.get("forward"), UnitForward) for m in model.modules()):
-            raise ConfigError("model: another Engine owns it or a part of it; close that one first")
+        setup.check_model(model)
         settings = {"clip_norm": clip_norm, "clip_scope": clip_scope, "device_memory": device_memory, "seed": seed}
         settings |= {"threads": threads, "keep_graphs": keep_graphs, "slots": slots}
         settings |= {"head_chunk_tokens": head_chunk_tokens, "host_memory": host_memory}
         setup.check_arguments(optimizer, {**settings, "nvme": nvme})
-        optimizer = optimizer or AdamW()
-        self.model, self._compile, self._head_chunk_tokens = model, compile, head_chunk_tokens
+        self.model, optimizer = model, optimizer or AdamW()
         self.precision = setup.resolve_precision(precision, setup.make_device(device))
         self.device = setup.make_device(device, self.precision, setup.memory_bytes("device_memory", device_memory))
         check_compile(compile, self.device.torch_device)
+        chosen = choose_kernels(kernels, model, self.device.torch_device)
         self.clip_norm, self.clip_scope, self.seed = clip_norm, clip_scope, seed
         self.keeps_gradients = setup.keeps_gradients(clip_norm, clip_scope)
         self.step_count = 0
         self.last_touched: frozenset[int] = frozenset()  # slots that got a gradient in the last step
         self._clip_override: float | None = None
-        self._attached = False
         self._warned = False
 
         self.partition = partition(model)
-        groups, group_of = optimizer.group_slots(self.partition.slots)
-        if not groups:
-            raise ConfigError("model: all of its parameters are frozen; at least one must require a gradient")
+        groups, group_of = setup.parameter_groups(optimizer, self.partition)
         dtypes = setup.weight_dtypes(model, self.partition, self.precision)
-        layouts = setup.lay_out_units(self.partition, dtypes, group_of)
-        _refuse_meta(model)
+        layouts = setup.lay_out_units(self.partition, dtypes, group_of, optimizer.moments)
+        setup.refuse_meta(model)
+        self.plan = self._plan_memory(layouts, optimizer.moments, nvme, host_memory)
+        self.kernels, self._remove_kernels = install_kernels(chosen, model, required=kernels == "liger")
+        spilled = setup.open_spill(self.plan, nvme)
+        self.store = HostStore(Workers(threads or torch.get_num_threads()), optimizer.moments, spilled)
+        self._take_over(layouts, _mapped)
+        setup.cast_buffers(model, dtypes)
+        self._connect(slots)
+        self.optimizer = EngineOptimizer(groups, optimizer, self)
+        self.kept_graphs = KeptGraphs(keep_graphs, self.partition.units)
+        self.executor = Executor(self.device, self.weights, self.gradients, self.kept_graphs)
+        self.attachment = Attachment(self, compile, head_chunk_tokens)
+        self.head, self.shifts_labels = self.attachment.head, self.attachment.shifts_labels
+        self._attached = True
+        trim_freed_memory()  # of taking the model over and probing its head
+        reuse_freed_memory()
+
+    def _plan_memory(
+        self,
+        layouts: dict[int, list[SlabLayout]],
+        moments: str,
+        nvme: str | Path | None,
+        host_memory: int | str | None,
+    ) -> MemoryPlan:
+        """Raises CapacityError where the host has no room for it all."""
         held = sum(slot.parameter.nbytes for slot in self.partition.slots)
-        self.plan: MemoryPlan = setup.plan_for(
+        return setup.plan_for(
             layouts,
             keep_gradients=self.keeps_gradients,
             streaming=streams(self.device),
-            moments=optimizer.moments,
+            moments=moments,
             nvme=nvme,
             host_memory=host_memory,
             available_bytes=host_memory_limits().free_bytes + held,
         )
 
+    def _take_over(self, layouts: dict[int, list[SlabLayout]], mapped: bool) -> None:
+        """Move the model's parameters into the host store, unit by unit."""
         keep_large_allocations_out_of_heap()
         compile_kernels()
-        spilled = setup.open_spill(self.plan, nvme)
-        self.store = HostStore(Workers(threads or torch.get_num_threads()), optimizer.moments, spilled)
         for unit, slabs in layouts.items():
-            self.store.take_over(unit, slabs, {slot.index: slot for slot in self.partition.slots}, mapped=_mapped)
-        setup.cast_buffers(model, dtypes)
+            self.store.take_over(unit, slabs, {slot.index: slot for slot in self.partition.slots}, mapped=mapped)
         if self.keeps_gradients:
             for state in self.store.units.values():
                 for slab, buffer in zip(state.slabs, gradient_buffers(state.slabs), strict=True):
                     slab.gradient = buffer
-        self._connect(slots)
-        self.optimizer = EngineOptimizer(groups, optimizer, self)
-        self.kept_graphs = KeptGraphs(keep_graphs, self.partition.units)
-        self.executor = Executor(self.device, self.weights, self.gradients, self.kept_graphs)
-        self._attach()
-        trim_freed_memory()  # of taking the model over and probing its head
-        reuse_freed_memory()
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], optimizer: AdamW | None = None, **settings: Any) -> Self:
@@ -162,7 +174,7 @@ class Engine:
         device = setup.make_device(settings.get("device", "auto"))
         # in fp32 the model is made in fp32, so that what it computes from its dtype (tables, scales) is too
         exact = setup.resolve_precision(settings.get("precision", "auto"), device) == "fp32"
-        check_plan(build_on_meta(load_config(str(path))), optimizer, settings)
+        setup.check_plan(build_on_meta(load_config(str(path))), optimizer, settings)
         return cls(
             load_pretrained(str(path), attn_implementation=attention, dtype=torch.float32 if exact else None),
             optimizer,
@@ -177,10 +189,12 @@ class Engine:
 
         Labels are not shifted and -100 is ignored, as in transformers. The loss is the mean over the target tokens of
         all micro-batches, whatever their shapes. Weights are updated as if synchronously; a non-finite gradient norm
-        skips the step and changes nothing (NonFiniteGradientError where units are updated before the norm is known).
+        skips the step: no weight and nothing of the optimizer changes (NonFiniteGradientError where units are updated
+        before the norm is known). Buffers that the forward has updated (BatchNorm's running statistics) stay updated,
+        as with torch.amp.GradScaler.
         """
         self._require_open()
-        return train_step(self, _checked_batches(batches), lr)
+        return train_step(self, checked_batches(batches), lr)
 
     def step(self, lr: float | None = None) -> StepStats:
         """Apply the gradients of the backward calls since the last step (`engine.model(**batch).loss.backward()`)."""
@@ -197,7 +211,7 @@ class Engine:
         self._require_open()
         self.gradients.finish()
         self._clip_override = float(max_norm)
-        return torch.tensor(self.gradients.norm(), dtype=torch.float64)
+        return torch.tensor(self.gradients.norm(), dtype=torch.float64, device="cpu")
 
     def flush(self) -> None:
         """Return when all decided updates are in the weights."""
@@ -220,21 +234,22 @@ class Engine:
         self.gradients.forget_gradients()
         self._clip_override = None
 
+    def _require_open(self) -> None:
+        if not self._attached:
+            raise RuntimeError("this engine is closed")
+
     # -- parts of a step --------------------------------------------------------------------------------------
 
     def begin_step(self, lr: float | None) -> None:
         if lr is not None:
             check_learning_rate(lr)
         self.store.check_addresses()
-        self._notice_writes()
+        self.notice_writes()
         if lr is not None:
             self.optimizer.set_lr(lr)
 
-    def _require_open(self) -> None:
-        if not self._attached:
-            raise RuntimeError("this engine is closed")
-
-    def _notice_writes(self) -> None:
+    def notice_writes(self) -> None:
+        """Weights that somebody has written become masters."""
         self.store.notice_writes(self.updates.is_pending)
 
     def warn_of_whole_logits(self) -> None:
@@ -259,7 +274,7 @@ class Engine:
     def watch_attributes(self) -> None:
         """In the first steps, notice what micro-batches in turns would read of one another."""
         if self.executor.generation < LOOK_STEPS:
-            for block in self._blocks:
+            for block in self.attachment.blocks:
                 block.attributes.watch()
 
     def seed_micro_batch(self, number: int) -> None:
@@ -341,47 +356,19 @@ class Engine:
         """By parameter number in the param groups: step, exp_avg and exp_avg_sq in the parameter's shape (views where
         they are in host memory, float32; with moments of one byte int8 and uint8, and their scales)."""
         self.flush()
-        return {number: self._state_of(entry) for number, entry in self._numbered() if entry.steps}
+        return OptimizerState(self.store, self.partition, self.optimizer.param_groups).read()
 
     def load_optimizer_state(self, state: Mapping[int, Mapping[str, Any]]) -> None:
         """The inverse. Raises ConfigError for moments of another kind."""
         self.flush()
-        for number, entry in self._numbered():
-            if number not in state:
-                self.store.reset_moments(entry.slot.index)
-                continue
-            entry.steps = int(state[number]["step"])
-            with self.store.state_of(entry.unit):
-                for name, view in entry.moments.items():
-                    given = state[number].get(name)
-                    # torch's own state may be of another float dtype
-                    if (
-                        given is None
-                        or torch.promote_types(given.dtype, view.dtype) != view.dtype
-                        or (given.is_floating_point() != view.is_floating_point())
-                    ):
-                        held = state[number]["exp_avg"].dtype
-                        raise ConfigError(f"optimizer.moments is {self.store.moments}; the state given holds {held}")
-                    view.copy_(given)
-
-    def _numbered(self) -> list[tuple[int, SlotState]]:
-        slot_of = {id(slot.parameter): slot.index for slot in self.partition.slots}
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        return [(number, self.store.slots[slot_of[id(p)]]) for number, p in enumerate(parameters)]
-
-    def _state_of(self, entry: SlotState) -> dict[str, Any]:
-        with self.store.state_of(entry.unit):
-            moments = entry.moments
-            if entry.slab.state is not None and self.store.spilled is not None and entry.unit in self.store.spilled:
-                moments = {name: part.clone() for name, part in moments.items()}  # the memory is lent
-        return {"step": torch.tensor(float(entry.steps))} | moments
+        OptimizerState(self.store, self.partition, self.optimizer.param_groups).write(state)
 
     def memory_report(self) -> dict[str, int]:
         """Bytes that the host holds now, by category; of saved inputs, the most in the last pass."""
         inputs = self.weights.inputs
         return self.store.bytes_by_category() | {"saved inputs": inputs.host_bytes if inputs is not None else 0}
 
-    # -- attaching to the model -------------------------------------------------------------------------------
+    # -- devices, and the end -----------------------------------------------------------------------------------
 
     def _connect(self, slots: int | None) -> None:
         """Weights and gradients where they lie, or on their way to a device with memory of its own and back."""
@@ -392,6 +379,9 @@ class Engine:
         if streams(device):
             self._host_thread = HostThread("host-updates")
             self.updates = PendingUpdates(store, part, device, self._host_thread)
+            for slot in part.slots:
+                if slot.index not in store.slots:
+                    device.pin(store.take_over_as_it_is(slot))
             self.weights = WeightStream(device, store, part, self.updates, slots or DEFAULT_SLOTS)
             gradient_stream = GradientStream(device, self._host_thread, setup.largest_gradient_bytes(store))
             for unit in store.units:
@@ -401,7 +391,7 @@ class Engine:
                         device.pin(slab.gradient)
         else:
             self.updates = PendingUpdates(store, part, device)
-            self.weights = HostWeights(store, part, self.updates)
+            self.weights = HostWeights(part, self.updates)
         memory = GradientMemory(store, device, lends=not self.keeps_gradients)
         settle, complete = self.updates.settle, self._update_complete_unit
         self.gradients = GradientBook(store, part, memory, settle=settle, complete=complete, stream=gradient_stream)
@@ -411,76 +401,16 @@ class Engine:
         """Time that computation has spent waiting for the optimizer so far."""
         return self.updates.exposed_seconds + self.weights.exposed_seconds
 
-    def _attach(self) -> None:
-        model = self.model
-        self._blocks = install_units(self.partition.units, self.executor)
-        if self._compile == "blocks":
-            compile_blocks(self._blocks)
-        self.executor.hand_over.carried = [block.attributes.save for block in self._blocks]
-        self.executor.watched = [block.attributes for block in self._blocks]
-        self._undo: list[Callable[[], None]] = []
-        flush: Callable[[], None] = self.flush
-        hiding: Callable[[], AbstractContextManager[None]] = nullcontext
-        if isinstance(self.weights, WeightStream):
-            # what the model's own code may read is the stray parameters; units wait for theirs
-            hidden = HiddenParameters(
-                self.partition, self.device.torch_device, self.weights.strays, self.gradients.add_from_leaf
-            )
-            flush, hiding = _nothing, hidden.hiding
-            setup.move_buffers(model, self.device.torch_device)
-            self._undo.append(report_device(model, self.device.torch_device))
-            self._undo.append(lambda: setup.move_buffers(model, torch.device("cpu")))
-        self._root = RootForward(model, flush, self.executor.forward_pass, hiding, self.device.torch_device)
-        model.forward = self._root  # type: ignore[assignment]
-        self._hooks: list[Any] = []
-        for index, entry in self.store.slots.items():
-            if entry.slot.parameter.requires_grad:
-                self._hooks.append(
-                    entry.slot.parameter.register_post_accumulate_grad_hook(self._leaf_hook(index))  # type: ignore[func-returns-value]
-                )
-        for module in model.modules():
-            self._hooks.append(module.register_state_dict_pre_hook(lambda *_: self.flush()))
-            self._hooks.append(module.register_load_state_dict_pre_hook(lambda *_: self.flush()))
-            self._hooks.append(
-                module.register_load_state_dict_post_hook(lambda *_: self.store.notice_writes(self.updates.is_pending))
-            )
-        guard(model, self.device.torch_device)
-        chunk_tokens = partial(setup.head_chunk_tokens, self._head_chunk_tokens, self.device)
-        self.head = ChunkedHead(model, self._root, self.device.torch_device, self.executor.direct, chunk_tokens)
-        self.executor.forget_order()
-        # a head that was shown to run in chunks of shifted labels does shift them
-        self.shifts_labels = self.head.reason is None or labels_are_shifted(model)
-        model.__dict__["zero_grad"] = lambda set_to_none=True: self.discard_gradients()
-        self._attached = True
-
-    def _leaf_hook(self, index: int) -> Any:
-        gradients = weakref.ref(self.gradients)  # the garbage collector does not see what a parameter's hook holds
-
-        def take(parameter: Tensor) -> None:
-            gradient, parameter.grad = parameter.grad, None
-            book = gradients()
-            if gradient is not None and book is not None:
-                book.add_from_leaf(index, gradient)
-
-        return take
-
     def close(self) -> None:
         """Finish the updates and give the model its own forward back; its parameters keep their values."""
         if not self._attached:
             return
         self._attached = False
         self.flush()
-        self.head.remove()
-        for block in self._blocks:
-            block.remove()
-        self.model.__dict__.pop("forward", None)
-        self.model.__dict__.pop("zero_grad", None)
-        for hook in self._hooks:
-            hook.remove()
-        unguard(self.model)
-        for undo in self._undo:
-            undo()
+        self.attachment.remove()
+        self._remove_kernels()
         self.executor.hand_over.close()
+        self.gradients.close()
         self.weights.close()
         if self._host_thread is not None:
             self._host_thread.close()
@@ -493,67 +423,3 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _checked_batches(batches: Iterable[Batch]) -> list[Batch]:
-    """The micro-batches of a step as a list. Raises ConfigError where they are not mappings with labels."""
-    if isinstance(batches, (Mapping, Tensor, str)) or not isinstance(batches, Iterable):
-        raise ConfigError(f"batches is a {type(batches).__name__}; it must be a list of micro-batches, such as [batch]")
-    batches = list(batches)
-    if not batches:
-        raise ConfigError("batches is empty; a step needs at least one micro-batch")
-    for number, batch in enumerate(batches):
-        if not isinstance(batch, Mapping):
-            raise ConfigError(
-                f"batches[{number}] is a {type(batch).__name__}; it must be a dict of the model's arguments with labels"
-            )
-        if "labels" not in batch:
-            raise ConfigError(f"batches[{number}] has no labels; it has {', '.join(map(str, batch)) or 'nothing'}")
-        if not isinstance(batch["labels"], Tensor):
-            kind = type(batch["labels"]).__name__
-            raise ConfigError(f"batches[{number}]['labels'] is of type {kind}; it must be a tensor of token ids")
-    return batches
-
-
-def _nothing() -> None:
-    """Nothing to wait for."""
-
-
-def stream_seed(seed: int, step: int, micro_batch: int) -> int:
-    """Seed of one micro-batch's random stream: distinct inputs give unrelated streams (SplitMix64's finalizer)."""
-    mask = (1 << 64) - 1
-    value = seed & mask
-    for part in (step, micro_batch):
-        value = (value + 0x9E3779B97F4A7C15 * (part + 1)) & mask
-        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
-        value ^= value >> 31
-    return value >> 1  # torch takes signed 64 bits
-
-
-def _refuse_meta(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            raise ConfigError(
-                f"model: {name} is on the meta device and has no value; load or initialise the model first"
-            )
-        if parameter.device.type != "cpu":
-            raise ConfigError(f"model: {name} is on {parameter.device}; build the model on the cpu")
-
-
-def check_plan(model: nn.Module, optimizer: AdamW | None, settings: Mapping[str, Any]) -> None:
-    """Raise CapacityError where a model that exists only as shapes (on the meta device) would not fit."""
-    setup.check_arguments(optimizer, settings)
-    part, optimizer = partition(model), optimizer or AdamW()
-    _, group_of = optimizer.group_slots(part.slots)
-    device = setup.make_device(settings.get("device", "auto"))
-    precision = setup.resolve_precision(settings.get("precision", "auto"), device)
-    setup.plan_for(
-        setup.lay_out_units(part, setup.weight_dtypes(model, part, precision), group_of),
-        keep_gradients=setup.keeps_gradients(settings.get("clip_norm", 1.0), settings.get("clip_scope", "global")),
-        streaming=streams(device),
-        moments=optimizer.moments,
-        nvme=settings.get("nvme"),
-        host_memory=settings.get("host_memory"),
-        available_bytes=host_memory_limits().free_bytes,
-    )

@@ -116,8 +116,8 @@ class Executor:
             self._weights.pin(unit.index)
         return keeps
 
-    def graph_meter(self, unit: Unit, given: list[Tensor]) -> Callable[[Tensor], Any]:
-        return self._kept_graphs.meter(unit, given) if self._kept_graphs.measuring else _drop
+    def graph_meter(self, unit: Unit, given: list[Tensor]) -> Callable[[Tensor], None]:
+        return self._kept_graphs.meter(unit, given) if self._kept_graphs.measuring else _not_measured
 
     def direct_leaves(self) -> DirectLeaves | None:
         return getattr(self._local, "direct", None)
@@ -186,11 +186,22 @@ class Executor:
         self._weights.changed()
 
 
-def _drop(_tensor: Tensor) -> None:
-    """Keep nothing of what a graph saves: it will not be differentiated."""
+def _not_measured(_tensor: Tensor) -> None:
+    """How much a graph would hold is known."""
 
 
 def backward(tensors: list[Tensor], gradients: list[Tensor | None]) -> None:
     """torch.autograd.backward on the calling thread alone, so that a micro-batch's backward can change places."""
     with torch.autograd.set_multithreading_enabled(False):
-        torch.autograd.backward(tensors, gradients)
+        try:
+            torch.autograd.backward(tensors, gradients)
+        except BaseException:
+            _empty_autograds_queue()
+            raise
+
+
+def _empty_autograds_queue() -> None:
+    """A failed backward leaves its further nodes in a queue of the thread. There they hold its graph and, should they
+    still be there when the thread ends, are freed without Python, which ends the process (SIGABRT) where Python itself
+    is about to end. The next backward of the thread takes them out first."""
+    torch.zeros((), requires_grad=True).backward()

@@ -88,6 +88,11 @@ class GradientStream:
         while self._tickets:
             self._tickets.popleft().settle()
 
+    def close(self) -> None:
+        """Give the device's memory back."""
+        self.settle()
+        self._staging.clear()
+
 
 def largest_staging_bytes(counts_and_itemsizes: list[list[tuple[int, int]]]) -> int:
     """Of units given as (elements, bytes per element) of each parameter: what the largest needs, with every parameter

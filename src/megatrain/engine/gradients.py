@@ -154,6 +154,12 @@ class GradientBook:
         self._written.clear()
         self.squares.clear()
 
+    def close(self) -> None:
+        """No gradient comes after this."""
+        self.clear()
+        if self._stream is not None:
+            self._stream.close()
+
     def _homes_with_sums(self) -> set[int]:
         return {self._store.slots[slot].unit for slot in self._sums}
 

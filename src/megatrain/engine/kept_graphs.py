@@ -5,8 +5,6 @@ spent on not repeating it. What a unit's graph holds is measured in the first st
 dropped afterwards; from the second step on as many of the last units keep theirs as fit into half of what was free.
 """
 
-from typing import Any
-
 from torch import Tensor
 
 from megatrain.errors import ConfigError
@@ -66,7 +64,7 @@ class KeptGraphs:
 
 
 class GraphMeter:
-    """Saved-tensor hook that adds up what one run's graph would hold beyond weights and inputs (`given`)."""
+    """Shown what one run's graph saves, adds up what it would hold beyond weights and inputs (`given`)."""
 
     def __init__(self, measured: dict[int, int], unit: int, given: list[Tensor]) -> None:
         self._measured = measured
@@ -74,10 +72,9 @@ class GraphMeter:
         self._seen = {t.untyped_storage().data_ptr() for t in given}
         self._alive: list[Tensor] = []  # an address is only unique while its tensor lives
 
-    def __call__(self, tensor: Tensor) -> Any:
+    def __call__(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
             self._alive.append(tensor)
             self._measured[self._unit] = self._measured.get(self._unit, 0) + storage.nbytes()
-        return None

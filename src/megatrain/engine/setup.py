@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatrain.device.base import ComputeDevice, streams
 from megatrain.device.cpu import CpuDevice
@@ -18,13 +18,16 @@ from megatrain.engine.gradient_stream import largest_staging_bytes
 from megatrain.engine.kept_graphs import check_keep_graphs
 from megatrain.errors import ConfigError
 from megatrain.memory.layout import BYTES, Request, SlabLayout, lay_out
+from megatrain.memory.limits import host_memory_limits
 from megatrain.memory.placement import choose_spilled
 from megatrain.memory.plan import MemoryPlan, plan_memory, require_fit
 from megatrain.memory.slab_state import unit_state_bytes
 from megatrain.memory.spill_file import SpillFile
 from megatrain.memory.spilled_states import SpilledStates
 from megatrain.memory.store import HostStore, home_layouts
-from megatrain.model.partition import ParameterSlot, Partition
+from megatrain.model.block import UnitForward
+from megatrain.model.kernels import choose_kernels
+from megatrain.model.partition import ParameterSlot, Partition, partition
 from megatrain.optim.adamw import AdamW
 from megatrain.sizes import parse_bytes
 
@@ -34,6 +37,14 @@ _LOGITS_IN_CACHES_BYTES = 16 * 1024**2  # of one chunk in fp32
 _DEVICE_CHUNK_TOKENS = 4096
 SMALL_UNIT_SHARE = 64  # the state of units below this fraction of the largest is not worth a disk's time
 _log = logging.getLogger(__name__)
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise ConfigError where `model` is no module, or one that an engine runs already."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model is a {type(model).__name__}; pass an nn.Module, or use Engine.from_pretrained")
+    if any(isinstance(m.__dict__.get("forward"), UnitForward) for m in model.modules()):
+        raise ConfigError("model: another Engine owns it or a part of it; close that one first")
 
 
 def check_arguments(optimizer: AdamW | None, settings: Mapping[str, Any]) -> None:
@@ -189,7 +200,9 @@ def _kept_in_fp32(model: nn.Module) -> set[str]:
     return kept_in_fp32(model)
 
 
-def lay_out_units(part: Partition, dtypes: dict[int, str], group_of: dict[int, int]) -> dict[int, list[SlabLayout]]:
+def lay_out_units(
+    part: Partition, dtypes: dict[int, str], group_of: dict[int, int], moments: str = "fp32"
+) -> dict[int, list[SlabLayout]]:
     """Slab layouts by home unit (-1: stray parameters). Parameters that are not floating point stay where they are."""
     layouts = {}
     for unit, slots in home_layouts(part):
@@ -205,8 +218,26 @@ def lay_out_units(part: Partition, dtypes: dict[int, str], group_of: dict[int, i
             if s.index in dtypes
         ]
         if requests:
-            layouts[unit] = lay_out(requests)
+            layouts[unit] = lay_out(requests, whole_blocks=moments == "int8")
     return layouts
+
+
+def parameter_groups(optimizer: AdamW | None, part: Partition) -> tuple[list[dict[str, Any]], dict[int, int]]:
+    """(the optimizer's param groups, number of its group by slot index)."""
+    groups, group_of = (optimizer or AdamW()).group_slots(part.slots)
+    if not groups:
+        raise ConfigError("model: all of its parameters are frozen; at least one must require a gradient")
+    return groups, group_of
+
+
+def refuse_meta(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ConfigError(
+                f"model: {name} is on the meta device and has no value; load or initialise the model first"
+            )
+        if parameter.device.type != "cpu":
+            raise ConfigError(f"model: {name} is on {parameter.device}; build the model on the cpu")
 
 
 def plan_for(
@@ -259,21 +290,42 @@ def cast_buffers(model: nn.Module, dtypes: dict[int, str]) -> None:
     not saved (rotary frequencies) keep the precision they were computed in."""
     if "bf16" not in dtypes.values():
         return
+    cast: dict[Tensor, Tensor] = {}  # a buffer that several modules hold stays one
     for module in model.modules():
         for name, buffer in module._buffers.items():
             saved = name not in module._non_persistent_buffers_set
             if buffer is not None and saved and buffer.dtype == torch.float32 and _all_bf16(module):
-                module._buffers[name] = buffer.to(torch.bfloat16)
+                module._buffers[name] = cast.setdefault(buffer, buffer.to(torch.bfloat16))
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:
     """Buffers are small, and where the model computes."""
+    moved: dict[Tensor, Tensor] = {}
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device:
-                module._buffers[name] = buffer.to(device)
+                module._buffers[name] = moved.setdefault(buffer, buffer.to(device))
 
 
 def _all_bf16(module: nn.Module) -> bool:
     dtypes = {p.dtype for p in module.parameters() if p.is_floating_point()}
     return dtypes == {torch.bfloat16}
+
+
+def check_plan(model: nn.Module, optimizer: AdamW | None, settings: Mapping[str, Any]) -> None:
+    """Raise CapacityError where a model that exists only as shapes (on the meta device) would not fit."""
+    check_arguments(optimizer, settings)
+    part, optimizer = partition(model), optimizer or AdamW()
+    _, group_of = optimizer.group_slots(part.slots)
+    device = make_device(settings.get("device", "auto"))
+    choose_kernels(settings.get("kernels", "auto"), model, device.torch_device)
+    precision = resolve_precision(settings.get("precision", "auto"), device)
+    plan_for(
+        lay_out_units(part, weight_dtypes(model, part, precision), group_of, optimizer.moments),
+        keep_gradients=keeps_gradients(settings.get("clip_norm", 1.0), settings.get("clip_scope", "global")),
+        streaming=streams(device),
+        moments=optimizer.moments,
+        nvme=settings.get("nvme"),
+        host_memory=settings.get("host_memory"),
+        available_bytes=host_memory_limits().free_bytes,
+    )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megatrain.engine.batches import Batch
 from megatrain.engine.executor import BACKWARD, HEAD, backward
 from megatrain.engine.targets import count_targets
 from megatrain.errors import ConfigError
@@ -19,7 +20,6 @@ from megatrain.model.side_effects import RandomState
 if TYPE_CHECKING:
     from megatrain.engine.engine import Engine
 
-Batch = Mapping[str, Any]
 LossParts = list[tuple[Tensor, float]]  # (scalar, factor) of what adds up to a micro-batch's loss
 
 
@@ -145,11 +145,13 @@ def _value(parts: LossParts) -> float:
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """`batch` where the model computes. A mask of ones is left out on a device of its own: attention is then causal and
-    nothing else, for which there are faster kernels; it is looked at here, on the host."""
+    nothing else, for which there are faster kernels; it is looked at here, on the host. Not beside position_ids, which
+    transformers takes for several sequences in one where they begin anew, if there is no mask."""
     if device.type == "cpu":
         return batch
     mask = batch.get("attention_mask")
-    unmasked = isinstance(mask, Tensor) and mask.device.type == "cpu" and mask.ndim == 2 and bool(mask.all())
+    ones = isinstance(mask, Tensor) and mask.device.type == "cpu" and mask.ndim == 2 and bool(mask.all())
+    unmasked = ones and "position_ids" not in batch
     return {
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for name, value in batch.items()

@@ -54,6 +54,7 @@ class PendingUpdates:
         self._device = device
         self._names = {u.index: u.name for u in part.units}
         self._background = background
+        self.first: frozenset[int] = frozenset()  # carried out before the others: small, and fetched ahead of them
         self._pending: dict[int, list[SlabUpdate]] = {}
         self._tickets: dict[int, Ticket] = {}
         self._order: list[int] = []  # in which units were updated as their gradients came
@@ -70,7 +71,7 @@ class PendingUpdates:
         if self._store.spilled is not None:
             self._store.spilled.expect(sorted(self._pending))
         if self._background is not None:
-            for unit in sorted(self._pending):
+            for unit in sorted(self._pending, key=lambda u: (u not in self.first, u)):
                 run = partial(self._carry_out, unit, self._pending.pop(unit))
                 self._tickets[unit] = self._background.submit(run)
 

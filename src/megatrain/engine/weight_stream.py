@@ -36,7 +36,8 @@ _SMALL_UNIT_SHARE = 64  # units below this fraction of the largest have device m
 @dataclass(frozen=True, slots=True)
 class Order:
     """What the last recorded pass of a kind did: visits, bytes of saved inputs by unit, the most of them at a time, and
-    whether they left the device, elements, peak device bytes, and the bytes among them that were allocated for good."""
+    whether they left the device, elements, peak device bytes, the bytes among them that were allocated for good, and
+    the small units, in the order of their first use."""
 
     visits: tuple[Visit, ...]
     inputs: dict[int, int]
@@ -45,6 +46,7 @@ class Order:
     elements: int
     peak_bytes: int
     fixed_bytes: int
+    small: tuple[int, ...]
 
 
 class WeightStream(Weights):
@@ -69,6 +71,9 @@ class WeightStream(Weights):
         self._homes = {unit.index: sorted({slot.units[0] for slot in unit.slots}) for unit in part.units}
         largest = max(self.unit_bytes.values())
         self._small = {u for u, n in self.unit_bytes.items() if n * _SMALL_UNIT_SHARE <= largest}
+        # a fetch ahead of all others must not wait for the update of a large unit
+        self._ahead = frozenset(u for u in self._small if self._small.issuperset(self._homes[u]))
+        updates.first = self._ahead
         self._fixed_bytes = 0
         self._own = {u: self._new_slot(self.unit_bytes[u]) for u in sorted(self._small)}
         self._strays: DeviceSlot | None = None
@@ -105,6 +110,9 @@ class WeightStream(Weights):
         self.inputs.staying = frozenset(self._units).difference(saves)
         self._walk = Walk(kind, schedule, elements)
         self._forget_residents()
+        order = self._orders.get(kind)
+        for unit in order.small if order is not None else ():
+            self._issue(unit, self._own[unit])  # on demand they would come behind large units that are copied ahead
 
     def further_forward(self, elements: int) -> None:
         walk = self._walk
@@ -150,6 +158,7 @@ class WeightStream(Weights):
     def fetch(self, unit: Unit, *, backward: bool, together: bool) -> dict[int, Tensor]:
         if unit.index in self._small:
             slot = self._own[unit.index]
+            self._walk.use_small(unit.index)
             if slot.fetch is None:
                 self._issue(unit.index, slot)
         else:
@@ -205,6 +214,9 @@ class WeightStream(Weights):
 
     def close(self) -> None:
         self._issuer.close()
+        self._slots, self._own, self._strays = [], {}, None  # the engine may be held for its optimizer's state
+        self._walk = Walk("", None)
+        self.inputs.begin()
 
     # -- visits -----------------------------------------------------------------------------------------------
 
@@ -260,6 +272,7 @@ class WeightStream(Weights):
             walk.elements,
             self._device.peak_bytes(),
             fixed,
+            tuple(u for u in walk.small if u in self._ahead),
         )
         self._schedules = {k: s for k, s in self._schedules.items() if k[0] != walk.kind}
 

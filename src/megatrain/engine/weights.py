@@ -11,7 +11,6 @@ from torch import Tensor
 from megatrain.engine.saved_inputs import SavedInputs
 from megatrain.engine.updates import PendingUpdates
 from megatrain.memory.arena import trim_freed_memory
-from megatrain.memory.store import HostStore
 from megatrain.model.partition import Partition, Unit
 
 STEP, FREE, EVALUATION = "step", "free", "evaluation"  # kinds of pass; FREE: under a caller's own loop
@@ -78,12 +77,9 @@ class Weights:
 class HostWeights(Weights):
     """The host as its own device: nothing is copied."""
 
-    def __init__(self, store: HostStore, part: Partition, updates: PendingUpdates) -> None:
+    def __init__(self, part: Partition, updates: PendingUpdates) -> None:
         self._updates = updates
-        self._weights = {
-            unit.index: {s.index: store.slots[s.index].slot.parameter.detach() for s in unit.slots}
-            for unit in part.units
-        }
+        self._weights = {unit.index: {s.index: s.parameter.detach() for s in unit.slots} for unit in part.units}
         self.unit_bytes = {u: sum(w.nbytes for w in weights.values()) for u, weights in self._weights.items()}
         self._fetched = -1
 

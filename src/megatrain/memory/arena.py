@@ -42,7 +42,7 @@ def allocate(n_bytes: int) -> torch.Tensor:
         raise ValueError(f"cannot allocate {n_bytes} bytes")
     size = round_up_to_page(n_bytes)
     if size == 0:
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
     try:
         mapping = _map_private(size)
     except (OSError, ValueError) as error:

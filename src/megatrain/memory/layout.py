@@ -10,7 +10,8 @@ equal optimizer group, so that one pass of the optimizer sees few segments; froz
 import math
 from dataclasses import dataclass
 
-ALIGNMENT_BYTES = 256  # of a parameter: what GPU kernels want of pointers, and whole blocks of 64 elements (moments)
+ALIGNMENT_BYTES = 64  # a cache line, and the widest vector register
+OPERAND_BYTES = 256  # what GPU libraries take operands to be aligned to, for their fastest kernels
 BYTES = {"bf16": 2, "fp32": 4}
 
 
@@ -64,23 +65,31 @@ class SlabLayout:
         return self.state_count * BYTES[self.dtype]
 
 
-def lay_out(requests: list[Request]) -> list[SlabLayout]:
-    """Place `requests` of one unit: one slab per dtype present, bf16 first; every start is aligned."""
+def lay_out(requests: list[Request], *, whole_blocks: bool = False) -> list[SlabLayout]:
+    """Place `requests` of one unit: one slab per dtype present, bf16 first; every start is cache-line aligned, and
+    those of parameters of 256 bytes or more as a GPU wants them: in a slot they lie as here. `whole_blocks`: all as
+    those; no two parameters then share a block of 64 elements."""
     slabs = []
     for dtype in ("bf16", "fp32"):
         chosen = [r for r in requests if r.dtype == dtype]
         if chosen:
-            slabs.append(_lay_out_slab(dtype, chosen))
+            slabs.append(_lay_out_slab(dtype, chosen, whole_blocks))
     return slabs
 
 
-def _lay_out_slab(dtype: str, requests: list[Request]) -> SlabLayout:
-    step = ALIGNMENT_BYTES // BYTES[dtype]
-    places, start, state_count = [], 0, 0
+def _lay_out_slab(dtype: str, requests: list[Request], whole_blocks: bool) -> SlabLayout:
+    operand = OPERAND_BYTES // BYTES[dtype]
+    line = operand if whole_blocks else ALIGNMENT_BYTES // BYTES[dtype]
+    places, end, state_count = [], 0, 0
     for r in sorted(requests, key=lambda r: (not r.trainable, r.group)):  # stable: tree order inside a run
         count = math.prod(r.shape)
+        start = _round_up(end, operand if count >= operand else line)
         places.append(Place(r.slot, r.shape, start, count, r.group, r.trainable))
-        start += -(-count // step) * step
+        end = _round_up(start + count, line)
         if r.trainable:
-            state_count = start
-    return SlabLayout(dtype, tuple(places), start, state_count)
+            state_count = end
+    return SlabLayout(dtype, tuple(places), _round_up(end, operand), state_count)
+
+
+def _round_up(count: int, step: int) -> int:
+    return -(-count // step) * step

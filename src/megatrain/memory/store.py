@@ -114,7 +114,7 @@ class HostStore:
         """
         state = UnitState([Slab(layout, weight) for layout, weight in _weight_views(slabs)])
         self.units[unit] = state
-        if not self._spills(unit):
+        if not self.spills(unit):
             self._bind(unit, allocate(unit_state_bytes(slabs, self.moments)))
         for slab in state.slabs:
             for place in slab.layout.places:
@@ -139,7 +139,7 @@ class HostStore:
 
         Raises IntegrityError where a disk fails.
         """
-        if not self._spills(unit) or any(slab.state is not None for slab in self.units[unit].slabs):
+        if not self.spills(unit) or any(slab.state is not None for slab in self.units[unit].slabs):
             yield
             return
         assert self.spilled is not None
@@ -151,13 +151,23 @@ class HostStore:
                 slab.state = None
             self.spilled.give_back(unit)
 
-    def _spills(self, unit: int) -> bool:
+    def spills(self, unit: int) -> bool:
+        """Whether the unit's optimizer state is on disk."""
         return self.spilled is not None and unit in self.spilled
 
     def _bind(self, unit: int, memory: Tensor) -> None:
         for slab in self.units[unit].slabs:
             slab.state = SlabState.within(memory, slab.layout, self.moments)
             memory = memory[state_bytes(slab.layout, self.moments) :]
+
+    def take_over_as_it_is(self, slot: ParameterSlot) -> Tensor:
+        """Make a parameter that is not floating point, and never changes, a view of whole pages of its own, which can
+        be page-locked; returns them."""
+        source = slot.parameter.data
+        memory = allocate(source.nbytes)[: source.nbytes]
+        slot.parameter.data = memory.view(source.dtype).view(source.shape)
+        slot.parameter.data.copy_(source)
+        return memory
 
     def write_master(self, slot: int, source: Tensor) -> None:
         """Set a parameter's master from `source` (any float dtype, the parameter's shape); steps and moments stay."""
@@ -178,7 +188,7 @@ class HostStore:
             weight, remainder = self.slots[slot].weight, self.slots[slot].remainder
             if remainder is None:
                 return weight.detach().to(torch.float32, copy=True)
-            master = torch.empty(weight.shape, dtype=torch.float32)
+            master = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
             merge(self.workers, bits(weight.view(-1)), remainder, master.view(-1).numpy())
             return master
 
@@ -216,7 +226,7 @@ class HostStore:
         slabs = self.units[unit].slabs
         storage = slabs[0].weight.untyped_storage()
         n_bytes = sum(slab.layout.weight_bytes for slab in slabs)
-        memory = torch.empty(0, dtype=torch.uint8)
+        memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         return memory.set_(storage, slabs[0].weight.storage_offset(), (n_bytes,), (1,))
 
     def bytes_by_category(self) -> dict[str, int]:
@@ -227,7 +237,7 @@ class HostStore:
         for unit, state in self.units.items():
             for slab in state.slabs:
                 held["weights"] += slab.layout.weight_bytes
-                if not self._spills(unit):
+                if not self.spills(unit):
                     held["remainders"] += slab.layout.remainder_bytes
                     held["exp_avg"] += moment_bytes(slab.layout, self.moments)
                     held["exp_avg_sq"] += moment_bytes(slab.layout, self.moments)
@@ -279,7 +289,7 @@ def bits(tensor: Tensor) -> np.ndarray:
 
 
 def _weight_views(slabs: list[SlabLayout]) -> Iterator[tuple[SlabLayout, Tensor]]:
-    """One buffer for all of a unit's weights, cut into its slabs (their sizes are whole cache lines)."""
+    """One buffer for all of a unit's weights, cut into its slabs (their sizes are aligned)."""
     buffer = allocate(sum(layout.weight_bytes for layout in slabs))
     start = 0
     for layout in slabs:

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from megatrain.errors import UnsupportedModelError
 from megatrain.model.binding import bound
+from megatrain.model.digest import Digest
+from megatrain.model.first_run import SavedTensors
 from megatrain.model.foreign import refuse_foreign_tensors
 from megatrain.model.partition import Unit
 from megatrain.model.side_effects import (
@@ -32,7 +34,8 @@ from megatrain.model.side_effects import (
     WrittenBuffers,
     no_autocast_cache,
 )
-from megatrain.model.trees import FlatTree, written_entries
+from megatrain.model.trees import FlatTree
+from megatrain.model.unit_graph import UnitGraph, UnitResult, leaf_of
 
 LOOK_STEPS = 2  # a model does what it does from its first steps on: costly checks are made in these
 
@@ -53,7 +56,8 @@ class UnitHost(Protocol):
         """Current weights of the unit on the compute device, by slot index, without gradient history."""
 
     def keep_inputs(self, unit: Unit, tensors: dict[int, Tensor]) -> dict[int, Any]:
-        """Keep inputs of a call for its backward, by position; those that are not in the result autograd keeps."""
+        """Keep inputs of a call that is about to run for its backward, by position; those that are not in the result
+        autograd keeps."""
 
     def take_inputs(self, unit: Unit, kept: dict[int, Any]) -> dict[int, Tensor]:
         """What `keep_inputs` was given, on the compute device, for the backward that has begun."""
@@ -73,8 +77,8 @@ class UnitHost(Protocol):
     def keeps_graph(self, unit: Unit) -> bool:
         """Whether this call keeps its graph instead of recomputing."""
 
-    def graph_meter(self, unit: Unit, given: list[Tensor]) -> Callable[[Tensor], Any]:
-        """Is shown each tensor that the graph of a first run would save; what it returns is kept in its stead."""
+    def graph_meter(self, unit: Unit, given: list[Tensor]) -> Callable[[Tensor], None]:
+        """Is shown each tensor that the graph of a first run would save."""
 
     def direct_leaves(self) -> "DirectLeaves | None":
         """Set while the calling thread runs units inside a graph of its own."""
@@ -91,7 +95,7 @@ class DirectLeaves:
         self.units[unit.index] = unit
         for slot in unit.slots:
             if slot.index not in self.leaves:
-                self.leaves[slot.index] = _leaf(weights[slot.index], slot.parameter.requires_grad)
+                self.leaves[slot.index] = leaf_of(weights[slot.index], slot.parameter.requires_grad)
         return {slot.index: self.leaves[slot.index] for slot in unit.slots}
 
 
@@ -105,7 +109,11 @@ class UnitForward:
         self.where = f"unit {unit.name or type(unit.module).__name__}"
         self.attributes = WrittenAttributes(unit.module, self.where)
         self.buffers = WrittenBuffers(unit.module, self.where)
-        self.anchor = torch.zeros((), requires_grad=True)
+        self.anchor = torch.zeros((), requires_grad=True, device="cpu")
+        self.differentiates = False  # inside its forward, as far as is known
+
+    def notice_differentiation(self) -> None:
+        self.differentiates = True
 
     def install(self) -> None:
         self.unit.module.forward = self  # type: ignore[assignment]
@@ -136,7 +144,7 @@ class UnitForward:
     def _leaves(self) -> dict[int, Tensor]:
         """Weights that require gradients as the parameters do: what PyTorch folds depends on it, with them off too."""
         weights = self.host.fetch(self.unit)
-        return {s.index: _leaf(weights[s.index], s.parameter.requires_grad) for s in self.unit.slots}
+        return {s.index: leaf_of(weights[s.index], s.parameter.requires_grad) for s in self.unit.slots}
 
     def _run_plain(self, args: Any, kwargs: Any, weights: dict[int, Tensor]) -> Any:
         with self.host.computing(), no_autocast_cache(), bound(self.unit, weights):
@@ -155,8 +163,8 @@ class UnitCall:
         self.autocast = AutocastState(block.host.compute_device)
         self.buffers: list[BufferState] = []  # that the forward changed, as it found them
         self.attributes: Attributes = {}  # as the forward found them
-        self.graph: _Graph | None = None
-        self.result: _Result | None = None
+        self.graph: UnitGraph | None = None
+        self.result: UnitResult | None = None
         self.own_outputs: list[bool] = []  # whether each output requires a gradient
         self.kept_inputs: dict[int, Any] = {}  # by position, those that the host keeps
         self.digest: Digest | None = None  # of the first run's results, while the model is being learnt
@@ -173,23 +181,26 @@ class UnitCall:
         assert result is not None
         return result.deliver(outputs, self)
 
-    def run_first(self, inputs: list[Tensor]) -> list[Tensor]:
-        """The forward run; `inputs` are the flat tensors. Returns the node's outputs."""
+    def run_first(self, inputs: list[Tensor], hidden: list[int]) -> list[Tensor]:
+        """The forward run; `inputs` are the flat tensors, `hidden` the positions of those that come from other units.
+        Returns the node's outputs."""
         block, host = self.block, self.block.host
         weights = host.fetch(block.unit)
+        self.kept_inputs = host.keep_inputs(block.unit, {n: inputs[n] for n in hidden})  # copied beside the run
         versions = [t._version for t in inputs]
         self.random = RandomState(host.compute_device)
         buffers = block.buffers.before()
         attributes = block.attributes.snapshot()
         if host.keeps_graph(block.unit):
-            self.graph = _Graph(self, inputs, weights, attributes)
+            self.graph = UnitGraph(self, inputs, weights, attributes)
             result = self.graph.result
         else:
             # Gradients on, as in plain PyTorch: whether a product is folded, and so its last bit, depends on it.
-            # What the graph would save is dropped at once, so memory is that of a run without gradients.
-            drop = host.graph_meter(block.unit, [*inputs, *weights.values()])
-            with torch.autograd.graph.saved_tensors_hooks(drop, drop):
-                result = _Graph(self, inputs, weights, attributes).result
+            # What the graph would save is dropped, so memory is that of a run without gradients.
+            meter = host.graph_meter(block.unit, [*inputs, *weights.values()])
+            hold = block.differentiates or self.generation == 0
+            with SavedTensors(block.where, meter, hold, block.notice_differentiation).during_run():
+                result = UnitGraph(self, inputs, weights, attributes).result
         if not self.random.drawn():
             self.random = None
         self.buffers = block.buffers.changed(buffers)
@@ -231,7 +242,7 @@ class UnitCall:
         host.receive(block.unit, parameter_gradients)
         return input_gradients
 
-    def _recompute(self, inputs: list[Tensor], needed: list[bool], weights: dict[int, Tensor]) -> "_Graph":
+    def _recompute(self, inputs: list[Tensor], needed: list[bool], weights: dict[int, Tensor]) -> UnitGraph:
         block = self.block
         with ExitStack() as stack:
             stack.enter_context(self.autocast.entered())
@@ -239,124 +250,7 @@ class UnitCall:
             if self.random is not None:
                 stack.enter_context(self.random.replaying())
             stack.enter_context(WrittenBuffers.replaying(self.buffers))
-            return _Graph(self, inputs, weights, block.attributes.snapshot(), needed)
-
-
-_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}  # of the sum of magnitudes; half precision: 1e-3
-
-
-class Digest:
-    """Sums over floating results, to tell whether a second run gave the same. The same arithmetic differs in the last
-    bits at most (a compiled graph, a GPU's atomics); another mask, state or random number differs by far more."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        floating = [t.detach() for t in tensors if t.is_floating_point() and t.numel()]
-        self._tolerances = [_TOLERANCE.get(t.dtype, 1e-3) for t in floating]
-        self._sums = [torch.stack(_sums(t)) for t in floating]
-
-    def matches(self, tensors: list[Tensor]) -> bool:
-        other = Digest(tensors)
-        if len(self._sums) != len(other._sums):
-            return False
-        for mine, theirs, tolerance in zip(self._sums, other._sums, self._tolerances, strict=True):
-            if bool(torch.isfinite(mine).all()) and not bool(((mine - theirs).abs() <= tolerance * mine[1]).all()):
-                return False
-        return True
-
-
-def _sums(tensor: Tensor) -> list[Tensor]:
-    """Sum, sum of magnitudes and L2 norm in fp64, without a copy of the tensor in fp64."""
-    exact = torch.float64
-    flat = tensor.reshape(-1)
-    return [flat.sum(dtype=exact), *(torch.linalg.vector_norm(flat, order, dtype=exact) for order in (1, 2))]
-
-
-class _Graph:
-    """A run of the unit with gradients on, over detached inputs and leaf weights."""
-
-    def __init__(
-        self,
-        call: UnitCall,
-        inputs: list[Tensor],
-        weights: dict[int, Tensor],
-        attributes: Attributes,
-        needed: list[bool] | None = None,
-    ) -> None:
-        if needed is None:
-            needed = [t.requires_grad for t in call.flat.tensors]
-        slots = call.block.unit.slots
-        self.computing = call.block.host.computing
-        self.leaves = {s.index: _leaf(weights[s.index], s.parameter.requires_grad) for s in slots}
-        self.inputs = [_leaf(t, need) for t, need in zip(inputs, needed, strict=True)]
-        with torch.enable_grad():
-            self.result = _Result(call, call.flat, self.inputs, self.leaves, attributes)
-
-    def differentiate(self, output_gradients: list[Tensor | None]) -> tuple[list[Tensor | None], dict[int, Tensor]]:
-        """(gradient per input or None, gradient per slot index of parameters that got one)."""
-        pairs = [
-            (t, g)
-            for t, g in zip(self.result.tensors, output_gradients, strict=True)
-            if g is not None and t.requires_grad
-        ]
-        wanted = [t for t in self.inputs if t.requires_grad]
-        leaves = {index: leaf for index, leaf in self.leaves.items() if leaf.requires_grad}
-        if not pairs or not (wanted or leaves):
-            return [None] * len(self.inputs), {}
-        with self.computing():
-            found = torch.autograd.grad(
-                [t for t, _ in pairs], [*wanted, *leaves.values()], [g for _, g in pairs], allow_unused=True
-            )
-        by_input = iter(found[: len(wanted)])
-        input_gradients = [next(by_input) if t.requires_grad else None for t in self.inputs]
-        by_slot = zip(leaves, found[len(wanted) :], strict=True)
-        return input_gradients, {index: g for index, g in by_slot if g is not None}
-
-
-class _Result:
-    """What one run produced: the returned tree, entries written into mappings, captured outputs, attributes.
-
-    `tensors` are the distinct ones among them that are not simply inputs, in a fixed order: the node's outputs.
-    """
-
-    def __init__(
-        self,
-        call: UnitCall,
-        flat: FlatTree,
-        inputs: list[Tensor],
-        weights: dict[int, Tensor],
-        attributes: Attributes,
-    ) -> None:
-        block = call.block
-        seen = flat.build(inputs)
-        args, kwargs = seen
-        with (
-            block.host.computing(),
-            no_autocast_cache(),
-            call.capture.collecting() as captured,
-            bound(block.unit, weights),
-        ):
-            returned = _without_leaf_errors(block, args, kwargs)
-        entries = written_entries(flat, seen, inputs)
-        self.attributes, assigned = block.attributes.written(attributes, weights.values())
-        self.given = [*inputs, *weights.values()]
-        self.owners = [(mapping, key) for mapping, key, _ in entries]
-        tree = (returned, [value for _, _, value in entries], captured, assigned)
-        self.flat = FlatTree(tree, block.where)
-        self._inputs = {id(t): i for i, t in enumerate(inputs)}
-        self._from_input = [self._inputs.get(id(t)) for t in self.flat.tensors]
-        self.tensors = [t for t, i in zip(self.flat.tensors, self._from_input, strict=True) if i is None]
-
-    def deliver(self, outputs: tuple[Tensor, ...], call: UnitCall) -> Any:
-        """Hand the node's outputs to the caller, the mappings, the collector and the attributes."""
-        own = iter(outputs)
-        tensors = [call.flat.tensors[i] if i is not None else next(own) for i in self._from_input]
-        returned, entry_values, captured, attribute_values = self.flat.build(tensors)
-        for (mapping, key), value in zip(self.owners, entry_values, strict=True):
-            mapping[key] = value  # type: ignore[index]
-        call.capture.deliver(captured)
-        for (holder, name), value in zip(self.attributes, attribute_values, strict=True):
-            holder[name] = value
-        return returned
+            return UnitGraph(self, inputs, weights, block.attributes.snapshot(), needed)
 
 
 class _UnitNode(torch.autograd.Function):
@@ -364,10 +258,8 @@ class _UnitNode(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: UnitCall, anchor: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-        outputs = call.run_first(list(inputs))
+        outputs = call.run_first(list(inputs), [n for n in range(len(inputs)) if ctx.needs_input_grad[n + 2]])
         ctx.call = call
-        hidden = {n: t for n, t in enumerate(inputs) if ctx.needs_input_grad[n + 2]}
-        call.kept_inputs = call.block.host.keep_inputs(call.block.unit, hidden)
         ctx.save_for_backward(*[None if n in call.kept_inputs else t for n, t in enumerate(inputs)])
         # as in plain PyTorch, what depends on no weight and no input with a gradient requires none
         ctx.mark_non_differentiable(*[t for t, own in zip(outputs, call.own_outputs, strict=True) if not own])
@@ -382,19 +274,6 @@ class _UnitNode(torch.autograd.Function):
         call: UnitCall = ctx.call
         needed = list(ctx.needs_input_grad[2:])
         return (None, None, *call.differentiate(ctx.saved_tensors, needed, list(output_gradients)))
-
-
-def _without_leaf_errors(block: UnitForward, args: Any, kwargs: Any) -> Any:
-    try:
-        return block.forward(*args, **kwargs)
-    except RuntimeError as error:
-        if "leaf Variable that requires grad" not in str(error):
-            raise
-        raise UnsupportedModelError(f"{block.where}: it changes an input or a parameter in place: {error}") from error
-
-
-def _leaf(tensor: Tensor, requires_grad: bool) -> Tensor:
-    return tensor.detach().requires_grad_(requires_grad)
 
 
 def install_units(units: list[Unit], host: UnitHost) -> list[UnitForward]:

@@ -20,10 +20,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from megatrain.errors import CapacityError
+from megatrain.model.fused_loss import IGNORED as IGNORED
+from megatrain.model.fused_loss import FusedHead, FusedLoss, fuse_head
 from megatrain.model.root import RootForward
 from megatrain.model.side_effects import RandomState
 
-IGNORED = -100  # transformers' label for "no target here"
 _BYTES_PER_LOGIT = 16  # while a chunk is differentiated: fp32 logits, their log-softmax, two gradients; and bf16 ones
 
 
@@ -64,6 +66,7 @@ class ChunkedHead:
         self.device = device
         self._local = threading.local()
         self.base = _base_of(model)
+        self.fused: FusedHead | None = None
         self.reason: str | None = None
         if self.base is None:
             self.reason = f"{type(model).__name__} has no base model, output embeddings and loss function of its own"
@@ -82,8 +85,35 @@ class ChunkedHead:
         self._token_bytes = _BYTES_PER_LOGIT * vocabulary
         self.chunk_tokens = chunk_tokens(self._token_bytes, vocabulary)
 
+    def fuse(self, loss: FusedLoss) -> str:
+        """From here on compute head and loss by `loss`, where the model's head proves to be nothing more: why, or why
+        not. A pass of the units goes with it, which is the caller's to end."""
+        if self.reason is not None:
+            return self.reason
+        if _qualified_name(self._loss_function) != "transformers.loss.loss_utils.ForCausalLMLoss":
+            return "the model's loss function is not that of transformers' causal language models"
+        random, trained = RandomState(self.device), [(m, m.training) for m in self.model.modules()]
+        try:
+            self.model.train()  # with the dropout that a head may have
+            module, caps = _output_embeddings(self.model), _soft_caps(self.model)
+            self.fused, reason = fuse_head(module, loss, caps, self._probed_loss, self._direct, self.device)
+        except Exception as error:  # whatever the model's own code raises on a stand-in
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        finally:
+            self._local.mode = None
+            random.restore()
+            for module, training in trained:
+                module.training = training
+        return reason
+
+    def _probed_loss(self, hidden: Tensor, labels: Tensor, target_count: int, batch: Mapping[str, Any]) -> Tensor:
+        return self.chunk_loss(hidden, labels, _ProbeOutput(last_hidden_state=hidden), batch, target_count)
+
     def remove(self) -> None:
-        """Give the model its own base and loss function back."""
+        """Give the model its own head, base and loss function back."""
+        if self.fused is not None:
+            self.fused.remove()
+            self.fused = None
         if self.base is not None:
             if self._own_base_forward:
                 self.base.forward = self._base_forward  # type: ignore[assignment]
@@ -112,6 +142,8 @@ class ChunkedHead:
         self, hidden: Tensor, labels: Tensor, template: Any, batch: Mapping[str, Any], target_count: int
     ) -> Tensor:
         """Loss of some tokens: sum over their targets / `target_count`. `labels` are shifted already."""
+        if self.fused is not None and self.fused.takes(batch):
+            return self.fused.chunk_loss(hidden, labels, target_count)
         rest = {k: v for k, v in batch.items() if k not in ("input_ids", "inputs_embeds", "labels")}
         rest = {k: v for k, v in rest.items() if not k.startswith("output_")}
         mode = Mode("stub", hidden=hidden, template=template, labels=labels, target_count=target_count)
@@ -189,6 +221,8 @@ class ChunkedHead:
         try:
             with torch.no_grad(), self.root.capturing_off():
                 return self._compare_losses()
+        except (CapacityError, torch.OutOfMemoryError, MemoryError):
+            raise
         except Exception as error:  # whatever the model's own code raises on a stand-in: it needs the real thing
             return f"{type(error).__name__}: {error}".splitlines()[0]
         finally:
@@ -250,8 +284,19 @@ def _base_of(model: nn.Module) -> nn.Module | None:
     return None if getattr(model.config, "is_encoder_decoder", False) else base
 
 
+def _qualified_name(function: Any) -> str:
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '')}"
+
+
 def _output_embeddings(model: nn.Module) -> nn.Module:
     return cast(Any, model).get_output_embeddings()  # type: ignore[no-any-return]
+
+
+def _soft_caps(model: nn.Module) -> list[float]:
+    """Numbers that the configuration calls a soft-cap, of whatever: which one the head has is tried out."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config  # type: ignore[union-attr, operator]
+    named = {name: value for name, value in vars(config).items() if "soft" in name and "cap" in name}
+    return sorted({float(v) for v in named.values() if isinstance(v, (int, float)) and v > 0})
 
 
 def _hidden_size(model: nn.Module) -> int | None:

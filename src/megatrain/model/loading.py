@@ -32,6 +32,7 @@ from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from megatrain.errors import ConfigError
+from megatrain.hub import check_hub_is_reachable
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ def load_config(path_or_id: str | os.PathLike[str] | Mapping[str, Any], **overri
             config = _config_from_entries(json.loads(Path(path).read_text(encoding="utf-8")))
         else:
             source = _existing_source(path_or_id)
+            check_hub_is_reachable(source, "config.json")
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except ConfigError:
         raise
@@ -289,6 +291,11 @@ def _weight_files(source: str, where: dict[str, Any]) -> list[Path]:
             raise ConfigError(f"cannot fetch {name} of {source}: {one_line(error)}") from error
         return None if found is None else Path(found)
 
+    if not where["local_files_only"]:
+        try:
+            check_hub_is_reachable(source, WEIGHTS_NAME, INDEX_NAME)
+        except ConnectionError as error:
+            raise ConfigError(f"cannot fetch the weights of {source}: {error}") from error
     single = find(WEIGHTS_NAME)
     if single is not None:
         return [single]

@@ -9,7 +9,10 @@ Structure decides; the model's name and class never do.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
+
+from megatrain.errors import UnsupportedModelError
 
 
 @dataclass(slots=True)
@@ -59,7 +62,9 @@ class Partition:
 
 
 def partition(model: nn.Module) -> Partition:
-    """Cut `model` into units. Raises ValueError for a model without parameters."""
+    """Cut `model` into units. Raises ValueError for a model without parameters, UnsupportedModelError for a scripted
+    one."""
+    _refuse_scripted(model)
     slots: dict[int, ParameterSlot] = {}
     for name, parameter in model.named_parameters():
         slots[id(parameter)] = ParameterSlot(len(slots), name, parameter)
@@ -75,6 +80,16 @@ def partition(model: nn.Module) -> Partition:
     for owner, attribute, parameter in _parameter_places(model):
         slots[id(parameter)].places.append((owner, attribute))
     return Partition(units, list(slots.values()))
+
+
+def _refuse_scripted(model: nn.Module) -> None:
+    """A scripted module's parameters belong to its C++ side, where no others can be bound; it takes no hooks either."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModelError(
+                f"{name or 'model'}: it is made by torch.jit.script or torch.jit.trace, which the engine cannot reach"
+                " into; give it the module that this was made from (compile='blocks' compiles it)"
+            )
 
 
 def _parameter_places(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:

@@ -120,12 +120,13 @@ def report_device(model: nn.Module, device: torch.device) -> Callable[[], None]:
 def guard(model: nn.Module, device: torch.device) -> None:
     """Refuse what would detach parameters from the host store, and make recomputation's rival a no-op.
 
-    `.to(compute device)` does nothing (trainers call it); other moves and casts raise in every submodule.
+    `.to(compute device)` does nothing (trainers call it); other moves, casts and copies raise in every submodule.
     """
     for module in model.modules():
         if any(True for _ in module.parameters()):
             module.__dict__["_apply"] = _Refusal(module)
             module.__dict__["to"] = _To(module, device)
+            module.__dict__["__reduce_ex__"] = _NoCopy(module)  # what copy.deepcopy, pickle and torch.save ask
     for name in ("gradient_checkpointing_enable", "activation_checkpointing_enable"):
         if hasattr(model, name):
             model.__dict__[name] = _no_checkpointing
@@ -136,7 +137,13 @@ def guard(model: nn.Module, device: torch.device) -> None:
 
 def unguard(model: nn.Module) -> None:
     for module in model.modules():
-        for name in ("_apply", "to", "gradient_checkpointing_enable", "activation_checkpointing_enable"):
+        for name in (
+            "_apply",
+            "to",
+            "__reduce_ex__",
+            "gradient_checkpointing_enable",
+            "activation_checkpointing_enable",
+        ):
             module.__dict__.pop(name, None)
 
 
@@ -152,6 +159,17 @@ class _Refusal:
         raise UnsupportedModelError(
             f"{self._name}: the engine owns this model's parameters; it cannot be moved or cast. Choose device and"
             " precision when making the Engine, or engine.close() first"
+        )
+
+
+class _NoCopy:
+    def __init__(self, module: nn.Module) -> None:
+        self._name = type(module).__name__
+
+    def __call__(self, _protocol: object) -> Any:
+        raise UnsupportedModelError(
+            f"{self._name}: the engine runs this model; it cannot be copied or pickled. Write it with"
+            " engine.save_pretrained(folder), copy its engine.model.state_dict(), or engine.close() first"
         )
 
 

@@ -65,7 +65,7 @@ class WrittenAttributes:
     A tensor that the forward assigns (`self.aux_loss = ...`) becomes an output of the node, so that it keeps its
     gradient. A list or dict into which it puts tensors cannot be followed and is refused. Whatever else it finds on
     its modules (a counter of its own, a flag or a mask that the model sets on them, training or evaluation mode),
-    recomputation finds as it was. What is changed in place behind this record, `block.Digest` notices.
+    recomputation finds as it was. What is changed in place behind this record, `digest.Digest` notices.
     """
 
     def __init__(self, module: nn.Module, where: str) -> None:
@@ -112,7 +112,8 @@ class WrittenAttributes:
 
     def written(self, before: Attributes, weights: Iterable[Tensor]) -> tuple[list[tuple[Any, str]], list[Tensor]]:
         """(places, tensors) that the run assigned: each place is a dict and a name in it. A list of the unit's own
-        `weights` (recurrent layers make one) is put back. Raises UnsupportedModelError for a container it changed."""
+        `weights` (recurrent layers make one) is put back. Raises UnsupportedModelError for a container it changed or
+        deleted."""
         places, tensors = [], []
         own = {id(w) for w in weights}
         for (number, name), value in list(self._scan()):
@@ -132,6 +133,12 @@ class WrittenAttributes:
                         " them there twice. Return them, or assign a tensor to an attribute"
                     )
                 self._holders[number][name] = was.original
+        for (number, name), was in before.items():
+            if isinstance(was, _Listed) and name not in self._holders[number]:
+                raise UnsupportedModelError(
+                    f"{self._where}: its forward deletes the attribute {name}, a list or dict that recomputation would"
+                    " not find again; set it to None instead, or pass it as an argument"
+                )
         return places, tensors
 
     def worth_keeping(self, found: Attributes) -> Attributes:
@@ -154,14 +161,18 @@ class WrittenAttributes:
         current = []
         for (number, name), value in found.items():
             holder = self._holders[number]
-            if name in holder and _differ(holder[name], value):
-                current.append((holder, name, holder[name]))
+            now = holder.get(name, _DELETED)
+            if _differ(now, value):
+                current.append((holder, name, now))
                 holder[name] = value
         try:
             yield
         finally:
-            for holder, name, value in current:
-                holder[name] = value
+            for holder, name, now in current:
+                if now is not _DELETED:
+                    holder[name] = now
+                else:
+                    holder.pop(name, None)
             restore()
 
     def save(self) -> Callable[[], None]:
@@ -204,9 +215,10 @@ class _Listed:
         return self.content == _Listed(container).content
 
 
+_DELETED = object()  # by the forward, which found it
 _COMPARED = (Tensor, int, float, str, type(None))
 _NOT_FOLLOWED = (nn.Module, set)
-_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__) - {"training"} | {"forward", "_apply", "to"}
+_MODULE_ATTRIBUTES = frozenset(nn.Module().__dict__) - {"training"} | {"forward", "_apply", "to", "__reduce_ex__"}
 
 
 def _items(container: Any) -> Any:
@@ -267,7 +279,7 @@ class WrittenBuffers:
         """Of `states`, those that the run changed or replaced; what recomputation has to start from."""
         found = []
         for state in states:
-            tensor = state.module._buffers[state.name]
+            tensor = state.module._buffers.get(state.name)
             if tensor is None:
                 raise UnsupportedModelError(f"{self._where}: its forward removed the buffer {state.name}")
             same = tensor is state.tensor and tensor._version == state.version

@@ -11,7 +11,7 @@ import dataclasses
 import enum
 import sys
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -111,15 +111,24 @@ class _EmptyCache:
     """
 
     def __init__(self, cache: Any, where: str) -> None:
-        if _holds_tensors(cache, depth=3):
-            raise CacheError(
-                f"{where}: a filled cache ({type(cache).__name__}) reached it with gradients on; recomputation would"
-                " append to it twice. Call the model without past_key_values, or under torch.no_grad()"
-            )
+        _refuse_filled(cache, 3, where)
         self._cache = cache
+        self._where = where
 
     def fresh(self) -> Any:
-        return _copy_cache(self._cache, depth=3)
+        return _copy_cache(self._cache, 3, self._where)
+
+
+def _refuse_filled(node: Any, depth: int, where: str) -> None:
+    if _holds_tensors(node, depth):
+        raise CacheError(
+            f"{where}: a filled cache ({type(node).__name__}) reached it with gradients on; recomputation would"
+            " append to it twice. Call the model without past_key_values, or under torch.no_grad()"
+        )
+
+
+def _are_layers(node: Any) -> bool:
+    return type(node) is list and any(type(value).__module__.startswith("transformers") for value in node)
 
 
 def _holds_tensors(node: Any, depth: int) -> bool:
@@ -127,6 +136,8 @@ def _holds_tensors(node: Any, depth: int) -> bool:
         return node.numel() > 1  # single numbers are settings, such as a window
     if depth == 0:
         return False
+    if _are_layers(node):  # who fills a cache fills these; the others are looked at when they are reached for
+        return any(_holds_tensors(layer, depth - 1) for layer in (node[0], node[-1]))
     if isinstance(node, Mapping):
         return any(_holds_tensors(v, depth - 1) for v in node.values())
     if isinstance(node, (list, tuple)):
@@ -136,12 +147,14 @@ def _holds_tensors(node: Any, depth: int) -> bool:
     return any(_holds_tensors(v, depth) for k, v in vars(node).items() if k != "config")
 
 
-def _copy_cache(node: Any, depth: int) -> Any:
+def _copy_cache(node: Any, depth: int, where: str) -> Any:
     """A copy down to the layers' own lists and dicts; what they refer to is shared."""
     if isinstance(node, dict):
-        return {k: _copy_cache(v, depth) for k, v in node.items()}
+        return {k: _copy_cache(v, depth, where) for k, v in node.items()}
+    if _are_layers(node):
+        return _FreshLayers(node, depth, where)
     if isinstance(node, list):
-        return [_copy_cache(v, depth) for v in node]
+        return [_copy_cache(v, depth, where) for v in node]
     if (
         depth == 0
         or isinstance(node, (*_CONSTANT_TYPES, Tensor))
@@ -152,8 +165,62 @@ def _copy_cache(node: Any, depth: int) -> Any:
         return node
     made = copy.copy(node)
     for name, value in vars(node).items():
-        made.__dict__[name] = _copy_cache(value, depth - 1)
+        made.__dict__[name] = _copy_cache(value, depth - 1, where)
     return made
+
+
+class _FreshLayers(list):  # type: ignore[type-arg]
+    """A cache's layers, each looked at and copied when it is first reached for: a unit uses one, and going through all
+    of them for each unit would take time that grows with the square of the depth."""
+
+    def __init__(self, layers: list[Any], depth: int, where: str) -> None:
+        super().__init__(layers)
+        self._depth = depth
+        self._where = where
+        self._shared = {id(layer) for layer in layers}  # by identity: lists may be changed
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return list(self)[index]
+        layer = super().__getitem__(index)
+        if id(layer) in self._shared:
+            _refuse_filled(layer, self._depth, self._where)
+            layer = _copy_cache(layer, self._depth, self._where)
+            super().__setitem__(index, layer)
+        return layer
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[number] for number in range(len(self)))
+
+    def _own(self) -> None:
+        for _ in self:
+            pass
+
+    def __reversed__(self) -> Iterator[Any]:
+        self._own()
+        return super().__reversed__()
+
+    def __add__(self, other: Any) -> Any:
+        self._own()
+        return super().__add__(other)
+
+    def copy(self) -> list[Any]:
+        return list(self)
+
+    def pop(self, index: Any = -1) -> Any:
+        self._own()
+        return super().pop(index)
+
+
+def copy_whole_caches(arguments: Iterable[Any], depth: int = 3) -> None:
+    """Make plain lists of the layers of the caches among a unit's `arguments`, for a compiler: it would look at what is
+    shared and make a graph for each layer that it finds."""
+    for node in arguments:
+        if depth and type(node).__module__.startswith("transformers") and hasattr(node, "__dict__"):
+            for name, value in vars(node).items():
+                if isinstance(value, _FreshLayers):
+                    node.__dict__[name] = list(value)
+            copy_whole_caches(vars(node).values(), depth - 1)
 
 
 def _is_known_constant(node: Any) -> bool:

@@ -15,7 +15,9 @@ class Walk:
         self._differentiated = False  # since the last forward began
         self.schedule = schedule
         self.deviated = False
-        self.visits: list[Visit] = []
+        self.visits: list[Visit] = []  # without a kind, outside of passes, the last one alone
+        self._forgotten = 0
+        self.small: dict[int, None] = {}  # units that are no visits, in the order of their first use
         self._grouped = False
         self._issued = 0  # operations of the schedule
         self._played = -1  # the last visit whose operations are issued
@@ -30,7 +32,7 @@ class Walk:
     @property
     def number(self) -> int:
         """Of the visit that is under way."""
-        return len(self.visits) - 1
+        return self._forgotten + len(self.visits) - 1
 
     def arrive(self, unit: int, backward: bool, together: bool) -> bool:
         """Record that `unit` is about to run; whether that begins a visit (or makes one larger)."""
@@ -43,7 +45,13 @@ class Walk:
         else:  # units that run together are differentiated at once
             self.visits.append(Visit((unit,), backward or together))
         self._grouped = together
+        if not self.kind and len(self.visits) > 1:
+            self._forgotten += len(self.visits) - 1
+            del self.visits[:-1]
         return True
+
+    def use_small(self, unit: int) -> None:
+        self.small.setdefault(unit)
 
     def as_expected(self) -> bool:
         assert self.schedule is not None

@@ -119,7 +119,7 @@ def plan_training(config: Config, settings: ModelSettings, folder: RunFolder) ->
     Works on shapes alone. Raises ConfigError or CapacityError.
     """
     from megatrain.engine import setup
-    from megatrain.engine.engine import check_plan
+    from megatrain.engine.setup import check_plan
     from megatrain.model.loading import build_on_meta, check_weights
 
     setup.check_threads(config.engine.threads)
@@ -151,7 +151,8 @@ def _check_step_fits(config: Config) -> None:
 
 def build_engine(config: Config, settings: ModelSettings, optimizer: "AdamW") -> "Engine":
     """The engine with its model, loaded or new. Raises ConfigError or CapacityError."""
-    from megatrain.engine.engine import Engine, check_plan
+    from megatrain.engine.engine import Engine
+    from megatrain.engine.setup import check_plan
     from megatrain.model.loading import build_on_meta, initialise
 
     options, attention = _engine_settings(config), config.model.attn_implementation
@@ -183,6 +184,7 @@ def _engine_settings(config: Config) -> dict[str, Any]:
         "keep_graphs": config.engine.keep_graphs,
         "slots": config.engine.slots,
         "compile": config.engine.compile,
+        "kernels": config.engine.kernels,
     }
 
 

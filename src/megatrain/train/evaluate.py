@@ -35,7 +35,6 @@ def evaluate(
     *,
     seq_len: int,
     micro_batch: int,
-    device: Any = "cpu",
     stop: StopOnInterrupt | None = None,
 ) -> Evaluation | None:
     """Predict every token of `stream` once, in windows of `seq_len`; nothing is carried over between windows.
@@ -52,8 +51,8 @@ def evaluate(
             for ids, labels in _windows(stream, seq_len, micro_batch):
                 if stop is not None and stop.requested:
                     return None
-                logits = model(input_ids=ids.to(device), use_cache=False).logits
-                nats += _summed_loss(logits, labels.to(device))
+                logits = model(input_ids=ids, use_cache=False).logits
+                nats += _summed_loss(logits, labels.to(logits.device))
                 targets += int((labels[:, 1:] != _IGNORED).sum())
     finally:
         model.train(training)

@@ -1,12 +1,17 @@
 """Text from a trained model, and trained models into folders of their own."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 from megatrain.data.tokenizer import load_tokenizer
 from megatrain.errors import ConfigError
+from megatrain.sizes import format_bytes
 from megatrain.train.run_folder import check_writable, model_folder
+
+_WEIGHTS_SHARE = 0.8  # of a GPU's free memory; the rest is for keys, values and activations
+_log = logging.getLogger(__name__)
 
 
 def generate(
@@ -18,16 +23,12 @@ def generate(
     """
     import torch
 
-    from megatrain.device.cpu import CpuDevice
     from megatrain.model.loading import load_config, load_pretrained
 
     source = model_folder(folder)
     load_config(source)  # no model is a clearer error than no tokenizer, and cheap to find
     tokenizer = load_tokenizer(source, key="tokenizer")
-    model = load_pretrained(source)
-    if not CpuDevice().native_bf16():
-        model = model.float()  # bf16 is emulated here, several times slower
-    model.eval()
+    model = _placed(load_pretrained(source)).eval()
     positions = _learned_positions(model)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
@@ -38,7 +39,7 @@ def generate(
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
         if positions is not None:
             _check_length(len(ids), max_new_tokens, positions)
-        tokens = torch.tensor([ids])
+        tokens = torch.tensor([ids], device=model.device)
         torch.manual_seed(seed)
         with torch.no_grad():
             made = model.generate(
@@ -50,6 +51,26 @@ def generate(
             )
         texts.append(prompt + str(tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True)))
     return texts
+
+
+def _placed(model: Any) -> Any:
+    """On the GPU where there is one with room for it, else on the host."""
+    import torch
+
+    from megatrain.device.cpu import CpuDevice
+
+    if torch.cuda.is_available():
+        needed = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        free, _ = torch.cuda.mem_get_info()
+        if needed < free * _WEIGHTS_SHARE:
+            return model.cuda()
+        _log.warning(
+            "the model's %s leave too little of the GPU's %s free; generating on the host",
+            format_bytes(needed),
+            format_bytes(free),
+        )
+    # bf16 is emulated where the CPU has no arithmetic for it, several times slower
+    return model if CpuDevice().native_bf16() else model.float()
 
 
 def _learned_positions(model: Any) -> int | None:

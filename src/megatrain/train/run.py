@@ -60,7 +60,8 @@ def run(config: Config, *, replace: bool = False, profile_steps: int = 0) -> Run
     engine = build.build_engine(config, settings, optimizer)
     parameters = sum(parameter.numel() for parameter in engine.model.parameters())
     where = engine.device.name
-    _say(f"{settings.config.model_type} with {parameters:,} parameters, {engine.precision} on {where}")
+    kernels = f", {engine.kernels}" if engine.device.torch_device.type != "cpu" else ""
+    _say(f"{settings.config.model_type} with {parameters:,} parameters, {engine.precision} on {where}{kernels}")
 
     with StopOnInterrupt() as stop:
         folder.create(config)

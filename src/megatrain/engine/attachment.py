@@ -1,0 +1,116 @@
+"""What an engine puts into a model, and takes out again when it is closed."""
+
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from megatrain.engine import setup
+from megatrain.engine.compiled import compile_blocks
+from megatrain.engine.gradients import GradientBook
+from megatrain.engine.targets import labels_are_shifted
+from megatrain.engine.weight_stream import WeightStream
+from megatrain.model.block import install_units
+from megatrain.model.fused_loss import liger_loss
+from megatrain.model.head import ChunkedHead
+from megatrain.model.hidden import HiddenParameters
+from megatrain.model.root import RootForward, guard, report_device, unguard
+
+if TYPE_CHECKING:
+    from megatrain.engine.engine import Engine
+
+
+class Attachment:
+    """Forwards of the units and of the whole model, hooks, guards, and the head run by itself.
+
+    blocks:        stand in for the units' forwards.
+    root:          stands in for the model's.
+    shifts_labels: whether the model's loss pairs each token with the next one's label.
+    """
+
+    def __init__(self, engine: "Engine", compile: str, head_chunk_tokens: int | None) -> None:
+        self._model = model = engine.model
+        self._undo: list[Callable[[], None]] = []
+        self._hooks: list[Any] = []
+        self.blocks = install_units(engine.partition.units, engine.executor)
+        if compile == "blocks":
+            compile_blocks(self.blocks)
+        engine.executor.hand_over.carried = [block.attributes.save for block in self.blocks]
+        engine.executor.watched = [block.attributes for block in self.blocks]
+        self.root = self._install_root(engine)
+        self._hook_gradients(engine)
+        self._hook_state(engine)
+        guard(model, engine.device.torch_device)
+        chunk_tokens = partial(setup.head_chunk_tokens, head_chunk_tokens, engine.device)
+        self.head = ChunkedHead(model, self.root, engine.device.torch_device, engine.executor.direct, chunk_tokens)
+        if engine.kernels.name == "liger":
+            self.head.fuse(liger_loss())
+            engine.executor.abort_step()  # the probe was none
+        engine.executor.forget_order()
+        # a head that was shown to run in chunks of shifted labels does shift them
+        self.shifts_labels = self.head.reason is None or labels_are_shifted(model)
+        model.__dict__["zero_grad"] = lambda set_to_none=True: engine.discard_gradients()
+
+    def _install_root(self, engine: "Engine") -> RootForward:
+        model, device = engine.model, engine.device.torch_device
+        flush: Callable[[], None] = engine.flush
+        hiding: Callable[[], AbstractContextManager[None]] = nullcontext
+        if isinstance(engine.weights, WeightStream):
+            # what the model's own code may read is the stray parameters; units wait for theirs
+            hidden = HiddenParameters(engine.partition, device, engine.weights.strays, engine.gradients.add_from_leaf)
+            flush, hiding = _nothing, hidden.hiding
+            setup.move_buffers(model, device)
+            self._undo.append(report_device(model, device))
+            self._undo.append(lambda: setup.move_buffers(model, torch.device("cpu")))
+        root = RootForward(model, flush, engine.executor.forward_pass, hiding, device)
+        model.forward = root  # type: ignore[assignment]
+        return root
+
+    def _hook_gradients(self, engine: "Engine") -> None:
+        """A parameter that the model reads without its unit is a leaf of the caller's graph."""
+        for index, entry in engine.store.slots.items():
+            parameter = entry.slot.parameter
+            if parameter.requires_grad:
+                take = _take_gradient(engine.gradients, index)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(take))  # type: ignore[func-returns-value]
+
+    def _hook_state(self, engine: "Engine") -> None:
+        """Whoever reads or loads a state dict sees finished updates, and what was loaded is noticed."""
+        for module in engine.model.modules():
+            self._hooks.append(module.register_state_dict_pre_hook(lambda *_: engine.flush()))
+            self._hooks.append(module.register_load_state_dict_pre_hook(lambda *_: engine.flush()))
+            self._hooks.append(module.register_load_state_dict_post_hook(lambda *_: engine.notice_writes()))
+
+    def remove(self) -> None:
+        """Give the model its own forward back."""
+        model: nn.Module = self._model
+        self.head.remove()
+        for block in self.blocks:
+            block.remove()
+        model.__dict__.pop("forward", None)
+        model.__dict__.pop("zero_grad", None)
+        for hook in self._hooks:
+            hook.remove()
+        unguard(model)
+        for undo in self._undo:
+            undo()
+
+
+def _take_gradient(book: GradientBook, index: int) -> Callable[[Tensor], None]:
+    gradients = weakref.ref(book)  # the garbage collector does not see what a parameter's hook holds
+
+    def take(parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        found = gradients()
+        if gradient is not None and found is not None:
+            found.add_from_leaf(index, gradient)
+
+    return take
+
+
+def _nothing() -> None:
+    """Nothing to wait for."""

@@ -1,0 +1,52 @@
+"""Steps and moments of the parameters as torch numbers them: along the param groups."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatrain.errors import ConfigError
+from megatrain.memory.store import HostStore, SlotState
+from megatrain.model.partition import Partition
+
+
+class OptimizerState:
+    """Reads and writes what the store holds for each parameter in the `groups`."""
+
+    def __init__(self, store: HostStore, part: Partition, groups: Sequence[Mapping[str, Any]]) -> None:
+        slot_of = {id(slot.parameter): slot.index for slot in part.slots}
+        self._store = store
+        self._entries = [store.slots[slot_of[id(p)]] for group in groups for p in group["params"]]
+
+    def read(self) -> dict[int, dict[str, Any]]:
+        """By parameter number: step, exp_avg and exp_avg_sq in the parameter's shape (views of float32, copies where
+        the state is on disk; with moments of one byte int8 and uint8, and the scales of their blocks)."""
+        return {number: self._state_of(entry) for number, entry in enumerate(self._entries) if entry.steps}
+
+    def write(self, state: Mapping[int, Mapping[str, Any]]) -> None:
+        """Raises ConfigError for moments of another kind."""
+        for number, entry in enumerate(self._entries):
+            if number not in state:
+                self._store.reset_moments(entry.slot.index)
+                continue
+            with self._store.state_of(entry.unit):
+                moments = entry.moments
+                for name, view in moments.items():
+                    self._check(state[number], name, view)
+                entry.steps = int(state[number]["step"])
+                for name, view in moments.items():
+                    view.copy_(state[number][name])
+
+    def _state_of(self, entry: SlotState) -> dict[str, Any]:
+        with self._store.state_of(entry.unit):
+            moments = entry.moments
+            if self._store.spills(entry.unit):
+                moments = {name: part.clone() for name, part in moments.items()}  # the memory is lent
+        return {"step": torch.tensor(float(entry.steps), device="cpu")} | moments
+
+    def _check(self, given: Mapping[str, Any], name: str, view: Tensor) -> None:
+        same_kind = name in given and given[name].is_floating_point() == view.is_floating_point()
+        if not same_kind or not (view.is_floating_point() or given[name].dtype == view.dtype):
+            held = given["exp_avg"].dtype
+            raise ConfigError(f"optimizer.moments is {self._store.moments}; the state given holds {held}")
