@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from megatrain.memory.arena import allocate
 from megatrain.optim.adamw_kernels import Segment, adamw
 from megatrain.optim.compilation import compile_kernels
+from megatrain.optim.int8_moments import Int8Moments, adamw_int8
 from megatrain.optim.workers import Workers, kernel
 
 LR, BETAS, EPS, WEIGHT_DECAY = 1e-5, (0.9, 0.95), 1e-8, 0.1
@@ -77,6 +78,26 @@ def _limit_split(
 
 
 @kernel
+def _limit_int8(
+    start: int,
+    stop: int,
+    weight: Any,
+    remainder: Any,
+    m: Any,
+    v: Any,
+    grad: Any,
+    key: Any,
+    low: Any,
+) -> None:
+    w, r, m, v, g = weight[start:stop], remainder[start:stop], m[start:stop], v[start:stop], grad[start:stop]
+    for i in range(w.size):
+        w[i] = w[i] ^ (g[i] & key)
+        r[i] = r[i] ^ low
+        m[i] = m[i] ^ np.int8(low)
+        v[i] = v[i] ^ np.uint8(key)
+
+
+@kernel
 def _limit_plain(start: int, stop: int, weight: Any, m: Any, v: Any, grad: Any, zero: Any, one: Any) -> None:
     w, m, v, g = weight[start:stop], m[start:stop], v[start:stop], grad[start:stop]
     for i in range(w.size):
@@ -86,7 +107,7 @@ def _limit_plain(start: int, stop: int, weight: Any, m: Any, v: Any, grad: Any, 
 
 
 def build_cases(workers: Workers, params: int) -> dict[str, Case]:
-    """All implementations over three sets of arrays: 16-bit split, fp32 of ours, fp32 of torch."""
+    """All implementations, each over arrays of its own: split with moments of four bytes or one, fp32, torch's fp32."""
     generator = torch.Generator().manual_seed(0)
     start, grad = (torch.randn(params, generator=generator) for _ in range(2))
     segment = [Segment(0, params, LR, *BETAS, EPS, WEIGHT_DECAY, 10)]
@@ -110,17 +131,30 @@ def build_cases(workers: Workers, params: int) -> dict[str, Case]:
     state = optimizer.state[parameter]
     state["step"] = torch.tensor(9.0)
     state["exp_avg"], state["exp_avg_sq"] = array(torch.float32), array(torch.float32)
-    zero, one = np.float32(0), np.float32(1)
+    zero, one, key, low = np.float32(0), np.float32(1), np.uint16(0), np.int16(0)
     weight, remainder = numbers(torch.bfloat16, start), numbers(torch.int16)
     split_state = (weight, remainder, *moments(), numbers(torch.bfloat16, grad))
     plain, plain_m, plain_v = numbers(torch.float32, start), *moments()
     fp32_grad = numbers(torch.float32, grad)
     plain_state = (plain, plain_m, plain_v, fp32_grad)
+    bytes_of = Int8Moments.zeros(params)
+    small_state = (numbers(torch.bfloat16, start), numbers(torch.int16))
+    small_moments = (bytes_of.exp_avg, bytes_of.exp_avg_sq)
     return {
+        "limit, 8 read + 6 written": Case(
+            14,
+            "limit, 8 read + 6 written",
+            lambda: workers.run(_limit_int8, params, *small_state, *small_moments, split_state[4], key, low),
+        ),
+        "megatrain, bf16, int8 moments": Case(
+            14,
+            "limit, 8 read + 6 written",
+            lambda: adamw_int8(workers, *small_state, bytes_of, split_state[4], segment),
+        ),
         "limit, 14 read + 12 written": Case(
             26,
             "limit, 14 read + 12 written",
-            lambda: workers.run(_limit_split, params, *split_state, np.uint16(0), np.int16(0), one),
+            lambda: workers.run(_limit_split, params, *split_state, key, low, one),
         ),
         "megatrain, bf16 + remainder": Case(
             26, "limit, 14 read + 12 written", lambda: adamw(workers, *split_state, segment)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_engine_random import tiny_llama
 from test_engine_toys import WIDTH, Block, Net, assert_trains_like_plain, batches_of, make_batch, make_engine
 from torch import Tensor, nn
 
@@ -199,7 +198,7 @@ def test_wrong_moments() -> None:
 
 
 def test_int8_moments_take_two_bytes_and_an_eighth() -> None:
-    model = tiny_llama()
+    model = make_net()
     engines = {m: make_engine(copy.deepcopy(model), optimizer=mt.AdamW(moments=m)) for m in ("fp32", "int8")}
     held = {m: engine.memory_report() for m, engine in engines.items()}
     elements = held["fp32"]["exp_avg"] / 4

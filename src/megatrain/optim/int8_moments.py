@@ -49,8 +49,8 @@ class Int8Moments:
 
     def decoded(self) -> tuple[Floats, Floats]:
         """(exp_avg, exp_avg_sq) as float32."""
-        averages, squares = np.empty(self.exp_avg.size, np.float32), np.empty(self.exp_avg.size, np.float32)
-        _decode(self.exp_avg, self.exp_avg_sq, self.exp_avg_scale, self.exp_avg_sq_scale, 0, averages, squares)
+        averages, squares, scratch = (np.empty(self.exp_avg.size, np.float32) for _ in range(3))
+        _decode(self.exp_avg, self.exp_avg_sq, self.exp_avg_scale, self.exp_avg_sq_scale, 0, averages, squares, scratch)
         return averages, squares
 
 
@@ -60,27 +60,37 @@ def blocks(count: int) -> int:
 
 
 @njit(nogil=True)
-def _decode_avg(values: Any, scale: Any, target: Any) -> None:
-    for i in range(values.size):
-        part = np.float32(values[i]) * np.float32(1 / 127)
-        target[i] = scale * part * abs(part)
+def _spread(scales: Any, first: int, target: Any) -> None:
+    """Every element's scale, from that of block `first` on: loops over many elements then need no second one."""
+    for start in range(0, target.size, BLOCK):
+        target[start : start + BLOCK] = scales[first + start // BLOCK]
 
 
 @njit(nogil=True)
-def _decode_sq(values: Any, scale: Any, target: Any) -> None:
-    for i in range(values.size):
+def _decode_avg(values: Any, scales: Any, target: Any) -> None:
+    for i in range(target.size):
+        part = np.float32(values[i]) * np.float32(1 / 127)
+        target[i] = scales[i] * part * abs(part)
+
+
+@njit(nogil=True)
+def _decode_sq(values: Any, scales: Any, target: Any) -> None:
+    for i in range(target.size):
         part = np.float32(values[i]) * np.float32(1 / 255)
-        root = scale * part * part
+        root = scales[i] * part * part
         target[i] = root * root
 
 
 @njit(nogil=True)
-def _decode(avg: Any, sq: Any, avg_scale: Any, sq_scale: Any, start: int, averages: Any, squares: Any) -> None:
-    """Elements from `start` on, a multiple of BLOCK, as many as `averages` and `squares` have."""
-    for a in range(0, averages.size, BLOCK):
-        b, block = min(a + BLOCK, averages.size), (start + a) // BLOCK
-        _decode_avg(avg[start + a : start + b], avg_scale[block], averages[a:b])
-        _decode_sq(sq[start + a : start + b], sq_scale[block], squares[a:b])
+def _decode(
+    avg: Any, sq: Any, avg_scale: Any, sq_scale: Any, start: int, averages: Any, squares: Any, scales: Any
+) -> None:
+    """Elements from `start` on, a multiple of BLOCK, as many as `averages` and `squares` have; `scales` is scratch."""
+    stop = start + averages.size
+    _spread(avg_scale, start // BLOCK, scales)
+    _decode_avg(avg[start:stop], scales, averages)
+    _spread(sq_scale, start // BLOCK, scales)
+    _decode_sq(sq[start:stop], scales, squares)
 
 
 @njit(nogil=True)
@@ -94,11 +104,22 @@ def _chance(place: Any, seed: Any) -> Any:
 
 @njit(nogil=True)
 def _largest(values: Any) -> Any:
-    """The largest magnitude: without their signs, values are in the order of their bits."""
+    """The largest magnitude. Without their signs, values are in the order of their bits; a maximum of floats would not
+    be vectorised."""
     most = np.uint32(0)
     for i in range(values.size):
         most = max(most, np.uint32(bits_of(values[i]) & np.uint32(0x7FFFFFFF)))
     return from_bits(most)
+
+
+@njit(nogil=True, error_model="numpy")
+def _rescale(values: Any, scales: Any, first: int, inverses: Any) -> None:
+    """Write each block's largest magnitude to `scales`, from block `first` on, and its inverse for every element."""
+    for start in range(0, values.size, BLOCK):
+        scale = _largest(values[start : start + BLOCK])
+        scales[first + start // BLOCK] = scale
+        inverse = np.float32(1) / scale if scale > np.float32(0) else np.float32(0)
+        inverses[start : start + BLOCK] = inverse
 
 
 @njit(nogil=True)
@@ -107,40 +128,35 @@ def _roots(values: Any) -> None:
         values[i] = np.sqrt(values[i])
 
 
-@njit(nogil=True, error_model="numpy")
-def _inverse(scale: Any) -> Any:
-    return np.float32(1) / scale if scale > np.float32(0) else np.float32(0)
-
-
 @njit(nogil=True)
-def _encode_avg(values: Any, inverse: Any, place: int, seed: Any, target: Any) -> None:
+def _encode_avg(values: Any, inverses: Any, place: int, seed: Any, target: Any) -> None:
     for i in range(values.size):
         chance = np.float32(_chance(place + i, seed) & np.uint32(0xFFFF)) * np.float32(1 / 65536)
-        level = np.int32(np.float32(127) * np.sqrt(abs(values[i]) * inverse) + chance)
+        level = np.int32(np.float32(127) * np.sqrt(abs(values[i]) * inverses[i]) + chance)
         level = min(level, np.int32(127))
         target[i] = np.int8(-level if values[i] < np.float32(0) else level)
 
 
 @njit(nogil=True)
-def _encode_sq(roots: Any, inverse: Any, place: int, seed: Any, target: Any) -> None:
+def _encode_sq(roots: Any, inverses: Any, place: int, seed: Any, target: Any) -> None:
     for i in range(roots.size):
         chance = np.float32(_chance(place + i, seed) >> np.uint32(16)) * np.float32(1 / 65536)
-        level = np.int32(np.float32(255) * np.sqrt(roots[i] * inverse) + chance)
+        level = np.int32(np.float32(255) * np.sqrt(roots[i] * inverses[i]) + chance)
         level = max(min(level, np.int32(255)), np.int32(roots[i] > np.float32(0)))
         target[i] = np.uint8(level)
 
 
 @njit(nogil=True)
 def _encode(
-    averages: Any, squares: Any, seed: Any, start: int, avg: Any, sq: Any, avg_scale: Any, sq_scale: Any
+    averages: Any, squares: Any, seed: Any, start: int, avg: Any, sq: Any, avg_scale: Any, sq_scale: Any, scales: Any
 ) -> None:
     """The inverse of `_decode`; `squares` become their roots."""
+    stop = start + averages.size
+    _rescale(averages, avg_scale, start // BLOCK, scales)
+    _encode_avg(averages, scales, start, seed, avg[start:stop])
     _roots(squares)
-    for a in range(0, averages.size, BLOCK):
-        b, block = min(a + BLOCK, averages.size), (start + a) // BLOCK
-        avg_scale[block], sq_scale[block] = _largest(averages[a:b]), _largest(squares[a:b])
-        _encode_avg(averages[a:b], _inverse(avg_scale[block]), start + a, seed, avg[start + a : start + b])
-        _encode_sq(squares[a:b], _inverse(sq_scale[block]), start + a, seed, sq[start + a : start + b])
+    _rescale(squares, sq_scale, start // BLOCK, scales)
+    _encode_sq(squares, scales, start, seed, sq[start:stop])
 
 
 @kernel
@@ -148,16 +164,16 @@ def _adamw_split(
     start: int, stop: int, weight: Any, remainder: Any, avg: Any, sq: Any, avg_scale: Any, sq_scale: Any, grad: Any,
     scale: Any, bounds: Any, rows: Any, seed: Any,
 ) -> None:  # fmt: skip
-    averages, squares = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    averages, squares, scales = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     index = first_segment(bounds, start)
     while index < bounds.shape[0] and bounds[index, 0] < stop:
         end = min(stop, bounds[index, 1])
         for a in range(max(start, bounds[index, 0]), end, TILE):
             b = min(a + TILE, end)
-            m, v = averages[: b - a], squares[: b - a]
-            _decode(avg, sq, avg_scale, sq_scale, a, m, v)
+            m, v, scratch = averages[: b - a], squares[: b - a], scales[: b - a]
+            _decode(avg, sq, avg_scale, sq_scale, a, m, v, scratch)
             update_split(weight[a:b], remainder[a:b], m, v, grad[a:b], scale, rows[index])
-            _encode(m, v, seed, a, avg, sq, avg_scale, sq_scale)
+            _encode(m, v, seed, a, avg, sq, avg_scale, sq_scale, scratch)
         index += 1
 
 
@@ -166,16 +182,16 @@ def _adamw_plain(
     start: int, stop: int, weight: Any, avg: Any, sq: Any, avg_scale: Any, sq_scale: Any, grad: Any, scale: Any,
     bounds: Any, rows: Any, seed: Any,
 ) -> None:  # fmt: skip
-    averages, squares = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    averages, squares, scales = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     index = first_segment(bounds, start)
     while index < bounds.shape[0] and bounds[index, 0] < stop:
         end = min(stop, bounds[index, 1])
         for a in range(max(start, bounds[index, 0]), end, TILE):
             b = min(a + TILE, end)
-            m, v = averages[: b - a], squares[: b - a]
-            _decode(avg, sq, avg_scale, sq_scale, a, m, v)
+            m, v, scratch = averages[: b - a], squares[: b - a], scales[: b - a]
+            _decode(avg, sq, avg_scale, sq_scale, a, m, v, scratch)
             update_plain(weight[a:b], m, v, grad[a:b], scale, rows[index])
-            _encode(m, v, seed, a, avg, sq, avg_scale, sq_scale)
+            _encode(m, v, seed, a, avg, sq, avg_scale, sq_scale, scratch)
         index += 1
 
 
