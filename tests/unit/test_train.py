@@ -6,6 +6,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +25,7 @@ from megatrain.errors import CapacityError, ConfigError, MegaTrainError
 from megatrain.model.partition import ParameterSlot
 from megatrain.train import build
 from megatrain.train.evaluate import evaluate
+from megatrain.train.folder_lock import FolderLock
 from megatrain.train.interrupt import StopOnInterrupt
 from megatrain.train.loop import LoopResult, train
 from megatrain.train.metrics import MetricsFile
@@ -240,6 +243,39 @@ def test_a_finished_run_gives_way_only_to_a_complete_one(tmp_path: Path) -> None
         again.finish(complete=complete)
         assert f"steps: {steps}\n" in (final / "config.yaml").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_of_two_runs_that_start_together_one_gets_the_folder(tmp_path: Path, replace: bool) -> None:
+    if replace:
+        before = RunFolder(str(tmp_path / "run"))
+        before.create(config(steps=1))
+        before.finish(complete=True)
+    first, second = (RunFolder(str(tmp_path / "run"), replace=replace) for _ in range(2))
+    first.create(config(steps=3))
+    first.metrics.write_text("line\n")
+    with pytest.raises(ConfigError, match=r"^output: another run is writing to '.*run.*'; give another folder$"):
+        second.create(config(steps=4))
+    assert "steps: 3\n" in (first.path / "config.yaml").read_text() and first.metrics.read_text() == "line\n"
+    first.finish(complete=True)
+    assert {path.name for path in first.path.iterdir()} == {"config.yaml", "metrics.jsonl"}
+    if not replace:  # it is over now, but its files are there
+        with pytest.raises(ConfigError, match="another run's files"):
+            second.create(config(steps=4))
+    else:
+        second.create(config(steps=4))
+        assert not second.metrics.exists()
+
+
+def test_a_run_that_was_killed_holds_its_folder_no_longer(tmp_path: Path) -> None:
+    program = (
+        "import os, sys\nfrom pathlib import Path\nfrom megatrain.train.folder_lock import FolderLock\n"
+        "FolderLock().take(Path(sys.argv[1]))\nos.kill(os.getpid(), 9)"
+    )
+    file = tmp_path / "config.yaml"
+    ended = subprocess.run([sys.executable, "-c", program, str(file)], check=False)
+    assert ended.returncode == -9 and file.exists()
+    FolderLock().take(file)
 
 
 def test_replacing_a_run_touches_nothing_else(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """One run, from settings to a trained model on disk."""
 
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,7 +64,7 @@ def run(config: Config, *, replace: bool = False, profile_steps: int = 0) -> Run
     kernels = f", {engine.kernels}" if engine.device.torch_device.type != "cpu" else ""
     _say(f"{settings.config.model_type} with {parameters:,} parameters, {engine.precision} on {where}{kernels}")
 
-    with StopOnInterrupt() as stop:
+    with StopOnInterrupt() as stop, closing(folder):
         folder.create(config)
         try:
             result = _train(config, engine, data, folder, stop, profile_steps)
