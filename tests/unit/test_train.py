@@ -1,6 +1,7 @@
 """The loop and its parts, on a stand-in for the engine."""
 
 import dataclasses
+import errno
 import io
 import json
 import math
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from test_engine_toys import Net, batches_of, make_engine
 from tiny_models import MODELS, tiny_config
 
 from megatrain.config import ModelConfig, OptimizerConfig, ScheduleConfig, parse_config
@@ -31,6 +33,7 @@ from megatrain.train.loop import LoopResult, train
 from megatrain.train.metrics import MetricsFile
 from megatrain.train.model_settings import Vocabulary, read_model_settings
 from megatrain.train.param_groups import make_optimizer
+from megatrain.train.profile import ProfiledEngine
 from megatrain.train.progress import BarProgress, LineProgress, show_progress
 from megatrain.train.run_folder import RunFolder, check_writable
 from megatrain.train.trial import try_out
@@ -106,6 +109,59 @@ def test_the_loop_feeds_steps_and_writes_metrics(tmp_path: Path) -> None:
     assert lines[1]["grad_norm"] is None  # JSON has no infinity
     assert len(shown.splitlines()) == 2  # the first and the last: the clock stands still
     assert shown.splitlines()[-1].startswith("step 5/5  loss ") and "400 target tokens/s" in shown
+
+
+class FullDisk(io.RawIOBase):
+    """A file on a disk that is full from the `first` to the `last` write on, after half of the line."""
+
+    def __init__(self, file: Any, first: int, last: int) -> None:
+        self._file, self._first, self._last, self._calls, self._half = file, first, last, 0, False
+
+    def write(self, data: Any) -> int:
+        if self._half:
+            self._half = False
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._calls += 1
+        self._half = self._first <= self._calls <= self._last
+        return int(self._file.write(data[: len(data) // 2] if self._half else data))
+
+    def fileno(self) -> int:
+        return int(self._file.fileno())
+
+    def truncate(self, size: int | None = None) -> int:
+        return int(self._file.truncate(size))
+
+
+def test_a_full_disk_costs_lines_of_the_metrics_and_not_the_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Path.open
+
+    def opened(path: Path, mode: str = "r", *rest: Any, **options: Any) -> Any:
+        file = own(path, mode, *rest, **options)
+        return FullDisk(file, first=2, last=3) if "a" in mode else file
+
+    monkeypatch.setattr(Path, "open", opened)
+    result, lines, _ = run_loop(StandIn(), tmp_path)
+    assert result.steps == 5
+    assert [line["step"] for line in lines] == [1, 4, 5]  # whole lines, and again as soon as there is room
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message.startswith(f"output: cannot write to {str(tmp_path / 'metrics.jsonl')!r}: No space left on device")
+
+
+def test_metrics_that_cannot_be_made_are_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(ConfigError, match=r"^output: cannot write to '.*metrics\.jsonl': Is a directory$"):
+        MetricsFile(tmp_path / "metrics.jsonl")
+
+
+def test_a_timeline_that_cannot_be_written_costs_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engine = make_engine(Net())
+    profiled = ProfiledEngine(engine, 1, 1, tmp_path / "missing" / "trace.json")
+    profiled.train_step(batches_of(0, 1))
+    assert not profiled.written and engine.step_count == 1
+    assert "cannot write" in caplog.text and "trace.json" in caplog.text
+    engine.close()
 
 
 def test_fewer_lines_with_log_every_but_always_the_last(tmp_path: Path) -> None:
