@@ -84,6 +84,16 @@ def test_wrong_jsonl_lines(tmp_path: Path, line: str, message: str) -> None:
     assert str(caught.value) == message.format(path=path)
 
 
+def test_a_link_that_cannot_be_followed_is_named_and_one_to_nothing_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "nothing.txt").symlink_to(tmp_path / "gone.txt")
+    (tmp_path / "no_text").symlink_to("x" * 300)  # no file has so long a name: looking is an error, also for root
+    assert [path.name for path in corpus(tmp_path).files] == ["a.txt"]
+    (tmp_path / "link.txt").symlink_to("x" * 300)
+    with pytest.raises(ConfigError, match=r"^data\.train: cannot read '.*link\.txt': File name too long$"):
+        corpus(tmp_path)
+
+
 def test_missing_path_and_folder_without_text(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data.train: '.*/none' does not exist; give a text file"):
         corpus(tmp_path / "none")

@@ -167,7 +167,8 @@ class Engine:
     def train_step(self, batches: Iterable[Batch], lr: float | None = None) -> StepStats:
         """One optimizer step over `batches`, its micro-batches: mappings of the model's arguments with `labels`.
 
-        Labels are not shifted and -100 is ignored, as in transformers. The loss is the mean over the target tokens of
+        Labels are not shifted and -100 is ignored, as in transformers; num_items_in_batch and shift_labels are refused,
+        since a step counts and shifts its labels itself. The loss is the mean over the target tokens of
         all micro-batches, whatever their shapes. Weights are updated as if synchronously; a non-finite gradient norm
         skips the step: no weight and nothing of the optimizer changes (NonFiniteGradientError where units are updated
         before the norm is known). Buffers that the forward has updated (BatchNorm's running statistics) stay updated,
