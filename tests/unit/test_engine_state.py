@@ -124,15 +124,6 @@ def test_loading_part_of_the_weights_leaves_the_rest() -> None:
         assert torch.equal(engine.store.read_master(index), expected), entry.slot.name
 
 
-def test_write_before_the_pending_update_is_refused() -> None:
-    engine = make_engine(Net())
-    engine.train_step(batches_of(0, 2))
-    with torch.no_grad():
-        engine.model.head.weight.clamp_(-0.01, 0.01)
-    with pytest.raises(IntegrityError, match=r"head.weight .*flush"):
-        engine.train_step(batches_of(1, 2))
-
-
 def test_hook_on_a_parameter_and_unfreezing_are_refused() -> None:
     model = Net()
     model.embed.weight.requires_grad_(False)

@@ -62,7 +62,7 @@ class Attachment:
         if isinstance(engine.weights, WeightStream):
             # what the model's own code may read is the stray parameters; units wait for theirs
             hidden = HiddenParameters(engine.partition, device, engine.weights.strays, engine.gradients.add_from_leaf)
-            flush, hiding = _nothing, hidden.hiding
+            flush, hiding = engine.refuse_early_writes, hidden.hiding
             setup.move_buffers(model, device)
             self._undo.append(report_device(model, device))
             self._undo.append(lambda: setup.move_buffers(model, torch.device("cpu")))
@@ -110,7 +110,3 @@ def _take_gradient(book: GradientBook, index: int) -> Callable[[Tensor], None]:
             found.add_from_leaf(index, gradient)
 
     return take
-
-
-def _nothing() -> None:
-    """Nothing to wait for."""

@@ -194,7 +194,9 @@ class Engine:
         return torch.tensor(self.gradients.norm(), dtype=torch.float64, device="cpu")
 
     def flush(self) -> None:
-        """Return when all decided updates are in the weights."""
+        """Return when all decided updates are in the weights. Raises IntegrityError where somebody has written into a
+        parameter while its update was still under way."""
+        self.refuse_early_writes()
         self.updates.flush()
 
     def start_trace(self) -> None:
@@ -230,7 +232,14 @@ class Engine:
 
     def notice_writes(self) -> None:
         """Weights that somebody has written become masters."""
-        self.store.notice_writes(self.updates.is_pending)
+        self.refuse_early_writes()
+        self.store.notice_writes()
+
+    def refuse_early_writes(self) -> None:
+        """Raise IntegrityError where a parameter was written before anybody waited for its update. Whether that had
+        ended by then does not matter: the next run might be slower."""
+        if self.updates.unseen:
+            self.store.refuse_writes()
 
     def warn_of_whole_logits(self) -> None:
         """Once, where a language model's head cannot be run in chunks."""
@@ -270,10 +279,10 @@ class Engine:
             for home, entries in sorted(self.gradients.touched().items()):
                 unit_scale = self._clip_scale(self.gradients.unit_norm(entries)) if scale is None else scale
                 self._schedule(home, entries, unit_scale)
-            self.weights.before_update()
-            self.updates.start()
+        self.weights.before_update()
         self.end_step()
         self.step_count += 1
+        self.updates.start()
         return finite
 
     def end_step(self) -> None:
@@ -385,7 +394,7 @@ class Engine:
         if not self._attached:
             return
         self._attached = False
-        self.flush()
+        self.updates.flush()
         self.attachment.remove()
         self._remove_kernels()
         self.executor.hand_over.close()

@@ -1,8 +1,8 @@
 """Optimizer updates of a step that are decided but not yet carried out.
 
 With exact global clipping no unit can be updated before the norm is known, which is when backward ends. The updates
-then wait here and are carried out in forward order: on the host as device when the model next runs, which is also when
-the new weights are wanted in the cache; beside a streaming device by a host thread, from the moment they are decided.
+are then carried out in forward order: on the host as device at once, since there is nothing to hide them behind; beside
+a streaming device by a host thread, while the next forward already runs.
 """
 
 import time
@@ -52,6 +52,7 @@ class PendingUpdates:
         self.first: frozenset[int] = frozenset()  # carried out before the others: small, and fetched ahead of them
         self._pending: dict[int, list[SlabUpdate]] = {}
         self._tickets: dict[int, Ticket] = {}
+        self.unseen = False  # updates have begun beside the caller, who has not waited for them since
         self.exposed_seconds = 0.0  # spent on updates while compute waited
         # a unit that reads a parameter homed elsewhere needs that unit's update too
         self._needed = {u.index: sorted({slot.units[0] for slot in u.slots}) for u in part.units}
@@ -61,11 +62,14 @@ class PendingUpdates:
         self._pending[unit] = updates
 
     def start(self) -> None:
-        """All updates of a step are scheduled: the host thread, if there is one, begins."""
-        if self._background is not None:
-            for unit in sorted(self._pending, key=lambda u: (u not in self.first, u)):
-                run = partial(self._carry_out, unit, self._pending.pop(unit))
-                self._tickets[unit] = self._background.submit(run)
+        """All updates of a step are scheduled: the host thread begins; without one they are carried out here."""
+        if self._background is None:
+            self.flush()
+            return
+        for unit in sorted(self._pending, key=lambda u: (u not in self.first, u)):
+            self.unseen = True
+            run = partial(self._carry_out, unit, self._pending.pop(unit))
+            self._tickets[unit] = self._background.submit(run)
 
     def wait_for(self, unit: Unit) -> None:
         """Return when all parameters that `unit` reads are up to date."""
@@ -73,14 +77,11 @@ class PendingUpdates:
             for home in self._needed[unit.index]:
                 self.settle(home)
 
-    def is_pending(self, unit: int) -> bool:
-        ticket = self._tickets.get(unit)
-        return unit in self._pending or (ticket is not None and not ticket.done)
-
     def flush(self) -> None:
         """Return when no update is pending."""
         for unit in sorted([*self._pending, *self._tickets]):
             self.settle(unit)
+        self.unseen = False
 
     def settle(self, unit: int) -> None:
         """Return when the update of the parameters whose state lives with `unit`, if one was scheduled, is done."""

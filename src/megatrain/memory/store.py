@@ -5,7 +5,7 @@ Each unit's weights are one contiguous page-aligned buffer, and the model's own 
 half of its fp32 master; `remainder` holds the rest (2 + 2 + 4 + 4 = 12 bytes per parameter with both moments).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -154,24 +154,27 @@ class HostStore:
             entry.slab.exp_avg[where] = 0
             entry.slab.exp_avg_sq[where] = 0
 
-    def notice_writes(self, pending: Callable[[int], bool]) -> None:
+    def notice_writes(self) -> None:
         """Find parameters that someone wrote in place (`load_state_dict`, a callback).
 
         Their low master bits belong to the old values and go; moments and step counts stay, as in PyTorch. The kernels
-        write past torch's version counters, so a changed counter is somebody else's doing. Raises IntegrityError for
-        a write before a decided update was carried out (`pending(unit)`): it would come on top of the write.
+        write past torch's version counters, so a changed counter is somebody else's doing.
         """
-        for entry in self.slots.values():
-            parameter = entry.slot.parameter
-            if entry.version != parameter._version:
-                if pending(entry.unit):
-                    raise IntegrityError(
-                        f"parameter {entry.slot.name} was written in place before its last update was carried out;"
-                        " call engine.flush() before writing into parameters"
-                    )
-                entry.version = parameter._version
-                if entry.remainder is not None:
-                    entry.remainder[:] = 0
+        for entry in self._written():
+            entry.version = entry.slot.parameter._version
+            if entry.remainder is not None:
+                entry.remainder[:] = 0
+
+    def refuse_writes(self) -> None:
+        """Raise IntegrityError where someone has written a parameter since `notice_writes`."""
+        for entry in self._written():
+            raise IntegrityError(
+                f"parameter {entry.slot.name} was written in place before its last update was waited for, which may lie"
+                " on top of it; call engine.flush() before writing into parameters"
+            )
+
+    def _written(self) -> Iterator[SlotState]:
+        return (entry for entry in self.slots.values() if entry.version != entry.slot.parameter._version)
 
     def unit_memory(self, unit: int) -> Tensor:
         """All weights of a unit as they lie in memory, one behind the other: uint8."""
