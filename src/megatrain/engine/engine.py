@@ -24,6 +24,7 @@ from megatrain.engine.kept_graphs import KeepGraphs, KeptGraphs
 from megatrain.engine.optimizer_state import OptimizerState
 from megatrain.engine.random_streams import stream_seed
 from megatrain.engine.step import StepClock, StepStats, train_step
+from megatrain.engine.structure import Structure
 from megatrain.engine.updates import PendingUpdates, gradient_arrays, unit_updates
 from megatrain.engine.weight_stream import DEFAULT_SLOTS, WeightStream
 from megatrain.engine.weights import HostWeights, Weights
@@ -104,6 +105,7 @@ class Engine:
         self._warned = False
 
         self.partition = partition(model)
+        self.structure = Structure(model, self.partition)
         groups, group_of = setup.parameter_groups(optimizer, self.partition)
         dtypes = setup.weight_dtypes(model, self.partition, self.precision)
         layouts = setup.lay_out_units(self.partition, dtypes, group_of)
@@ -226,6 +228,7 @@ class Engine:
         if lr is not None:
             check_learning_rate(lr)
         self.store.check_addresses()
+        self.structure.check()
         self.notice_writes()
         if lr is not None:
             self.optimizer.set_lr(lr)

@@ -155,7 +155,18 @@ class EngineOptimizer(torch.optim.Optimizer):
     def __init__(self, groups: list[dict[str, Any]], setting: AdamW, host: OptimizerHost) -> None:
         self._host = host
         defaults = {"lr": setting.lr, "betas": setting.betas, "eps": setting.eps, "weight_decay": setting.weight_decay}
+        self._complete = False
         super().__init__(groups, defaults)
+        self._complete = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raises ConfigError: groups are stated when the Engine is made."""
+        if self._complete:
+            raise ConfigError(
+                "optimizer: add_param_group was called, but the engine trains the parameters that its model had when it"
+                " was made; put them into the model, and groups into mt.AdamW(param_groups=...), and make a new Engine"
+            )
+        super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         loss = None
