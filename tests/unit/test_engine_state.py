@@ -429,6 +429,46 @@ def test_closed_engine_gives_the_plain_model_back(make: Any) -> None:
     engine.close()  # a second time does nothing
 
 
+@pytest.mark.parametrize("part", ["whole", "block"])
+@pytest.mark.parametrize("when", ["before", "while it runs"])
+def test_a_forward_of_the_instances_own_survives_closing(part: str, when: str) -> None:
+    model = Net()
+
+    def patch() -> None:
+        module = model if part == "whole" else model.blocks[1]
+        own = module.forward
+        module.forward = lambda *args, **kwargs: doubled(own(*args, **kwargs))
+
+    def doubled(result: Any) -> Any:
+        return 2 * (result if isinstance(result, torch.Tensor) else result.loss)
+
+    def loss() -> torch.Tensor:
+        result = model(**make_batch(0))
+        return result if isinstance(result, torch.Tensor) else result.loss
+
+    if when == "before":
+        patch()
+    engine = make_engine(model)
+    if when != "before":
+        patch()
+    expected = loss().detach()
+    assert expected != Net()(**make_batch(0)).loss
+    engine.close()
+    assert torch.equal(loss(), expected)
+    loss().backward()
+    assert model.blocks[0].up.weight.grad is not None
+
+
+def test_other_methods_of_the_instances_own_survive_closing() -> None:
+    model, calls = Net(), []
+    model.zero_grad = lambda set_to_none=True: calls.append("zero_grad")
+    model.blocks[0].to = lambda *_: calls.append("to")
+    make_engine(model).close()
+    model.zero_grad()
+    model.blocks[0].to("cpu")
+    assert calls == ["zero_grad", "to"]
+
+
 def test_model_can_be_taken_over_again_after_closing() -> None:
     plain, model = Net(), Net()
     trainer = plain_trainer(plain)

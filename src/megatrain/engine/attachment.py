@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatrain.engine import setup
 from megatrain.engine.compiled import compile_blocks
@@ -18,7 +18,8 @@ from megatrain.model.block import install_units
 from megatrain.model.fused_loss import liger_loss
 from megatrain.model.head import ChunkedHead
 from megatrain.model.hidden import HiddenParameters
-from megatrain.model.root import RootForward, guard, report_device, unguard
+from megatrain.model.root import RootForward, guard, report_device
+from megatrain.model.stand_in import StandIn
 
 if TYPE_CHECKING:
     from megatrain.engine.engine import Engine
@@ -33,7 +34,7 @@ class Attachment:
     """
 
     def __init__(self, engine: "Engine", compile: str, head_chunk_tokens: int | None) -> None:
-        self._model = model = engine.model
+        model = engine.model
         self._undo: list[Callable[[], None]] = []
         self._hooks: list[Any] = []
         self.blocks = install_units(engine.partition.units, engine.executor)
@@ -44,7 +45,7 @@ class Attachment:
         self.root = self._install_root(engine)
         self._hook_gradients(engine)
         self._hook_state(engine)
-        guard(model, engine.device.torch_device)
+        self._stand_ins = guard(model, engine.device.torch_device)
         chunk_tokens = partial(setup.head_chunk_tokens, head_chunk_tokens, engine.device)
         self.head = ChunkedHead(model, self.root, engine.device.torch_device, engine.executor.direct, chunk_tokens)
         if engine.kernels.name == "liger":
@@ -53,7 +54,7 @@ class Attachment:
         engine.executor.forget_order()
         # a head that was shown to run in chunks of shifted labels does shift them
         self.shifts_labels = self.head.reason is None or labels_are_shifted(model)
-        model.__dict__["zero_grad"] = lambda set_to_none=True: engine.discard_gradients()
+        self._stand_ins.append(StandIn(model, "zero_grad", lambda set_to_none=True: engine.discard_gradients()))
 
     def _install_root(self, engine: "Engine") -> RootForward:
         model, device = engine.model, engine.device.torch_device
@@ -67,7 +68,7 @@ class Attachment:
             self._undo.append(report_device(model, device))
             self._undo.append(lambda: setup.move_buffers(model, torch.device("cpu")))
         root = RootForward(model, flush, engine.executor.forward_pass, hiding, device)
-        model.forward = root  # type: ignore[assignment]
+        root.install()
         return root
 
     def _hook_gradients(self, engine: "Engine") -> None:
@@ -87,15 +88,14 @@ class Attachment:
 
     def remove(self) -> None:
         """Give the model its own forward back."""
-        model: nn.Module = self._model
         self.head.remove()
+        self.root.remove()
         for block in self.blocks:
             block.remove()
-        model.__dict__.pop("forward", None)
-        model.__dict__.pop("zero_grad", None)
+        for stand_in in self._stand_ins:
+            stand_in.remove()
         for hook in self._hooks:
             hook.remove()
-        unguard(model)
         for undo in self._undo:
             undo()
 
