@@ -76,7 +76,9 @@ class Attachment:
         for index, entry in engine.store.slots.items():
             parameter = entry.slot.parameter
             if parameter.requires_grad:
-                take = _take_gradient(engine.gradients, index)
+                hide, take = _hide_gradient(engine.gradients, index), _take_gradient(engine.gradients, index)
+                self._hooks.append(parameter.register_hook(hide))
+                entry.own_hooks = 1
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(take))  # type: ignore[func-returns-value]
 
     def _hook_state(self, engine: "Engine") -> None:
@@ -100,8 +102,19 @@ class Attachment:
             undo()
 
 
-def _take_gradient(book: GradientBook, index: int) -> Callable[[Tensor], None]:
+def _hide_gradient(book: GradientBook, index: int) -> Callable[[Tensor], None]:
     gradients = weakref.ref(book)  # the garbage collector does not see what a parameter's hook holds
+
+    def hide(gradient: Tensor | None) -> None:
+        found = gradients()
+        if gradient is not None and found is not None:
+            found.hide(index)
+
+    return hide
+
+
+def _take_gradient(book: GradientBook, index: int) -> Callable[[Tensor], None]:
+    gradients = weakref.ref(book)
 
     def take(parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None

@@ -132,6 +132,7 @@ class Engine:
 
     def _take_over(self, layouts: dict[int, list[SlabLayout]], threads: int, mapped: bool) -> None:
         """Move the model's parameters into the host store, unit by unit."""
+        setup.drop_gradients(self.partition)
         keep_large_allocations_out_of_heap()
         compile_kernels()
         self.store = HostStore(Workers(threads))
@@ -173,17 +174,23 @@ class Engine:
         all micro-batches, whatever their shapes. Weights are updated as if synchronously; a non-finite gradient norm
         skips the step: no weight and nothing of the optimizer changes (NonFiniteGradientError where units are updated
         before the norm is known). Buffers that the forward has updated (BatchNorm's running statistics) stay updated,
-        as with torch.amp.GradScaler.
+        as with torch.amp.GradScaler. Gradients gathered before it are dropped. `lr` is written into the param groups,
+        in their proportions, so that it holds for later steps too.
         """
         self._require_open()
         return train_step(self, checked_batches(batches), lr)
 
     def step(self, lr: float | None = None) -> StepStats:
-        """Apply the gradients of the backward calls since the last step (`engine.model(**batch).loss.backward()`)."""
+        """Apply the gradients of the backward calls since the last step (`engine.model(**batch).loss.backward()`).
+
+        Gradients are what the parameters' `.grad` shows: clipped by torch, set or taken away by hand, they count as in
+        plain PyTorch, and clip_norm applies to what they are. They are dropped here, as by `zero_grad()`.
+        """
         self._require_open()
         clock = StepClock(self)
         self.begin_step(lr)
         self.gradients.finish()
+        self.gradients.follow_caller()
         norm = self.gradients.norm()
         skipped = not self.decide_update(norm)
         return clock.stats(None, norm, 0, skipped)
@@ -192,6 +199,7 @@ class Engine:
         """The norm of the gradients gathered so far, fp64; the next `step` clips to `max_norm` instead of clip_norm."""
         self._require_open()
         self.gradients.finish()
+        self.gradients.follow_caller()
         self._clip_override = float(max_norm)
         return torch.tensor(self.gradients.norm(), dtype=torch.float64, device="cpu")
 

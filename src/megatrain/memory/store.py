@@ -65,6 +65,7 @@ class SlotState:
     place: Place
     steps: int = 0
     version: int = 0  # of the parameter, when the engine last saw it
+    own_hooks: int = 0  # of each kind that the engine has put on the parameter
 
     def view(self, flat: Tensor) -> Tensor:
         """This parameter's part of a 1-D tensor that is laid out like its slab, in its own shape."""
@@ -214,10 +215,11 @@ class HostStore:
                 raise IntegrityError(
                     f"parameter {slot.name} was made {now} after the engine took over; make a new Engine"
                 )
-            if slot.parameter._backward_hooks:
+            hooks = (slot.parameter._backward_hooks, slot.parameter._post_accumulate_grad_hooks)
+            if any(len(found or ()) > entry.own_hooks for found in hooks):
                 raise IntegrityError(
-                    f"parameter {slot.name} has a gradient hook (register_hook), which the engine would never call;"
-                    " remove it"
+                    f"parameter {slot.name} has a gradient hook (register_hook, register_post_accumulate_grad_hook),"
+                    " which the engine would not call with its gradient; remove it"
                 )
 
 

@@ -145,7 +145,9 @@ class EngineOptimizer(torch.optim.Optimizer):
     """`engine.optimizer`: param groups over the host parameters, so that learning-rate schedulers and
     trainers work.
 
-    `step()` applies the gradients that the engine has gathered; `.grad` of the parameters stays None. The
+    `step()` applies the gradients that the engine has gathered, which `.grad` of the parameters shows
+    between `backward()` and `step()`, and drops them, so `zero_grad()` after it changes nothing. Unlike torch's
+    it does so also where `zero_grad()` is left out: gradients never add up over steps. The
     state of `state_dict()` are views of the host's memory, not copies, and torch's own casting of loaded
     state is bypassed.
     """
