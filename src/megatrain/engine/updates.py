@@ -24,8 +24,9 @@ from megatrain.optim.workers import Workers
 
 @dataclass(frozen=True, slots=True)
 class SlabUpdate:
-    """One pass of AdamW over a slab: which elements, from which gradient, scaled by what."""
+    """One pass of AdamW over a slab: whose elements and which, from which gradient, scaled by what."""
 
+    entries: list[SlotState]
     slab: Slab
     gradient: np.ndarray
     segments: list[Segment]
@@ -33,10 +34,14 @@ class SlabUpdate:
 
     def run(self, workers: Workers) -> None:
         s = self.slab
+        for entry in self.entries:
+            entry.drop_old_remainder()
         adamw(
             workers, s.weight_bits, s.remainder, s.exp_avg, s.exp_avg_sq, self.gradient, self.segments,
             self.gradient_scale,
         )  # fmt: skip
+        for entry in self.entries:
+            entry.written()
 
 
 class PendingUpdates:
@@ -127,7 +132,7 @@ def unit_updates(
                     segments[-1] = replace(segments[-1], stop=segment.stop)
                     continue
             segments.append(segment)
-        updates.append(SlabUpdate(members[0].slab, gradients[key], segments, gradient_scale))
+        updates.append(SlabUpdate(members, members[0].slab, gradients[key], segments, gradient_scale))
     return updates
 
 

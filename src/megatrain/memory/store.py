@@ -15,6 +15,7 @@ from torch import Tensor
 from megatrain.errors import IntegrityError
 from megatrain.memory.arena import allocate, allocate_elements, discard_pages
 from megatrain.memory.layout import Place, SlabLayout
+from megatrain.memory.witness import Witness
 from megatrain.model.partition import ParameterSlot, Partition
 from megatrain.optim.split_master import merge, split
 from megatrain.optim.workers import Workers
@@ -66,6 +67,7 @@ class SlotState:
     steps: int = 0
     version: int = 0  # of the parameter, when the engine last saw it
     own_hooks: int = 0  # of each kind that the engine has put on the parameter
+    witness: Witness | None = None  # where there is a remainder
 
     def view(self, flat: Tensor) -> Tensor:
         """This parameter's part of a 1-D tensor that is laid out like its slab, in its own shape."""
@@ -82,6 +84,23 @@ class SlotState:
         if self.slab.remainder is None or not self.place.trainable:
             return None
         return self.slab.remainder[self.slab.range_of(self.place)]
+
+    def written(self) -> None:
+        """The engine has written weight and remainder."""
+        if self.witness is not None:
+            self.witness.look(self._weight_bits)
+
+    def drop_old_remainder(self) -> None:
+        """Low bits of the master go where somebody has written the weight past torch's version counter."""
+        if self.witness is not None and not self.witness.recognises(self._weight_bits):
+            remainder = self.remainder
+            assert remainder is not None
+            remainder[:] = 0
+            self.written()
+
+    @property
+    def _weight_bits(self) -> np.ndarray:
+        return bits(self.slab.weight[self.slab.range_of(self.place)])
 
 
 @dataclass(slots=True)
@@ -106,6 +125,8 @@ class HostStore:
             for place in slab.layout.places:
                 entry = SlotState(slots[place.slot], unit, slab, place)
                 self.slots[place.slot] = entry
+                if entry.remainder is not None:
+                    entry.witness = Witness(place.shape)
                 parameter = entry.slot.parameter
                 source = parameter.data
                 self.write_master(place.slot, source)
@@ -136,9 +157,11 @@ class HostStore:
         else:
             master = source.detach().to(torch.float32).contiguous().view(-1).numpy()
             split(self.workers, master, bits(weight.view(-1)), remainder)
+        self.slots[slot].written()
 
     def read_master(self, slot: int) -> Tensor:
         """A parameter's exact master as a new fp32 tensor in its own shape (frozen: its weight in fp32)."""
+        self.slots[slot].drop_old_remainder()
         weight, remainder = self.slots[slot].weight, self.slots[slot].remainder
         if remainder is None:
             return weight.detach().to(torch.float32, copy=True)
@@ -165,6 +188,7 @@ class HostStore:
             entry.version = entry.slot.parameter._version
             if entry.remainder is not None:
                 entry.remainder[:] = 0
+                entry.written()
 
     def refuse_writes(self) -> None:
         """Raise IntegrityError where someone has written a parameter since `notice_writes`."""
