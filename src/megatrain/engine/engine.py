@@ -24,6 +24,7 @@ from megatrain.engine.kept_graphs import KeepGraphs, KeptGraphs
 from megatrain.engine.optimizer_state import OptimizerState
 from megatrain.engine.random_streams import stream_seed
 from megatrain.engine.step import StepClock, StepStats, train_step
+from megatrain.engine.structure import Structure
 from megatrain.engine.updates import PendingUpdates, gradient_arrays, unit_updates
 from megatrain.engine.weight_stream import DEFAULT_SLOTS, WeightStream
 from megatrain.engine.weights import HostWeights, Weights
@@ -104,6 +105,7 @@ class Engine:
         self._warned = False
 
         self.partition = partition(model)
+        self.structure = Structure(model, self.partition)
         groups, group_of = setup.parameter_groups(optimizer, self.partition)
         dtypes = setup.weight_dtypes(model, self.partition, self.precision)
         layouts = setup.lay_out_units(self.partition, dtypes, group_of)
@@ -130,6 +132,7 @@ class Engine:
 
     def _take_over(self, layouts: dict[int, list[SlabLayout]], threads: int, mapped: bool) -> None:
         """Move the model's parameters into the host store, unit by unit."""
+        setup.drop_gradients(self.partition)
         keep_large_allocations_out_of_heap()
         compile_kernels()
         self.store = HostStore(Workers(threads))
@@ -172,17 +175,23 @@ class Engine:
         all micro-batches, whatever their shapes. Weights are updated as if synchronously; a non-finite gradient norm
         skips the step: no weight and nothing of the optimizer changes (NonFiniteGradientError where units are updated
         before the norm is known). Buffers that the forward has updated (BatchNorm's running statistics) stay updated,
-        as with torch.amp.GradScaler.
+        as with torch.amp.GradScaler. Gradients gathered before it are dropped. `lr` is written into the param groups,
+        in their proportions, so that it holds for later steps too.
         """
         self._require_open()
         return train_step(self, checked_batches(batches), lr)
 
     def step(self, lr: float | None = None) -> StepStats:
-        """Apply the gradients of the backward calls since the last step (`engine.model(**batch).loss.backward()`)."""
+        """Apply the gradients of the backward calls since the last step (`engine.model(**batch).loss.backward()`).
+
+        Gradients are what the parameters' `.grad` shows: clipped by torch, set or taken away by hand, they count as in
+        plain PyTorch, and clip_norm applies to what they are. They are dropped here, as by `zero_grad()`.
+        """
         self._require_open()
         clock = StepClock(self)
         self.begin_step(lr)
         self.gradients.finish()
+        self.gradients.follow_caller()
         norm = self.gradients.norm()
         skipped = not self.decide_update(norm)
         return clock.stats(None, norm, 0, skipped)
@@ -191,11 +200,14 @@ class Engine:
         """The norm of the gradients gathered so far, fp64; the next `step` clips to `max_norm` instead of clip_norm."""
         self._require_open()
         self.gradients.finish()
+        self.gradients.follow_caller()
         self._clip_override = float(max_norm)
         return torch.tensor(self.gradients.norm(), dtype=torch.float64, device="cpu")
 
     def flush(self) -> None:
-        """Return when all decided updates are in the weights."""
+        """Return when all decided updates are in the weights. Raises IntegrityError where somebody has written into a
+        parameter while its update was still under way."""
+        self.refuse_early_writes()
         self.updates.flush()
 
     def start_trace(self) -> None:
@@ -225,13 +237,21 @@ class Engine:
         if lr is not None:
             check_learning_rate(lr)
         self.store.check_addresses()
+        self.structure.check()
         self.notice_writes()
         if lr is not None:
             self.optimizer.set_lr(lr)
 
     def notice_writes(self) -> None:
         """Weights that somebody has written become masters."""
-        self.store.notice_writes(self.updates.is_pending)
+        self.refuse_early_writes()
+        self.store.notice_writes()
+
+    def refuse_early_writes(self) -> None:
+        """Raise IntegrityError where a parameter was written before anybody waited for its update. Whether that had
+        ended by then does not matter: the next run might be slower."""
+        if self.updates.unseen:
+            self.store.refuse_writes()
 
     def warn_of_whole_logits(self) -> None:
         """Once, where a language model's head cannot be run in chunks."""
@@ -271,10 +291,10 @@ class Engine:
             for home, entries in sorted(self.gradients.touched().items()):
                 unit_scale = self._clip_scale(self.gradients.unit_norm(entries)) if scale is None else scale
                 self._schedule(home, entries, unit_scale)
-            self.weights.before_update()
-            self.updates.start()
+        self.weights.before_update()
         self.end_step()
         self.step_count += 1
+        self.updates.start()
         return finite
 
     def end_step(self) -> None:
@@ -386,7 +406,7 @@ class Engine:
         if not self._attached:
             return
         self._attached = False
-        self.flush()
+        self.updates.flush()
         self.attachment.remove()
         self._remove_kernels()
         self.executor.hand_over.close()

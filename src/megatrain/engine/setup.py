@@ -228,6 +228,15 @@ def refuse_meta(model: nn.Module) -> None:
             raise ConfigError(f"model: {name} is on {parameter.device}; build the model on the cpu")
 
 
+def drop_gradients(part: Partition) -> None:
+    """Parameters come without gradients from before, which the engine has no place for."""
+    holding = [slot for slot in part.slots if slot.parameter.grad is not None]
+    if holding:
+        _log.warning("%s and %d more parameters had a gradient, which was dropped", holding[0].name, len(holding) - 1)
+    for slot in holding:
+        slot.parameter.grad = None
+
+
 def plan_for(
     layouts: dict[int, list[SlabLayout]], clip_norm: float | None, clip_scope: str, *, streaming: bool
 ) -> MemoryPlan:

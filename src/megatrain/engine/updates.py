@@ -1,8 +1,8 @@
 """Optimizer updates of a step that are decided but not yet carried out.
 
 With exact global clipping no unit can be updated before the norm is known, which is when backward ends. The updates
-then wait here and are carried out in forward order: on the host as device when the model next runs, which is also when
-the new weights are wanted in the cache; beside a streaming device by a host thread, from the moment they are decided.
+are then carried out in forward order: on the host as device at once, since there is nothing to hide them behind; beside
+a streaming device by a host thread, while the next forward already runs.
 """
 
 import time
@@ -24,8 +24,9 @@ from megatrain.optim.workers import Workers
 
 @dataclass(frozen=True, slots=True)
 class SlabUpdate:
-    """One pass of AdamW over a slab: which elements, from which gradient, scaled by what."""
+    """One pass of AdamW over a slab: whose elements and which, from which gradient, scaled by what."""
 
+    entries: list[SlotState]
     slab: Slab
     gradient: np.ndarray
     segments: list[Segment]
@@ -33,10 +34,14 @@ class SlabUpdate:
 
     def run(self, workers: Workers) -> None:
         s = self.slab
+        for entry in self.entries:
+            entry.drop_old_remainder()
         adamw(
             workers, s.weight_bits, s.remainder, s.exp_avg, s.exp_avg_sq, self.gradient, self.segments,
             self.gradient_scale,
         )  # fmt: skip
+        for entry in self.entries:
+            entry.written()
 
 
 class PendingUpdates:
@@ -52,6 +57,7 @@ class PendingUpdates:
         self.first: frozenset[int] = frozenset()  # carried out before the others: small, and fetched ahead of them
         self._pending: dict[int, list[SlabUpdate]] = {}
         self._tickets: dict[int, Ticket] = {}
+        self.unseen = False  # updates have begun beside the caller, who has not waited for them since
         self.exposed_seconds = 0.0  # spent on updates while compute waited
         # a unit that reads a parameter homed elsewhere needs that unit's update too
         self._needed = {u.index: sorted({slot.units[0] for slot in u.slots}) for u in part.units}
@@ -61,11 +67,14 @@ class PendingUpdates:
         self._pending[unit] = updates
 
     def start(self) -> None:
-        """All updates of a step are scheduled: the host thread, if there is one, begins."""
-        if self._background is not None:
-            for unit in sorted(self._pending, key=lambda u: (u not in self.first, u)):
-                run = partial(self._carry_out, unit, self._pending.pop(unit))
-                self._tickets[unit] = self._background.submit(run)
+        """All updates of a step are scheduled: the host thread begins; without one they are carried out here."""
+        if self._background is None:
+            self.flush()
+            return
+        for unit in sorted(self._pending, key=lambda u: (u not in self.first, u)):
+            self.unseen = True
+            run = partial(self._carry_out, unit, self._pending.pop(unit))
+            self._tickets[unit] = self._background.submit(run)
 
     def wait_for(self, unit: Unit) -> None:
         """Return when all parameters that `unit` reads are up to date."""
@@ -73,14 +82,11 @@ class PendingUpdates:
             for home in self._needed[unit.index]:
                 self.settle(home)
 
-    def is_pending(self, unit: int) -> bool:
-        ticket = self._tickets.get(unit)
-        return unit in self._pending or (ticket is not None and not ticket.done)
-
     def flush(self) -> None:
         """Return when no update is pending."""
         for unit in sorted([*self._pending, *self._tickets]):
             self.settle(unit)
+        self.unseen = False
 
     def settle(self, unit: int) -> None:
         """Return when the update of the parameters whose state lives with `unit`, if one was scheduled, is done."""
@@ -126,7 +132,7 @@ def unit_updates(
                     segments[-1] = replace(segments[-1], stop=segment.stop)
                     continue
             segments.append(segment)
-        updates.append(SlabUpdate(members[0].slab, gradients[key], segments, gradient_scale))
+        updates.append(SlabUpdate(members, members[0].slab, gradients[key], segments, gradient_scale))
     return updates
 
 

@@ -156,6 +156,8 @@ class WeightStream(Weights):
         self._schedules.clear()
 
     def fetch(self, unit: Unit, *, backward: bool, together: bool) -> dict[int, Tensor]:
+        if not self._walk.kind:
+            self._updates.flush()  # called outside the model's forward, by code that may read other weights itself
         if unit.index in self._small:
             slot = self._own[unit.index]
             self._walk.use_small(unit.index)

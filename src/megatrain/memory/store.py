@@ -5,7 +5,7 @@ Each unit's weights are one contiguous page-aligned buffer, and the model's own 
 half of its fp32 master; `remainder` holds the rest (2 + 2 + 4 + 4 = 12 bytes per parameter with both moments).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from megatrain.errors import IntegrityError
 from megatrain.memory.arena import allocate, allocate_elements, discard_pages
 from megatrain.memory.layout import Place, SlabLayout
+from megatrain.memory.witness import Witness
 from megatrain.model.partition import ParameterSlot, Partition
 from megatrain.optim.split_master import merge, split
 from megatrain.optim.workers import Workers
@@ -65,6 +66,8 @@ class SlotState:
     place: Place
     steps: int = 0
     version: int = 0  # of the parameter, when the engine last saw it
+    own_hooks: int = 0  # of each kind that the engine has put on the parameter
+    witness: Witness | None = None  # where there is a remainder
 
     def view(self, flat: Tensor) -> Tensor:
         """This parameter's part of a 1-D tensor that is laid out like its slab, in its own shape."""
@@ -81,6 +84,23 @@ class SlotState:
         if self.slab.remainder is None or not self.place.trainable:
             return None
         return self.slab.remainder[self.slab.range_of(self.place)]
+
+    def written(self) -> None:
+        """The engine has written weight and remainder."""
+        if self.witness is not None:
+            self.witness.look(self._weight_bits)
+
+    def drop_old_remainder(self) -> None:
+        """Low bits of the master go where somebody has written the weight past torch's version counter."""
+        if self.witness is not None and not self.witness.recognises(self._weight_bits):
+            remainder = self.remainder
+            assert remainder is not None
+            remainder[:] = 0
+            self.written()
+
+    @property
+    def _weight_bits(self) -> np.ndarray:
+        return bits(self.slab.weight[self.slab.range_of(self.place)])
 
 
 @dataclass(slots=True)
@@ -105,6 +125,8 @@ class HostStore:
             for place in slab.layout.places:
                 entry = SlotState(slots[place.slot], unit, slab, place)
                 self.slots[place.slot] = entry
+                if entry.remainder is not None:
+                    entry.witness = Witness(place.shape)
                 parameter = entry.slot.parameter
                 source = parameter.data
                 self.write_master(place.slot, source)
@@ -135,9 +157,11 @@ class HostStore:
         else:
             master = source.detach().to(torch.float32).contiguous().view(-1).numpy()
             split(self.workers, master, bits(weight.view(-1)), remainder)
+        self.slots[slot].written()
 
     def read_master(self, slot: int) -> Tensor:
         """A parameter's exact master as a new fp32 tensor in its own shape (frozen: its weight in fp32)."""
+        self.slots[slot].drop_old_remainder()
         weight, remainder = self.slots[slot].weight, self.slots[slot].remainder
         if remainder is None:
             return weight.detach().to(torch.float32, copy=True)
@@ -154,24 +178,28 @@ class HostStore:
             entry.slab.exp_avg[where] = 0
             entry.slab.exp_avg_sq[where] = 0
 
-    def notice_writes(self, pending: Callable[[int], bool]) -> None:
+    def notice_writes(self) -> None:
         """Find parameters that someone wrote in place (`load_state_dict`, a callback).
 
         Their low master bits belong to the old values and go; moments and step counts stay, as in PyTorch. The kernels
-        write past torch's version counters, so a changed counter is somebody else's doing. Raises IntegrityError for
-        a write before a decided update was carried out (`pending(unit)`): it would come on top of the write.
+        write past torch's version counters, so a changed counter is somebody else's doing.
         """
-        for entry in self.slots.values():
-            parameter = entry.slot.parameter
-            if entry.version != parameter._version:
-                if pending(entry.unit):
-                    raise IntegrityError(
-                        f"parameter {entry.slot.name} was written in place before its last update was carried out;"
-                        " call engine.flush() before writing into parameters"
-                    )
-                entry.version = parameter._version
-                if entry.remainder is not None:
-                    entry.remainder[:] = 0
+        for entry in self._written():
+            entry.version = entry.slot.parameter._version
+            if entry.remainder is not None:
+                entry.remainder[:] = 0
+                entry.written()
+
+    def refuse_writes(self) -> None:
+        """Raise IntegrityError where someone has written a parameter since `notice_writes`."""
+        for entry in self._written():
+            raise IntegrityError(
+                f"parameter {entry.slot.name} was written in place before its last update was waited for, which may lie"
+                " on top of it; call engine.flush() before writing into parameters"
+            )
+
+    def _written(self) -> Iterator[SlotState]:
+        return (entry for entry in self.slots.values() if entry.version != entry.slot.parameter._version)
 
     def unit_memory(self, unit: int) -> Tensor:
         """All weights of a unit as they lie in memory, one behind the other: uint8."""
@@ -211,10 +239,11 @@ class HostStore:
                 raise IntegrityError(
                     f"parameter {slot.name} was made {now} after the engine took over; make a new Engine"
                 )
-            if slot.parameter._backward_hooks:
+            hooks = (slot.parameter._backward_hooks, slot.parameter._post_accumulate_grad_hooks)
+            if any(len(found or ()) > entry.own_hooks for found in hooks):
                 raise IntegrityError(
-                    f"parameter {slot.name} has a gradient hook (register_hook), which the engine would never call;"
-                    " remove it"
+                    f"parameter {slot.name} has a gradient hook (register_hook, register_post_accumulate_grad_hook),"
+                    " which the engine would not call with its gradient; remove it"
                 )
 
 

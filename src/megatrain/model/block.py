@@ -34,6 +34,7 @@ from megatrain.model.side_effects import (
     WrittenBuffers,
     no_autocast_cache,
 )
+from megatrain.model.stand_in import StandIn
 from megatrain.model.trees import FlatTree
 from megatrain.model.unit_graph import UnitGraph, UnitResult, leaf_of
 
@@ -106,6 +107,9 @@ class UnitForward:
         self.unit = unit
         self.host = host
         self.forward: Callable[..., Any] = unit.module.forward
+        self._own_forward = self.forward
+        self._stand_in: StandIn | None = None
+        self._removed = False
         self.where = f"unit {unit.name or type(unit.module).__name__}"
         self.attributes = WrittenAttributes(unit.module, self.where)
         self.buffers = WrittenBuffers(unit.module, self.where)
@@ -116,12 +120,17 @@ class UnitForward:
         self.differentiates = True
 
     def install(self) -> None:
-        self.unit.module.forward = self  # type: ignore[assignment]
+        self._stand_in = StandIn(self.unit.module, "forward", self)
 
     def remove(self) -> None:
-        self.unit.module.__dict__.pop("forward", None)
+        """Give the module its forward back. What somebody has wrapped around this one goes on calling it."""
+        self._removed, self.forward = True, self._own_forward
+        if self._stand_in is not None:
+            self._stand_in.remove()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._removed:
+            return self.forward(*args, **kwargs)
         self.host.arrive(self.unit, backward=False)
         if not self.host.takes_turns():
             return self._call(args, kwargs)
