@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "memory": {"errors", "sizes", "model.partition", "optim"},
     "device": {"errors", "sizes", "memory"},
     "engine": {"errors", "sizes", "threads", "schedule", "model", "optim", "memory", "device"},
-    "data": {"errors", "sizes", "hub"},
+    "data": {"errors", "sizes", "hub", "model.loading"},
     "train": {
         *("errors", "sizes", "arguments", "yaml_file", "config"),
         *("data", "model", "optim", "memory", "device", "engine"),
