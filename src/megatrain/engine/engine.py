@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterable, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any, Self
 
@@ -106,6 +107,7 @@ class Engine:
 
         self.partition = partition(model)
         self.structure = Structure(model, self.partition)
+        setup.refuse_untrainable(model, self.partition)
         groups, group_of = setup.parameter_groups(optimizer, self.partition)
         dtypes = setup.weight_dtypes(model, self.partition, self.precision)
         layouts = setup.lay_out_units(self.partition, dtypes, group_of)
@@ -127,6 +129,7 @@ class Engine:
         """Raise CapacityError where the host has no room for it all."""
         self.plan: MemoryPlan = setup.plan_for(layouts, self.clip_norm, self.clip_scope, streaming=streams(self.device))
         setup.refuse_meta(self.model)
+        setup.refuse_shared_memory(self.partition)
         held = sum(slot.parameter.nbytes for slot in self.partition.slots)
         require_fit(self.plan, host_memory_limits().free_bytes, held)
 
@@ -153,6 +156,8 @@ class Engine:
         from megatrain.model.loading import build_on_meta, load_config, load_pretrained
 
         attention = settings.pop("attn_implementation", None)
+        arguments = set(signature(cls).parameters) - {"model", "_mapped"}
+        setup.check_names(settings, arguments | {"attn_implementation"})
         setup.check_arguments(optimizer, settings)
         device = setup.make_device(settings.get("device", "auto"))
         # in fp32 the model is made in fp32, so that what it computes from its dtype (tables, scales) is too
@@ -171,8 +176,9 @@ class Engine:
         """One optimizer step over `batches`, its micro-batches: mappings of the model's arguments with `labels`.
 
         Labels are not shifted and -100 is ignored, as in transformers; num_items_in_batch and shift_labels are refused,
-        since a step counts and shifts its labels itself. The loss is the mean over the target tokens of
-        all micro-batches, whatever their shapes. Weights are updated as if synchronously; a non-finite gradient norm
+        since a step counts and shifts its labels itself. A module of one's own whose loss takes each label at its own
+        position (a tagger) says so by an attribute `shifts_labels = False`. The loss is the mean over the target tokens
+        of all micro-batches, whatever their shapes. Weights are updated as if synchronously; a non-finite gradient norm
         skips the step: no weight and nothing of the optimizer changes (NonFiniteGradientError where units are updated
         before the norm is known). Buffers that the forward has updated (BatchNorm's running statistics) stay updated,
         as with torch.amp.GradScaler. Gradients gathered before it are dropped. `lr` is written into the param groups,

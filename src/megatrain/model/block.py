@@ -163,6 +163,8 @@ class UnitForward:
 class UnitCall:
     """One call of a unit under gradients: the record from which backward repeats it."""
 
+    open = False  # its backward is still to come (torch.compile makes objects that are never initialised)
+
     def __init__(self, block: UnitForward, flat: FlatTree) -> None:
         self.block = block
         self.flat = flat
@@ -177,7 +179,6 @@ class UnitCall:
         self.own_outputs: list[bool] = []  # whether each output requires a gradient
         self.kept_inputs: dict[int, Any] = {}  # by position, those that the host keeps
         self.digest: Digest | None = None  # of the first run's results, while the model is being learnt
-        self.open = False  # its backward is still to come
 
     def __del__(self) -> None:
         if self.open and self.generation == self.block.host.generation:
@@ -209,7 +210,9 @@ class UnitCall:
             meter = host.graph_meter(block.unit, [*inputs, *weights.values()])
             hold = block.differentiates or self.generation == 0
             with SavedTensors(block.where, meter, hold, block.notice_differentiation).during_run():
-                result = UnitGraph(self, inputs, weights, attributes).result
+                graph = UnitGraph(self, inputs, weights, attributes)
+            graph.refuse_backward()
+            result = graph.result
         if not self.random.drawn():
             self.random = None
         self.buffers = block.buffers.changed(buffers)
