@@ -12,8 +12,9 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from megatrain.arguments import OneLineParser
 from megatrain.config import describe, load_config
 from megatrain.config_kinds import PATH
 from megatrain.errors import CapacityError, ConfigError, MegaTrainError
@@ -93,13 +94,6 @@ def _dispatch(arguments: list[str], environment: dict[str, str]) -> int:
         return DONE if doctor(environment, as_json=known.json) else FAILED
     print(describe(), end="\n")
     return DONE
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, like all others."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
 def _parser() -> argparse.ArgumentParser:

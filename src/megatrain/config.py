@@ -35,6 +35,7 @@ from megatrain.config_kinds import (
     either,
     or_null,
     real,
+    to_be_given,
     whole,
 )
 from megatrain.errors import ConfigError
@@ -81,7 +82,7 @@ class DataConfig:
     train: tuple[str, ...] | None = field(
         default=None,
         metadata=_about(
-            or_null(SOURCES),
+            to_be_given(SOURCES),
             "text: a file, a folder (searched for text files), a .jsonl file, stdlib (the sources of "
             "Python's own standard library), or a list of these",
         ),
@@ -338,14 +339,23 @@ def _parse_value(key: str, spec: dataclasses.Field[Any], value: Any) -> Any:
     try:
         return kind.parse(value)
     except WrongPartError as part:
-        raise ConfigError(f"{key}{part.place}: {shown(part.value)} is wrong; expected {part.expected}") from None
+        raise ConfigError(f"{key}{part.place}: {_given(part.value)} is wrong; expected {part.expected}") from None
     except (ValueError, TypeError, OverflowError, RecursionError):
-        raise ConfigError(f"{key}: {shown(value)} is wrong; expected {kind.expected}") from None
+        raise ConfigError(f"{key}: {_given(value)} is wrong; expected {kind.expected}") from None
+
+
+def _given(value: Any) -> str:
+    """`shown`, and for true and false the other words that YAML reads as them."""
+    return shown(value) + (
+        f" ({'yes and on' if value else 'no and off'} are the same)" if isinstance(value, bool) else ""
+    )
 
 
 def shown(value: Any) -> str:
     """`value` as YAML's user knows it, on one line, shortened where it is long."""
-    return "null" if value is None else _SHORT.repr(value)
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return _SHORT.repr(value)
 
 
 class _Short(reprlib.Repr):

@@ -93,6 +93,11 @@ def or_null(kind: Kind) -> Kind:
     return Kind(f"{kind.expected} or null", lambda value: None if value is None else kind.parse(value))
 
 
+def to_be_given(kind: Kind) -> Kind:
+    """What `kind` accepts; None stands for a value that is still missing, which is no choice to offer."""
+    return Kind(kind.expected, or_null(kind).parse)
+
+
 def _parse_bool(value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError

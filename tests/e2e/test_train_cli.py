@@ -1,5 +1,6 @@
 """`megatrain train` as a user runs it: in a process of its own, on the real engine."""
 
+import errno
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from megatrain import cli
+from megatrain.train.run_folder import RunFolder
 
 SETTINGS: dict[str, Any] = {
     "model": {
@@ -176,6 +178,34 @@ def test_a_mistake_costs_one_line_and_exit_2(tmp_path: Path) -> None:
     assert process.returncode == 2
     assert (out, err) == ("", "megatrain: train.stepz: unknown key; did you mean train.steps?\n")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a file that is always full")
+def test_where_no_metrics_can_be_written_the_model_is_still_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(RunFolder, "metrics", Path("/dev/full"))
+    settings = write_settings(tmp_path, train={"steps": 3})
+    assert cli.main(["train", str(settings), "--output", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "/dev/full" in line]
+    assert len(lines) == 2 and "No space left on device" in lines[0]
+    assert lines[1] == "warning: /dev/full lacks 3 lines that could not be written"
+
+
+def test_where_the_model_cannot_be_saved_one_line_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("megatrain.model.saving.write_shards", full)
+    settings = write_settings(tmp_path, train={"steps": 1})
+    assert cli.main(["train", str(settings), "--output", str(tmp_path / "run")]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("megatrain: ")]
+    assert line.startswith(f"megatrain: output: cannot save the model to {str(tmp_path / 'run' / 'model')!r}: ")
+    assert "No space left on device" in line
+    assert len(metrics_of(tmp_path / "run")) == 1
 
 
 def test_interrupted_once_the_step_is_finished_and_the_model_saved(tmp_path: Path) -> None:

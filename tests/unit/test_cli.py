@@ -45,6 +45,13 @@ def run(settings: dict[str, Any], tmp_path: Path, *overrides: str) -> int:
     return cli.main(["train", str(path), *overrides])
 
 
+@pytest.mark.parametrize("arguments", [["foo"], ["memory", "--x"], ["--threads", "many"]])
+def test_a_mistake_in_bench_is_one_line_too(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("megatrain: ") and line.endswith("(see megatrain bench --help)")
+
+
 def change(settings: dict[str, Any], name: str, value: Any) -> None:
     *sections, key = name.split(".")
     place = settings
@@ -57,6 +64,11 @@ def change(settings: dict[str, Any], name: str, value: Any) -> None:
     ("name", "value", "message"),
     [
         ("train.stepps", 3, "train.stepps: unknown key; did you mean train.steps?"),
+        (
+            "engine.compile",
+            True,
+            "engine.compile: true (yes and on are the same) is wrong; expected one of off, blocks",
+        ),
         ("train.steps", "few", "train.steps: 'few' is wrong; expected a whole number of at least 1 or null"),
         (
             "schedule.name",
@@ -160,8 +172,8 @@ LLAVA = {"model_type": "llava", "vision_config": {"model_type": "clip_vision_mod
         ({"vocab_size": 0}, ".vocab_size: 0 is wrong; expected at least the tokenizer's 280 tokens"),
         ({"pad_token_id": 9999}, ".pad_token_id: 9999 is wrong (cannot build LlamaForCausalLM: Padding_idx"),
         ({"attention_dropout": 2}, ".attention_dropout: 2 is wrong (dropout probability has to be between 0 and 1"),
-        ({"return_dict": False}, ".return_dict: False is wrong ("),
-        ({"output_attentions": True}, ".output_attentions: True is wrong ("),  # what only saving would refuse
+        ({"return_dict": False}, ".return_dict: false is wrong ("),
+        ({"output_attentions": True}, ".output_attentions: true is wrong ("),  # what only saving would refuse
         ({"hiden_size": 8}, ".hiden_size: unknown to model type llama; did you mean hidden_size?"),
         ({"colour": 8}, ".colour: unknown to model type llama; its entries are those of transformers' LlamaConfig"),
         (T5, ".decoder_start_token_id: missing ("),

@@ -1,6 +1,8 @@
 """Compiled blocks: one graph for all layers, the same training but for the order of sums."""
 
+import gc
 import shutil
+import sys
 
 import pytest
 import torch
@@ -36,6 +38,17 @@ def test_trains_as_without_and_compiles_one_graph_for_all_layers() -> None:
     assert layers > 1 and 0 < graphs <= 2, f"{graphs} graphs for {layers} layers"
     plain.close()
     engine.close()
+
+
+def test_a_layer_that_torch_compiled_ends_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    ignored: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    model = tiny_llama()
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    with make_engine(model) as engine, make_engine(tiny_llama()) as plain:
+        assert engine.train_step(batches(0)[:1]).loss == plain.train_step(batches(0)[:1]).loss
+    gc.collect()
+    assert ignored == []
 
 
 def test_without_a_compiler_it_is_refused_before_anything_happens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,9 +106,19 @@ def test_wrong_value_names_key_value_and_what_is_right(name: str, value: Any, ex
     with pytest.raises(ConfigError) as caught:
         parse_config(with_key(name, value))
     message = str(caught.value)
-    shown = "null" if value is None else repr(value)
+    shown = "null" if value is None else "true (yes and on are the same)" if value is True else repr(value)
     assert message.startswith(f"{name}: {shown} is wrong; expected ")
     assert expected in message and "\n" not in message
+
+
+def test_what_has_to_be_given_is_not_offered_as_null() -> None:
+    for value, message in (
+        (3, "3 is wrong; expected a path, stdlib, or a list of these"),
+        (None, "missing; give a text"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            parse_config(with_key("data.train", value))
+        assert str(caught.value).startswith(f"data.train: {message}") and "null" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

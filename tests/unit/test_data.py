@@ -13,7 +13,7 @@ from megatrain.data import packing
 from megatrain.data.batches import StepBatches
 from megatrain.data.packing import tokenize
 from megatrain.data.sources import Corpus, stdlib_files
-from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS, load_tokenizer, save_tokenizer, train_bpe
+from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS, load_tokenizer, train_bpe
 from megatrain.errors import ConfigError
 
 TEXTS = [f"def f{n}(x):\n    return x + {n}  # añadir\n\n\n" for n in range(40)]
@@ -84,6 +84,16 @@ def test_wrong_jsonl_lines(tmp_path: Path, line: str, message: str) -> None:
     assert str(caught.value) == message.format(path=path)
 
 
+def test_a_link_that_cannot_be_followed_is_named_and_one_to_nothing_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "nothing.txt").symlink_to(tmp_path / "gone.txt")
+    (tmp_path / "no_text").symlink_to("x" * 300)  # no file has so long a name: looking is an error, also for root
+    assert [path.name for path in corpus(tmp_path).files] == ["a.txt"]
+    (tmp_path / "link.txt").symlink_to("x" * 300)
+    with pytest.raises(ConfigError, match=r"^data\.train: cannot read '.*link\.txt': File name too long$"):
+        corpus(tmp_path)
+
+
 def test_missing_path_and_folder_without_text(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data.train: '.*/none' does not exist; give a text file"):
         corpus(tmp_path / "none")
@@ -128,7 +138,7 @@ def test_bpe_is_deterministic_and_lossless(bpe: Any) -> None:
 
 
 def test_bpe_survives_a_folder(bpe: Any, tmp_path: Path) -> None:
-    save_tokenizer(bpe, tmp_path)
+    bpe.save_pretrained(tmp_path)
     loaded = load_tokenizer(str(tmp_path))
     assert loaded(TEXTS[3])["input_ids"] == bpe(TEXTS[3])["input_ids"]
     assert {name: getattr(loaded, name) for name in BPE_SPECIAL_TOKENS} == BPE_SPECIAL_TOKENS
@@ -157,7 +167,7 @@ def test_documents_are_joined_with_end_of_text(bpe: Any) -> None:
 
 @pytest.mark.parametrize("loaded", [False, True])
 def test_text_that_speaks_of_special_tokens_is_text(bpe: Any, loaded: bool, tmp_path: Path) -> None:
-    save_tokenizer(bpe, tmp_path)
+    bpe.save_pretrained(tmp_path)
     tokenizer = load_tokenizer(str(tmp_path)) if loaded else bpe
     text = "a<|eos|>b <|bos|> <|pad|>"
     tokens = tokenize([text], tokenizer).tokens.tolist()

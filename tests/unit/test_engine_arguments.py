@@ -1,11 +1,12 @@
 """What an engine says to arguments that are wrong, before anything has changed."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from test_engine_toys import Net, batches_of, make_batch, make_engine
+from test_engine_toys import WIDTH, Net, batches_of, make_batch, make_engine
 from torch import nn
 
 import megatrain as mt
@@ -55,6 +56,56 @@ def test_a_model_that_is_none() -> None:
 def test_a_wrong_argument_is_named_before_a_checkpoint_is_read() -> None:
     with pytest.raises(ConfigError, match=r"^optimizer is 'adamw'"):
         mt.Engine.from_pretrained("nowhere", "adamw")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["revision", "dtype", "subfolder", "mapped"])
+def test_an_unknown_argument_is_named_before_a_checkpoint_is_read(name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^from_pretrained: there is no argument {name}; it takes attn.*, seed,"):
+        mt.Engine.from_pretrained("nowhere", **{name: "main"})
+
+
+def complex_weight(model: nn.Module) -> None:
+    model.blocks[0].extra = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+
+
+def sparse_embedding(model: nn.Module) -> None:
+    model.embed = nn.Embedding(29, WIDTH, sparse=True)
+
+
+def same_memory(model: nn.Module) -> None:
+    model.head.weight.data = model.embed.weight.data
+
+
+def overlapping_memory(model: nn.Module) -> None:
+    model.blocks[1].up.bias.data = model.blocks[0].up.bias.data[:WIDTH]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (complex_weight, "model: blocks.0.extra is torch.complex64; a trainable parameter must be of real"),
+        (sparse_embedding, "model: embed has sparse=True; AdamW takes no sparse gradients"),
+        (same_memory, "model: embed.weight and head.weight are two parameters in the same memory; tie them"),
+        (overlapping_memory, "model: blocks.0.up.bias and blocks.1.up.bias are two parameters in the same memory"),
+    ],
+)
+def test_a_parameter_that_cannot_be_trained_as_it_is(change: Callable[[nn.Module], None], message: str) -> None:
+    model = Net()
+    change(model)
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        make_engine(model)
+
+
+def test_parameters_beside_each_other_in_one_buffer() -> None:
+    model = Net()
+    weights = [block.up.weight for block in model.blocks]
+    buffer = torch.stack([w.detach() for w in weights])
+    columns = torch.cat([block.down.weight.detach() for block in model.blocks], dim=1)
+    for number, weight in enumerate(weights):
+        weight.data = buffer[number]
+        model.blocks[number].down.weight.data = columns[:, 2 * WIDTH * number :][:, : 2 * WIDTH]
+    with make_engine(model) as engine, make_engine(Net()) as other:
+        assert engine.train_step([make_batch(0)]).loss == other.train_step([make_batch(0)]).loss
 
 
 def test_devices_and_sizes_in_other_forms(caplog: pytest.LogCaptureFixture) -> None:

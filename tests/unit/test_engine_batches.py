@@ -81,6 +81,22 @@ def test_unusable_batches_are_refused_by_number(batches: Any, named: str) -> Non
         make_engine(Net()).train_step(batches)
 
 
+@pytest.mark.parametrize("make", [Net, tiny_llama])
+@pytest.mark.parametrize(("name", "value"), [("num_items_in_batch", 100), ("shift_labels", make_batch(0)["labels"])])
+def test_what_a_step_works_out_itself_is_refused(name: str, value: Any, make: Any) -> None:
+    """It would be used twice, or not at all."""
+    engine = make_engine(make())
+    with pytest.raises(mt.ConfigError, match=rf"batches\[1\] has {name}: train_step .* itself; leave it out"):
+        engine.train_step([make_batch(0), make_batch(1) | {name: value}])
+    engine.close()
+
+
+def test_an_argument_of_none_is_none() -> None:
+    without, given = (make_engine(tiny_llama()) for _ in range(2))
+    expected = without.train_step([make_batch(0)]).loss
+    assert given.train_step([make_batch(0) | {"num_items_in_batch": None, "shift_labels": None}]).loss == expected
+
+
 def test_batches_are_left_as_they_were() -> None:
     batches = same_length(2)
     before = copy.deepcopy(batches)

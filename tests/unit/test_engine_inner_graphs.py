@@ -168,3 +168,37 @@ class WithScript(Block):
 def test_scripted_modules_are_refused_by_name(make: Any, name: str) -> None:
     with pytest.raises(UnsupportedModelError, match=rf"^{name}: it is made by torch\.jit\.script"):
         make_engine(Net(make))
+
+
+class Shift(nn.Module):
+    """Saves nothing for backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = nn.Parameter(torch.zeros(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.by
+
+
+class Shifted(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Shift()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.first(x))
+
+
+@pytest.mark.parametrize("keep_graphs", ["off", 2])
+@pytest.mark.parametrize("inner", ["up", "first"])
+def test_an_activation_that_a_hook_captured_names_the_block(inner: str, keep_graphs: Any) -> None:
+    """Its gradient would not reach the weights; where the graph is kept, the block's own backward finds it used up."""
+    model = Net(Shifted)
+    engine = make_engine(model, keep_graphs=keep_graphs)
+    engine.train_step([make_batch(0)])
+    captured: list[Tensor] = []
+    getattr(model.blocks[1], inner).register_forward_hook(lambda _m, _i, out: captured.append(out))
+    loss = model(**make_batch(0)).loss + captured[0].sum()
+    with pytest.raises(UnsupportedModelError, match=r"unit blocks\.1: .*differentiated past it"):
+        loss.backward()

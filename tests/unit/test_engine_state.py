@@ -7,6 +7,7 @@ import mmap
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -124,15 +125,6 @@ def test_loading_part_of_the_weights_leaves_the_rest() -> None:
         assert torch.equal(engine.store.read_master(index), expected), entry.slot.name
 
 
-def test_write_before_the_pending_update_is_refused() -> None:
-    engine = make_engine(Net())
-    engine.train_step(batches_of(0, 2))
-    with torch.no_grad():
-        engine.model.head.weight.clamp_(-0.01, 0.01)
-    with pytest.raises(IntegrityError, match=r"head.weight .*flush"):
-        engine.train_step(batches_of(1, 2))
-
-
 def test_hook_on_a_parameter_and_unfreezing_are_refused() -> None:
     model = Net()
     model.embed.weight.requires_grad_(False)
@@ -186,6 +178,59 @@ def test_replaced_parameters_are_noticed(replace: Any, free: bool) -> None:
     replace(engine.model)
     with pytest.raises(mt.IntegrityError, match=r"weight|bias"):
         engine.step() if free else engine.train_step(batches_of(1, 2))
+
+
+class Adapter(nn.Module):
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.extra = nn.Parameter(torch.zeros(base.out_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.extra
+
+
+def new_head(model: nn.Module) -> None:
+    model.head = nn.Linear(WIDTH, 29, bias=False)
+
+
+def adapter_in_a_block(model: nn.Module) -> None:
+    model.blocks[1].up = Adapter(model.blocks[1].up)
+
+
+def new_block(model: nn.Module) -> None:
+    model.blocks[1] = Block()
+
+
+@pytest.mark.parametrize("change", [new_head, adapter_in_a_block, new_block])
+@pytest.mark.parametrize("free", [False, True])
+def test_parameters_that_come_later_are_noticed(change: Callable[[nn.Module], None], free: bool) -> None:
+    """Also after the first steps, in which more is looked at."""
+    engine = make_engine(Net())
+    for step in range(3):
+        engine.train_step(batches_of(step, 1))
+    change(engine.model)
+    before = {name: p.clone() for name, p in engine.model.named_parameters()}
+    with pytest.raises(mt.IntegrityError, match=r"parameter (head|blocks.1).* came after .*new Engine"):
+        engine.step() if free else engine.train_step(batches_of(3, 1))
+    assert all(torch.equal(p, before[name]) for name, p in engine.model.named_parameters())
+
+
+def test_frozen_parameters_that_come_later_are_constants() -> None:
+    engine, plain = make_engine(Net()), plain_trainer(Net())
+    for model in (engine.model, plain.model):
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            model.head = nn.Linear(WIDTH, 29).requires_grad_(False)
+    plain.backward([make_batch(0)])
+    plain.update(engine.train_step([make_batch(0)]).grad_norm)
+    assert [n for n in weight_differences(plain.model, engine) if n != "head.weight"] == []
+
+
+def test_param_groups_cannot_be_added() -> None:
+    engine = make_engine(Net())
+    with pytest.raises(mt.ConfigError, match=r"add_param_group.*param_groups"):
+        engine.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
 
 
 def test_optimizer_state_resumes_bit_for_bit() -> None:
@@ -382,6 +427,46 @@ def test_closed_engine_gives_the_plain_model_back(make: Any) -> None:
         assert torch.equal(expected.grad, first.grad) and torch.equal(expected.grad, second.grad)
     model.half()
     engine.close()  # a second time does nothing
+
+
+@pytest.mark.parametrize("part", ["whole", "block"])
+@pytest.mark.parametrize("when", ["before", "while it runs"])
+def test_a_forward_of_the_instances_own_survives_closing(part: str, when: str) -> None:
+    model = Net()
+
+    def patch() -> None:
+        module = model if part == "whole" else model.blocks[1]
+        own = module.forward
+        module.forward = lambda *args, **kwargs: doubled(own(*args, **kwargs))
+
+    def doubled(result: Any) -> Any:
+        return 2 * (result if isinstance(result, torch.Tensor) else result.loss)
+
+    def loss() -> torch.Tensor:
+        result = model(**make_batch(0))
+        return result if isinstance(result, torch.Tensor) else result.loss
+
+    if when == "before":
+        patch()
+    engine = make_engine(model)
+    if when != "before":
+        patch()
+    expected = loss().detach()
+    assert expected != Net()(**make_batch(0)).loss
+    engine.close()
+    assert torch.equal(loss(), expected)
+    loss().backward()
+    assert model.blocks[0].up.weight.grad is not None
+
+
+def test_other_methods_of_the_instances_own_survive_closing() -> None:
+    model, calls = Net(), []
+    model.zero_grad = lambda set_to_none=True: calls.append("zero_grad")
+    model.blocks[0].to = lambda *_: calls.append("to")
+    make_engine(model).close()
+    model.zero_grad()
+    model.blocks[0].to("cpu")
+    assert calls == ["zero_grad", "to"]
 
 
 def test_model_can_be_taken_over_again_after_closing() -> None:

@@ -119,8 +119,8 @@ def assert_trains_like_plain(
     **settings: Any,
 ) -> mt.Engine:
     """Train a copy of `model` in plain PyTorch, where the engine computes, and `model` with the engine: losses,
-    gradients and buffers are the same bits after every step, weights after the last (until then nobody looks, so
-    updates stay deferred).
+    gradients and buffers are the same bits after every step, weights after the last (until then nobody looks,
+    so a streaming device's updates run beside the next step).
 
     `tolerance`: where a tensor's gradient has three or more parts, a unit sums its own before the rest are added."""
     plain = copy.deepcopy(model)

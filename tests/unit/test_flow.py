@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sizes": set(),
     "threads": set(),
     "hub": set(),
+    "arguments": {"errors"},
     "yaml_file": {"errors"},
     "config_kinds": {"errors", "sizes"},
     "config": {"errors", "sizes", "yaml_file", "config_kinds"},
@@ -29,10 +30,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "memory": {"errors", "sizes", "threads", "model.partition", "optim"},
     "device": {"errors", "sizes", "memory"},
     "engine": {"errors", "sizes", "threads", "schedule", "model", "optim", "memory", "device"},
-    "data": {"errors", "sizes", "hub"},
-    "train": {"errors", "sizes", "yaml_file", "config", "data", "model", "optim", "memory", "device", "engine"},
+    "data": {"errors", "sizes", "hub", "model.loading"},
+    "train": {
+        *("errors", "sizes", "arguments", "yaml_file", "config"),
+        *("data", "model", "optim", "memory", "device", "engine"),
+    },
     "doctor": {"version", "sizes", "memory.limits"},
-    "cli": {"version", "errors", "sizes", "config", "config_kinds", "train", "doctor"},
+    "cli": {"version", "errors", "sizes", "arguments", "config", "config_kinds", "train", "doctor"},
     "__main__": {"cli"},
     "": {"version", "errors", "engine.engine", "optim.adamw"},  # the package itself: its public names
 }

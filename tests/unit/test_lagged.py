@@ -6,6 +6,7 @@ import random
 import time
 import warnings
 import weakref
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,8 @@ from megatrain.errors import CapacityError, ConfigError, UnsupportedModelError
 from megatrain.model.head import ChunkedHead
 from megatrain.model.hidden import HiddenParameter
 from megatrain.schedule.build import build_schedule
-from megatrain.schedule.check import check_schedule
-from megatrain.schedule.operations import Kind, Sizes
+from megatrain.schedule.check import ScheduleError, check_schedule
+from megatrain.schedule.operations import Kind, Schedule, Sizes
 from megatrain.sizes import parse_bytes
 
 
@@ -128,6 +129,20 @@ def test_a_model_twenty_times_the_memory() -> None:
 
 
 # -- what the schedule says -------------------------------------------------------------------------------------------
+
+
+def test_no_pass_follows_a_schedule_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_a_release(*given: Any, **options: Any) -> Schedule:
+        schedule = build_schedule(*given, **options)
+        first = next(n for n, op in enumerate(schedule.operations) if op.kind is Kind.RELEASE)
+        return replace(schedule, operations=(*schedule.operations[:first], *schedule.operations[first + 1 :]))
+
+    monkeypatch.setattr("megatrain.engine.weight_stream.build_schedule", without_a_release)
+    engine = make_engine(Net(count=6), device=lagged(), keep_graphs="off")
+    engine.train_step(batches_of(0, 1))
+    with pytest.raises(ScheduleError, match=r"operation \d+ .* still holds unit"):
+        engine.train_step(batches_of(0, 1))
+    engine.close()
 
 
 @pytest.mark.parametrize("slots", [1, 2, 4])

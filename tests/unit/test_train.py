@@ -1,11 +1,14 @@
 """The loop and its parts, on a stand-in for the engine."""
 
 import dataclasses
+import errno
 import io
 import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from test_engine_toys import Net, batches_of, make_engine
 from tiny_models import MODELS, tiny_config
 
 from megatrain.config import ModelConfig, OptimizerConfig, ScheduleConfig, parse_config
@@ -24,12 +28,14 @@ from megatrain.model.partition import ParameterSlot
 from megatrain.train import build
 from megatrain.train import evaluate as evaluation
 from megatrain.train.evaluate import evaluate
+from megatrain.train.folder_lock import FolderLock
 from megatrain.train.generate import _placed
 from megatrain.train.interrupt import StopOnInterrupt
 from megatrain.train.loop import LoopResult, train
 from megatrain.train.metrics import MetricsFile
 from megatrain.train.model_settings import Vocabulary, read_model_settings
 from megatrain.train.param_groups import make_optimizer
+from megatrain.train.profile import ProfiledEngine
 from megatrain.train.progress import BarProgress, LineProgress, show_progress
 from megatrain.train.run_folder import RunFolder, check_writable
 from megatrain.train.trial import try_out
@@ -105,6 +111,59 @@ def test_the_loop_feeds_steps_and_writes_metrics(tmp_path: Path) -> None:
     assert lines[1]["grad_norm"] is None  # JSON has no infinity
     assert len(shown.splitlines()) == 2  # the first and the last: the clock stands still
     assert shown.splitlines()[-1].startswith("step 5/5  loss ") and "400 target tokens/s" in shown
+
+
+class FullDisk(io.RawIOBase):
+    """A file on a disk that is full from the `first` to the `last` write on, after half of the line."""
+
+    def __init__(self, file: Any, first: int, last: int) -> None:
+        self._file, self._first, self._last, self._calls, self._half = file, first, last, 0, False
+
+    def write(self, data: Any) -> int:
+        if self._half:
+            self._half = False
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._calls += 1
+        self._half = self._first <= self._calls <= self._last
+        return int(self._file.write(data[: len(data) // 2] if self._half else data))
+
+    def fileno(self) -> int:
+        return int(self._file.fileno())
+
+    def truncate(self, size: int | None = None) -> int:
+        return int(self._file.truncate(size))
+
+
+def test_a_full_disk_costs_lines_of_the_metrics_and_not_the_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Path.open
+
+    def opened(path: Path, mode: str = "r", *rest: Any, **options: Any) -> Any:
+        file = own(path, mode, *rest, **options)
+        return FullDisk(file, first=2, last=3) if "a" in mode else file
+
+    monkeypatch.setattr(Path, "open", opened)
+    result, lines, _ = run_loop(StandIn(), tmp_path)
+    assert result.steps == 5
+    assert [line["step"] for line in lines] == [1, 4, 5]  # whole lines, and again as soon as there is room
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message.startswith(f"output: cannot write to {str(tmp_path / 'metrics.jsonl')!r}: No space left on device")
+
+
+def test_metrics_that_cannot_be_made_are_named(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(ConfigError, match=r"^output: cannot write to '.*metrics\.jsonl': Is a directory$"):
+        MetricsFile(tmp_path / "metrics.jsonl")
+
+
+def test_a_timeline_that_cannot_be_written_costs_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engine = make_engine(Net())
+    profiled = ProfiledEngine(engine, 1, 1, tmp_path / "missing" / "trace.json")
+    profiled.train_step(batches_of(0, 1))
+    assert not profiled.written and engine.step_count == 1
+    assert "cannot write" in caplog.text and "trace.json" in caplog.text
+    engine.close()
 
 
 def test_fewer_lines_with_log_every_but_always_the_last(tmp_path: Path) -> None:
@@ -242,6 +301,39 @@ def test_a_finished_run_gives_way_only_to_a_complete_one(tmp_path: Path) -> None
         again.finish(complete=complete)
         assert f"steps: {steps}\n" in (final / "config.yaml").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_of_two_runs_that_start_together_one_gets_the_folder(tmp_path: Path, replace: bool) -> None:
+    if replace:
+        before = RunFolder(str(tmp_path / "run"))
+        before.create(config(steps=1))
+        before.finish(complete=True)
+    first, second = (RunFolder(str(tmp_path / "run"), replace=replace) for _ in range(2))
+    first.create(config(steps=3))
+    first.metrics.write_text("line\n")
+    with pytest.raises(ConfigError, match=r"^output: another run is writing to '.*run.*'; give another folder$"):
+        second.create(config(steps=4))
+    assert "steps: 3\n" in (first.path / "config.yaml").read_text() and first.metrics.read_text() == "line\n"
+    first.finish(complete=True)
+    assert {path.name for path in first.path.iterdir()} == {"config.yaml", "metrics.jsonl"}
+    if not replace:  # it is over now, but its files are there
+        with pytest.raises(ConfigError, match="another run's files"):
+            second.create(config(steps=4))
+    else:
+        second.create(config(steps=4))
+        assert not second.metrics.exists()
+
+
+def test_a_run_that_was_killed_holds_its_folder_no_longer(tmp_path: Path) -> None:
+    program = (
+        "import os, sys\nfrom pathlib import Path\nfrom megatrain.train.folder_lock import FolderLock\n"
+        "FolderLock().take(Path(sys.argv[1]))\nos.kill(os.getpid(), 9)"
+    )
+    file = tmp_path / "config.yaml"
+    ended = subprocess.run([sys.executable, "-c", program, str(file)], check=False)
+    assert ended.returncode == -9 and file.exists()
+    FolderLock().take(file)
 
 
 def test_replacing_a_run_touches_nothing_else(tmp_path: Path) -> None:

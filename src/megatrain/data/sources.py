@@ -159,10 +159,19 @@ def _files_of(source: str, split: Split, key: str) -> list[Path]:
     if not os.path.isdir(path):
         what = "is neither a file nor a folder" if os.path.exists(path) else "does not exist"
         raise ConfigError(f"{key}: {source!r} {what}; give a text file, a .jsonl file, a folder or stdlib")
-    files = sorted(found for found in path.rglob("*") if found.is_file() and _is_text(found.relative_to(path)))
+    files = sorted(found for found in path.rglob("*") if _is_text(found.relative_to(path)) and _is_file(found, key))
     if not files:
         raise ConfigError(f"{key}: folder {source!r} has no text files (such as .txt, .md, .py or .jsonl)")
     return files
+
+
+def _is_file(path: Path, key: str) -> bool:
+    """False also for a link to nothing. Raises ConfigError for one that nobody can tell, such as into a folder that
+    must not be read: leaving it out would train on less than was asked for."""
+    try:
+        return path.is_file()
+    except OSError as error:
+        raise ConfigError(f"{key}: cannot read {str(path)!r}: {error.strerror}") from None
 
 
 def _is_text(relative: Path) -> bool:

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 from megatrain.errors import ConfigError
@@ -38,6 +37,7 @@ def load_tokenizer(path: str, *, key: str = "model.tokenizer") -> Any:
     from transformers import AutoTokenizer
 
     from megatrain.hub import check_hub_is_reachable
+    from megatrain.model.loading import one_line
 
     folder = os.path.expanduser(path)
     if not os.path.exists(folder) and (path.startswith((".", "/", "~")) or path.count("/") > 1):
@@ -47,7 +47,7 @@ def load_tokenizer(path: str, *, key: str = "model.tokenizer") -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError or ImportError, by file and cause
         # about files, its messages speak of its own classes; about the hub, they say what went wrong
-        reason = "it has no tokenizer files that transformers reads" if os.path.isdir(folder) else _first_line(error)
+        reason = "it has no tokenizer files that transformers reads" if os.path.isdir(folder) else one_line(error)
         raise ConfigError(f"{key}: no tokenizer in {path!r}: {reason}") from None
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"{key}: the tokenizer in {path!r} has no eos_token; documents are joined with it")
@@ -87,11 +87,6 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> Any:
     )
 
 
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write the tokenizer's files beside a model, so that the folder alone can generate."""
-    tokenizer.save_pretrained(folder)
-
-
 def _sample(documents: Iterable[str]) -> Iterator[str]:
     left = _SAMPLE_CHARACTERS
     for text in documents:
@@ -99,8 +94,3 @@ def _sample(documents: Iterable[str]) -> Iterator[str]:
         left -= len(text)
         if left <= 0:
             return
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__

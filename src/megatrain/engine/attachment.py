@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatrain.engine import setup
 from megatrain.engine.compiled import compile_blocks
@@ -18,7 +18,8 @@ from megatrain.model.block import install_units
 from megatrain.model.fused_loss import liger_loss
 from megatrain.model.head import ChunkedHead
 from megatrain.model.hidden import HiddenParameters
-from megatrain.model.root import RootForward, guard, report_device, unguard
+from megatrain.model.root import RootForward, guard, report_device
+from megatrain.model.stand_in import StandIn
 
 if TYPE_CHECKING:
     from megatrain.engine.engine import Engine
@@ -33,7 +34,7 @@ class Attachment:
     """
 
     def __init__(self, engine: "Engine", compile: str, head_chunk_tokens: int | None) -> None:
-        self._model = model = engine.model
+        model = engine.model
         self._undo: list[Callable[[], None]] = []
         self._hooks: list[Any] = []
         self.blocks = install_units(engine.partition.units, engine.executor)
@@ -44,7 +45,7 @@ class Attachment:
         self.root = self._install_root(engine)
         self._hook_gradients(engine)
         self._hook_state(engine)
-        guard(model, engine.device.torch_device)
+        self._stand_ins = guard(model, engine.device.torch_device)
         chunk_tokens = partial(setup.head_chunk_tokens, head_chunk_tokens, engine.device)
         self.head = ChunkedHead(model, self.root, engine.device.torch_device, engine.executor.direct, chunk_tokens)
         if engine.kernels.name == "liger":
@@ -53,7 +54,7 @@ class Attachment:
         engine.executor.forget_order()
         # a head that was shown to run in chunks of shifted labels does shift them
         self.shifts_labels = self.head.reason is None or labels_are_shifted(model)
-        model.__dict__["zero_grad"] = lambda set_to_none=True: engine.discard_gradients()
+        self._stand_ins.append(StandIn(model, "zero_grad", lambda set_to_none=True: engine.discard_gradients()))
 
     def _install_root(self, engine: "Engine") -> RootForward:
         model, device = engine.model, engine.device.torch_device
@@ -62,12 +63,12 @@ class Attachment:
         if isinstance(engine.weights, WeightStream):
             # what the model's own code may read is the stray parameters; units wait for theirs
             hidden = HiddenParameters(engine.partition, device, engine.weights.strays, engine.gradients.add_from_leaf)
-            flush, hiding = _nothing, hidden.hiding
+            flush, hiding = engine.refuse_early_writes, hidden.hiding
             setup.move_buffers(model, device)
             self._undo.append(report_device(model, device))
             self._undo.append(lambda: setup.move_buffers(model, torch.device("cpu")))
         root = RootForward(model, flush, engine.executor.forward_pass, hiding, device)
-        model.forward = root  # type: ignore[assignment]
+        root.install()
         return root
 
     def _hook_gradients(self, engine: "Engine") -> None:
@@ -75,7 +76,9 @@ class Attachment:
         for index, entry in engine.store.slots.items():
             parameter = entry.slot.parameter
             if parameter.requires_grad:
-                take = _take_gradient(engine.gradients, index)
+                hide, take = _hide_gradient(engine.gradients, index), _take_gradient(engine.gradients, index)
+                self._hooks.append(parameter.register_hook(hide))
+                entry.own_hooks = 1
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(take))  # type: ignore[func-returns-value]
 
     def _hook_state(self, engine: "Engine") -> None:
@@ -87,21 +90,31 @@ class Attachment:
 
     def remove(self) -> None:
         """Give the model its own forward back."""
-        model: nn.Module = self._model
         self.head.remove()
+        self.root.remove()
         for block in self.blocks:
             block.remove()
-        model.__dict__.pop("forward", None)
-        model.__dict__.pop("zero_grad", None)
+        for stand_in in self._stand_ins:
+            stand_in.remove()
         for hook in self._hooks:
             hook.remove()
-        unguard(model)
         for undo in self._undo:
             undo()
 
 
-def _take_gradient(book: GradientBook, index: int) -> Callable[[Tensor], None]:
+def _hide_gradient(book: GradientBook, index: int) -> Callable[[Tensor], None]:
     gradients = weakref.ref(book)  # the garbage collector does not see what a parameter's hook holds
+
+    def hide(gradient: Tensor | None) -> None:
+        found = gradients()
+        if gradient is not None and found is not None:
+            found.hide(index)
+
+    return hide
+
+
+def _take_gradient(book: GradientBook, index: int) -> Callable[[Tensor], None]:
+    gradients = weakref.ref(book)
 
     def take(parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
@@ -110,7 +123,3 @@ def _take_gradient(book: GradientBook, index: int) -> Callable[[Tensor], None]:
             found.add_from_leaf(index, gradient)
 
     return take
-
-
-def _nothing() -> None:
-    """Nothing to wait for."""

@@ -9,9 +9,16 @@ from megatrain.errors import ConfigError
 
 Batch = Mapping[str, Any]
 
+# arguments of transformers' losses that a step works out itself, from the labels of all its micro-batches
+_WORKED_OUT = {
+    "num_items_in_batch": "train_step divides by the target tokens of all micro-batches itself",
+    "shift_labels": "train_step shifts the labels itself",
+}
+
 
 def checked_batches(batches: Iterable[Batch]) -> list[Batch]:
-    """The micro-batches of a step as a list. Raises ConfigError where they are not mappings with labels."""
+    """The micro-batches of a step as a list. Raises ConfigError where they are not mappings with labels, or say how
+    labels become a loss."""
     if isinstance(batches, (Mapping, Tensor, str)) or not isinstance(batches, Iterable):
         raise ConfigError(f"batches is a {type(batches).__name__}; it must be a list of micro-batches, such as [batch]")
     batches = list(batches)
@@ -27,4 +34,10 @@ def checked_batches(batches: Iterable[Batch]) -> list[Batch]:
         if not isinstance(batch["labels"], Tensor):
             kind = type(batch["labels"]).__name__
             raise ConfigError(f"batches[{number}]['labels'] is of type {kind}; it must be a tensor of token ids")
+        for name, why in _WORKED_OUT.items():
+            if batch.get(name) is not None:
+                raise ConfigError(
+                    f"batches[{number}] has {name}: {why}; leave it out, or call engine.model(**batch).loss.backward()"
+                    " and engine.step()"
+                )
     return batches

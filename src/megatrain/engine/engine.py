@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterable, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,6 +25,7 @@ from megatrain.engine.kept_graphs import KeepGraphs, KeptGraphs
 from megatrain.engine.optimizer_state import OptimizerState
 from megatrain.engine.random_streams import stream_seed
 from megatrain.engine.step import StepClock, StepStats, train_step
+from megatrain.engine.structure import Structure
 from megatrain.engine.updates import PendingUpdates, SlabUpdate, gradient_arrays, unit_updates
 from megatrain.engine.weight_stream import DEFAULT_SLOTS, WeightStream
 from megatrain.engine.weights import HostWeights, Weights
@@ -110,10 +112,13 @@ class Engine:
         self._warned = False
 
         self.partition = partition(model)
+        self.structure = Structure(model, self.partition)
+        setup.refuse_untrainable(model, self.partition)
         groups, group_of = setup.parameter_groups(optimizer, self.partition)
         dtypes = setup.weight_dtypes(model, self.partition, self.precision)
         layouts = setup.lay_out_units(self.partition, dtypes, group_of, optimizer.moments)
         setup.refuse_meta(model)
+        setup.refuse_shared_memory(self.partition)
         self.plan = self._plan_memory(layouts, optimizer.moments, nvme, host_memory)
         self.kernels, self._remove_kernels = install_kernels(chosen, model, required=kernels == "liger")
         spilled = setup.open_spill(self.plan, nvme)
@@ -151,6 +156,7 @@ class Engine:
 
     def _take_over(self, layouts: dict[int, list[SlabLayout]], mapped: bool) -> None:
         """Move the model's parameters into the host store, unit by unit."""
+        setup.drop_gradients(self.partition)
         keep_large_allocations_out_of_heap()
         compile_kernels()
         for unit, slabs in layouts.items():
@@ -170,6 +176,8 @@ class Engine:
         from megatrain.model.loading import build_on_meta, load_config, load_pretrained
 
         attention = settings.pop("attn_implementation", None)
+        arguments = set(signature(cls).parameters) - {"model", "_mapped"}
+        setup.check_names(settings, arguments | {"attn_implementation"})
         setup.check_arguments(optimizer, settings)
         device = setup.make_device(settings.get("device", "auto"))
         # in fp32 the model is made in fp32, so that what it computes from its dtype (tables, scales) is too
@@ -187,21 +195,29 @@ class Engine:
     def train_step(self, batches: Iterable[Batch], lr: float | None = None) -> StepStats:
         """One optimizer step over `batches`, its micro-batches: mappings of the model's arguments with `labels`.
 
-        Labels are not shifted and -100 is ignored, as in transformers. The loss is the mean over the target tokens of
-        all micro-batches, whatever their shapes. Weights are updated as if synchronously; a non-finite gradient norm
+        Labels are not shifted and -100 is ignored, as in transformers; num_items_in_batch and shift_labels are refused,
+        since a step counts and shifts its labels itself. A module of one's own whose loss takes each label at its own
+        position (a tagger) says so by an attribute `shifts_labels = False`. The loss is the mean over the target tokens
+        of all micro-batches, whatever their shapes. Weights are updated as if synchronously; a non-finite gradient norm
         skips the step: no weight and nothing of the optimizer changes (NonFiniteGradientError where units are updated
         before the norm is known). Buffers that the forward has updated (BatchNorm's running statistics) stay updated,
-        as with torch.amp.GradScaler.
+        as with torch.amp.GradScaler. Gradients gathered before it are dropped. `lr` is written into the param groups,
+        in their proportions, so that it holds for later steps too.
         """
         self._require_open()
         return train_step(self, checked_batches(batches), lr)
 
     def step(self, lr: float | None = None) -> StepStats:
-        """Apply the gradients of the backward calls since the last step (`engine.model(**batch).loss.backward()`)."""
+        """Apply the gradients of the backward calls since the last step (`engine.model(**batch).loss.backward()`).
+
+        Gradients are what the parameters' `.grad` shows: clipped by torch, set or taken away by hand, they count as in
+        plain PyTorch, and clip_norm applies to what they are. They are dropped here, as by `zero_grad()`.
+        """
         self._require_open()
         clock = StepClock(self)
         self.begin_step(lr)
         self.gradients.finish()
+        self.gradients.follow_caller()
         norm = self.gradients.norm()
         skipped = not self.decide_update(norm)
         return clock.stats(None, norm, 0, skipped)
@@ -210,11 +226,14 @@ class Engine:
         """The norm of the gradients gathered so far, fp64; the next `step` clips to `max_norm` instead of clip_norm."""
         self._require_open()
         self.gradients.finish()
+        self.gradients.follow_caller()
         self._clip_override = float(max_norm)
         return torch.tensor(self.gradients.norm(), dtype=torch.float64, device="cpu")
 
     def flush(self) -> None:
-        """Return when all decided updates are in the weights."""
+        """Return when all decided updates are in the weights. Raises IntegrityError where somebody has written into a
+        parameter while its update was still under way."""
+        self.refuse_early_writes()
         self.updates.flush()
 
     def start_trace(self) -> None:
@@ -244,13 +263,21 @@ class Engine:
         if lr is not None:
             check_learning_rate(lr)
         self.store.check_addresses()
+        self.structure.check()
         self.notice_writes()
         if lr is not None:
             self.optimizer.set_lr(lr)
 
     def notice_writes(self) -> None:
         """Weights that somebody has written become masters."""
-        self.store.notice_writes(self.updates.is_pending)
+        self.refuse_early_writes()
+        self.store.notice_writes()
+
+    def refuse_early_writes(self) -> None:
+        """Raise IntegrityError where a parameter was written before anybody waited for its update. Whether that had
+        ended by then does not matter: the next run might be slower."""
+        if self.updates.unseen:
+            self.store.refuse_writes()
 
     def warn_of_whole_logits(self) -> None:
         """Once, where a language model's head cannot be run in chunks."""
@@ -290,10 +317,10 @@ class Engine:
             for home, entries in sorted(self.gradients.touched().items()):
                 unit_scale = self._clip_scale(self.gradients.unit_norm(entries)) if scale is None else scale
                 self.updates.schedule(home, self._updates_of(entries, unit_scale))
-            self.weights.before_update()
-            self.updates.start()
+        self.weights.before_update()
         self.end_step()
         self.step_count += 1
+        self.updates.start()
         return finite
 
     def end_step(self) -> None:
@@ -406,7 +433,7 @@ class Engine:
         if not self._attached:
             return
         self._attached = False
-        self.flush()
+        self.updates.flush()
         self.attachment.remove()
         self._remove_kernels()
         self.executor.hand_over.close()

@@ -7,6 +7,7 @@ travels there beside computation, and the host thread takes the sum of squares w
 """
 
 import math
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from megatrain.engine.gradient_memory import GradientMemory
 from megatrain.engine.gradient_stream import GradientStream
+from megatrain.engine.shown_gradients import HeldGradient
 from megatrain.memory.plan import ARRIVING_UNITS
 from megatrain.memory.store import HostStore, SlotState, bits
 from megatrain.model.partition import Partition, Unit
@@ -54,6 +56,14 @@ class GradientBook:
         self._written: set[int] = set()  # slots whose gradient is on the host, or on its way there
         self._names = {u.index: u.name for u in part.units}
         self._readers = {u.index: _readers_of_home(part, u) for u in part.units}
+        self._shows = True  # to a caller whose own loop this is
+        self._shown = {
+            index: HeldGradient.of(entry.slot.parameter, _reader(self, index))
+            for index, entry in store.slots.items()
+            if entry.place.trainable
+        }
+        self._looked_at: set[int] = set()  # slots whose gradient the caller has read, and may have written
+        self._hidden: set[int] = set()  # slots that autograd itself is adding to
 
     # -- what units report ------------------------------------------------------------------------------------
 
@@ -75,6 +85,8 @@ class GradientBook:
 
     def add(self, slot: int, gradient: Tensor) -> None:
         """One contribution; the first is kept as it is, from the second on they add up in fp32."""
+        if self._shows:
+            self._show(slot)
         held = self._sums.get(slot)
         if held is None:
             if slot in self._written and not self.keep:
@@ -102,6 +114,59 @@ class GradientBook:
         self._holds -= 1
         if not self._holds:
             self._write_ready(sorted(self._homes_with_sums()))
+
+    # -- what a caller does to gradients ----------------------------------------------------------------------
+
+    def read(self, slot: int) -> Tensor:
+        """A parameter's gradient so far, where the engine holds it, in the parameter's shape."""
+        self.finish()
+        entry = self._store.slots[slot]
+        if slot not in self._written:
+            raise RuntimeError(f"the gradient of {entry.slot.name} was given up by step() or zero_grad()")
+        self._looked_at.add(slot)
+        return _place_in({}, entry).view(entry.place.shape)
+
+    def follow_caller(self) -> None:
+        """Gradients are complete: those that the caller has taken away, replaced or written become what they are."""
+        for slot in self._shown:
+            self._follow(slot)
+        for slot in self._looked_at:
+            self.squares[slot] = square_sum(self._store.workers, bits(_place_in({}, self._store.slots[slot])))
+
+    def hide(self, slot: int) -> None:
+        """Autograd is about to add to what it finds as the parameter's `.grad`, which only stands for a gradient."""
+        if self._shows:
+            self._follow(slot)
+            self._hidden.add(slot)
+        self._store.slots[slot].slot.parameter.grad = None
+
+    def _show(self, slot: int) -> None:
+        if slot not in self._hidden:
+            self._follow(slot)
+        self._hidden.discard(slot)
+        self._store.slots[slot].slot.parameter.grad = self._shown[slot]
+
+    def _follow(self, slot: int) -> None:
+        entry = self._store.slots[slot]
+        gradient = entry.slot.parameter.grad
+        if gradient is self._shown[slot]:
+            return
+        if slot in self._sums or slot in self._written:
+            self._drop(slot)
+        if gradient is not None:
+            self._settle(entry.unit)
+            self._memory.keep(entry.unit)
+            self._written.add(slot)
+            self.squares[slot] = _store_gradient(self._store, _place_in({}, entry), gradient)
+
+    def _drop(self, slot: int) -> None:
+        if self._stream is not None:
+            self._stream.finish()  # it may be on its way
+        held = self._sums.pop(slot, None)
+        self._hold(0 if held is None else -held.nbytes)
+        for slots in (self._owned, self._written, self._looked_at):
+            slots.discard(slot)
+        self.squares.pop(slot, None)
 
     # -- completion -------------------------------------------------------------------------------------------
 
@@ -133,6 +198,7 @@ class GradientBook:
         """A step whose backward calls are all known beforehand: nothing has to accumulate on the host."""
         self.clear()
         self.keep = keep
+        self._shows = False
         self._memory.drop_sums()
         if not keep:
             self._memory.drop_kept()
@@ -142,7 +208,7 @@ class GradientBook:
         self.forget_gradients()
         self._open_calls.clear()
         self._holds = 0
-        self.keep = True  # a caller's own backward calls are kept until step()
+        self.keep = self._shows = True  # a caller's own backward calls are kept until step()
 
     def forget_gradients(self) -> None:
         """Forget what has been gathered; calls whose backward is still to come stay open."""
@@ -153,6 +219,10 @@ class GradientBook:
             self._stream.settle()
         self._written.clear()
         self.squares.clear()
+        self._looked_at.clear()
+        self._hidden.clear()
+        for slot in self._shown:
+            self._store.slots[slot].slot.parameter.grad = None
 
     def close(self) -> None:
         """No gradient comes after this."""
@@ -245,6 +315,18 @@ class GradientBook:
         """A further backward call of the same step: from here on the slab's gradient is an fp32 sum on the host."""
         total = self._memory.keep_sum(entry.slab)[entry.slab.range_of(entry.place)]
         return accumulate(self._store.workers, total.numpy(), bits(gradient.detach().contiguous().view(-1)))
+
+
+def _reader(book: GradientBook, slot: int) -> Callable[[], Tensor]:
+    found = weakref.ref(book)  # the garbage collector does not see what a parameter's gradient holds
+
+    def read() -> Tensor:
+        held = found()
+        if held is None:
+            raise RuntimeError("the engine that held this gradient is gone")
+        return held.read(slot)
+
+    return read
 
 
 def _place_in(lent: dict[int, Tensor], entry: SlotState) -> Tensor:

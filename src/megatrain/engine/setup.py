@@ -70,6 +70,16 @@ def check_arguments(optimizer: AdamW | None, settings: Mapping[str, Any]) -> Non
         raise ConfigError(f"train.seed is {seed!r}; it must be a whole number")
 
 
+def check_names(settings: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raise ConfigError where one of `settings` is no argument of `Engine.from_pretrained`."""
+    for name in settings:
+        if name not in known:
+            raise ConfigError(
+                f"from_pretrained: there is no argument {name}; it takes {', '.join(sorted(known))}. For another"
+                " revision or part of a checkpoint, load the model with transformers and pass it to Engine"
+            )
+
+
 def memory_bytes(name: str, value: int | str | None) -> int | None:
     """The setting `name` (device_memory, host_memory) in bytes. Raises ConfigError where it is no size."""
     right = "it must be a number of bytes > 0, a size such as '24GiB', or None for all there is"
@@ -240,6 +250,52 @@ def refuse_meta(model: nn.Module) -> None:
             raise ConfigError(f"model: {name} is on {parameter.device}; build the model on the cpu")
 
 
+def refuse_untrainable(model: nn.Module, part: Partition) -> None:
+    """Raise ConfigError for a trainable parameter that AdamW on fp32 masters cannot train."""
+    for slot in part.slots:
+        parameter = slot.parameter
+        if parameter.requires_grad and not parameter.is_floating_point():
+            raise ConfigError(
+                f"model: {slot.name} is {parameter.dtype}; a trainable parameter must be of real floating point numbers"
+                " (a complex one: hold torch.view_as_real of it), or be frozen"
+            )
+    for name, module in model.named_modules():
+        sparse = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse
+        if sparse and module.weight.requires_grad:
+            raise ConfigError(
+                f"model: {name or type(module).__name__} has sparse=True; AdamW takes no sparse gradients, make it with"
+                " sparse=False"
+            )
+
+
+def refuse_shared_memory(part: Partition) -> None:
+    """Raise ConfigError where a trainable parameter and another one lie in the same memory (`a.data = b.data`): each
+    gets a place of its own here, and a write into one would not reach the other any more."""
+    ends: dict[int, tuple[int, ParameterSlot]] = {}
+    for slot in sorted(part.slots, key=lambda s: s.parameter.data_ptr()):
+        parameter = slot.parameter
+        storage, start = parameter.untyped_storage().data_ptr(), parameter.data_ptr()
+        end, other = ends.get(storage, (0, slot))
+        if start < end and (parameter.requires_grad or other.parameter.requires_grad):
+            raise ConfigError(
+                f"model: {other.name} and {slot.name} are two parameters in the same memory; tie them by making them"
+                " one parameter (module.weight = other.weight), or give one a clone"
+            )
+        if parameter.numel():
+            # of one whose elements do not lie together only the first is looked at: those of others may lie between
+            lies = parameter.nbytes if parameter.is_contiguous() else parameter.element_size()
+            ends[storage] = max((end, other), (start + lies, slot), key=lambda found: found[0])
+
+
+def drop_gradients(part: Partition) -> None:
+    """Parameters come without gradients from before, which the engine has no place for."""
+    holding = [slot for slot in part.slots if slot.parameter.grad is not None]
+    if holding:
+        _log.warning("%s and %d more parameters had a gradient, which was dropped", holding[0].name, len(holding) - 1)
+    for slot in holding:
+        slot.parameter.grad = None
+
+
 def plan_for(
     layouts: dict[int, list[SlabLayout]],
     *,
@@ -316,6 +372,7 @@ def check_plan(model: nn.Module, optimizer: AdamW | None, settings: Mapping[str,
     """Raise CapacityError where a model that exists only as shapes (on the meta device) would not fit."""
     check_arguments(optimizer, settings)
     part, optimizer = partition(model), optimizer or AdamW()
+    refuse_untrainable(model, part)
     _, group_of = optimizer.group_slots(part.slots)
     device = make_device(settings.get("device", "auto"))
     choose_kernels(settings.get("kernels", "auto"), model, device.torch_device)

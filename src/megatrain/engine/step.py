@@ -15,6 +15,7 @@ from megatrain.engine.targets import count_targets
 from megatrain.errors import ConfigError
 from megatrain.memory.limits import peak_resident_bytes
 from megatrain.model.head import IGNORED
+from megatrain.model.loss_terms import InseparableLossError
 from megatrain.model.side_effects import RandomState
 
 if TYPE_CHECKING:
@@ -54,26 +55,37 @@ def train_step(engine: "Engine", batches: Sequence[Batch], lr: float | None) -> 
 
     engine.begin_step(lr)
     engine.warn_of_whole_logits()
+    try:
+        losses = _attempt(engine, work, sum(targets))
+    except InseparableLossError as found:  # seen before the first backward of a base: no weight has changed
+        engine.head.give_up(str(found))
+        engine.warn_of_whole_logits()
+        losses = _attempt(engine, work, sum(targets))
+    engine.kept_graphs.finish_measuring(engine.free_compute_bytes())
+    norm = engine.gradients.norm()
+    skipped = not engine.decide_update(norm)
+    return clock.stats(sum(_value(parts) for parts in losses), norm, sum(targets), skipped)
+
+
+def _attempt(engine: "Engine", work: Sequence[tuple[int, Batch, int]], total: int) -> list[LossParts]:
+    """Run the micro-batches (number, batch, its targets) forward and backward; after an error the engine is as before,
+    but for buffers that the forward has updated."""
     engine.watch_attributes()
-    elements = sum(batch["labels"].numel() for batch in batches)
+    elements = sum(batch["labels"].numel() for _, batch, _ in work)
     engine.choose_kept_graphs(elements)
     run = _run_chunked if engine.head.reason is None else _run_whole
     bodies: list[Callable[[], LossParts]] = [
-        partial(run, engine, number, batch, count, sum(targets)) for number, batch, count in work
+        partial(run, engine, number, batch, count, total) for number, batch, count in work
     ]
     random = RandomState(engine.device.torch_device)
     engine.executor.begin_step(elements)
     try:
-        losses = _forward_and_backward(engine, bodies)
+        return _forward_and_backward(engine, bodies)
     except BaseException:
         engine.abort_step()
         raise
     finally:
         random.restore()
-    engine.kept_graphs.finish_measuring(engine.free_compute_bytes())
-    norm = engine.gradients.norm()
-    skipped = not engine.decide_update(norm)
-    return clock.stats(sum(_value(parts) for parts in losses), norm, sum(targets), skipped)
 
 
 def _forward_and_backward(engine: "Engine", bodies: list[Callable[[], LossParts]]) -> list[LossParts]:

@@ -1,8 +1,8 @@
 """Optimizer updates of a step that are decided but not yet carried out.
 
 With exact global clipping no unit can be updated before the norm is known, which is when backward ends. The updates
-then wait here and are carried out in forward order: on the host as device when the model next runs, which is also when
-the new weights are wanted in the cache; beside a streaming device by a host thread, from the moment they are decided.
+are then carried out in forward order: on the host as device at once, since there is nothing to hide them behind; beside
+a streaming device by a host thread, while the next forward already runs.
 """
 
 import time
@@ -25,8 +25,9 @@ from megatrain.optim.workers import Workers
 
 @dataclass(frozen=True, slots=True)
 class SlabUpdate:
-    """One pass of AdamW over a slab: which elements, from which gradient, scaled by what."""
+    """One pass of AdamW over a slab: whose elements and which, from which gradient, scaled by what."""
 
+    entries: list[SlotState]
     slab: Slab
     gradient: np.ndarray
     segments: list[Segment]
@@ -37,11 +38,15 @@ class SlabUpdate:
         """While the unit's state is in host memory."""
         state = self.slab.state
         assert state is not None
+        for entry in self.entries:
+            entry.drop_old_remainder()
         weight, rest = self.slab.weight_bits, (self.gradient, self.segments, self.gradient_scale)
         if isinstance(state.moments, Int8Moments):
             adamw_int8(workers, weight, state.remainder, state.moments, *rest, seed=self.seed)
         else:
             adamw(workers, weight, state.remainder, state.moments.exp_avg, state.moments.exp_avg_sq, *rest)
+        for entry in self.entries:
+            entry.written()
 
 
 class PendingUpdates:
@@ -58,6 +63,7 @@ class PendingUpdates:
         self._pending: dict[int, list[SlabUpdate]] = {}
         self._tickets: dict[int, Ticket] = {}
         self._order: list[int] = []  # in which units were updated as their gradients came
+        self.unseen = False  # updates have begun beside the caller, who has not waited for them since
         self.exposed_seconds = 0.0  # spent on updates while compute waited
         # a unit that reads a parameter homed elsewhere needs that unit's update too
         self._needed = {u.index: sorted({slot.units[0] for slot in u.slots}) for u in part.units}
@@ -67,13 +73,17 @@ class PendingUpdates:
         self._pending[unit] = updates
 
     def start(self) -> None:
-        """All updates of a step are scheduled: the host thread, if there is one, begins."""
+        """All updates of a step are scheduled: the host thread begins; without one they are carried out here."""
+        order = sorted(self._pending, key=lambda u: (u not in self.first, u))
         if self._store.spilled is not None:
-            self._store.spilled.expect(sorted(self._pending))
-        if self._background is not None:
-            for unit in sorted(self._pending, key=lambda u: (u not in self.first, u)):
-                run = partial(self._carry_out, unit, self._pending.pop(unit))
-                self._tickets[unit] = self._background.submit(run)
+            self._store.spilled.expect(order)
+        if self._background is None:
+            self.flush()
+            return
+        for unit in order:
+            self.unseen = True
+            run = partial(self._carry_out, unit, self._pending.pop(unit))
+            self._tickets[unit] = self._background.submit(run)
 
     def carry_out_now(self, unit: int, updates: list[SlabUpdate]) -> None:
         """The unit's gradient is complete and waits for no other: updates come in the order of backward, which is that
@@ -93,14 +103,11 @@ class PendingUpdates:
             for home in self._needed[unit.index]:
                 self.settle(home)
 
-    def is_pending(self, unit: int) -> bool:
-        ticket = self._tickets.get(unit)
-        return unit in self._pending or (ticket is not None and not ticket.done)
-
     def flush(self) -> None:
         """Return when no update is pending."""
         for unit in sorted([*self._pending, *self._tickets]):
             self.settle(unit)
+        self.unseen = False
 
     def settle(self, unit: int) -> None:
         """Return when the update of the parameters whose state lives with `unit`, if one was scheduled, is done."""
@@ -149,7 +156,7 @@ def unit_updates(
             segments.append(segment)
         # of what is saved with the state, so that a run that is taken up again rounds as it would have
         seed = members[0].slot.index * 0x85EBCA6B + max(entry.steps for entry in members)
-        updates.append(SlabUpdate(members[0].slab, gradients[key], segments, gradient_scale, seed))
+        updates.append(SlabUpdate(members, members[0].slab, gradients[key], segments, gradient_scale, seed))
     return updates
 
 

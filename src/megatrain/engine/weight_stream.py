@@ -26,6 +26,7 @@ from megatrain.errors import CapacityError
 from megatrain.memory.store import ALL_UNITS_STRAY, HostStore
 from megatrain.model.partition import Partition, Unit
 from megatrain.schedule.build import build_schedule
+from megatrain.schedule.check import check_schedule
 from megatrain.schedule.operations import Kind, Schedule, Sizes, SlotClass, Visit, class_of, slot_classes
 from megatrain.schedule.walk import Walk
 
@@ -105,7 +106,7 @@ class WeightStream(Weights):
             self.inputs.begin()
             self._device.start_step()
             self.inputs.offload(self._inputs_must_leave(kind, elements))
-        schedule = self._schedule(kind)
+        schedule = self.schedule_of(kind)
         saves = {op.unit for op in schedule.operations if op.kind is Kind.SAVE} if schedule is not None else self._units
         self.inputs.staying = frozenset(self._units).difference(saves)
         self._walk = Walk(kind, schedule, elements)
@@ -156,6 +157,8 @@ class WeightStream(Weights):
         self._schedules.clear()
 
     def fetch(self, unit: Unit, *, backward: bool, together: bool) -> dict[int, Tensor]:
+        if not self._walk.kind:
+            self._updates.flush()  # called outside the model's forward, by code that may read other weights itself
         if unit.index in self._small:
             slot = self._own[unit.index]
             self._walk.use_small(unit.index)
@@ -207,10 +210,6 @@ class WeightStream(Weights):
         self._forget_residents()
         if self._strays is not None and self._strays.fetch is not None:
             self._release(self._strays)
-
-    def schedule_of(self, kind: str) -> Schedule | None:
-        """The schedule that the next pass of this kind follows; None before the first."""
-        return self._schedule(kind)
 
     def close(self) -> None:
         self._issuer.close()
@@ -276,8 +275,9 @@ class WeightStream(Weights):
         )
         self._schedules = {k: s for k, s in self._schedules.items() if k[0] != walk.kind}
 
-    def _schedule(self, kind: str) -> Schedule | None:
-        """Of the last recorded order, with inputs that leave or stay as it is now."""
+    def schedule_of(self, kind: str) -> Schedule | None:
+        """What the next pass of this kind follows; None before the first. Made from the last recorded order, with
+        inputs that leave or stay as it is now, and proved (ScheduleError) before anything follows it."""
         order = self._orders.get(kind)
         if order is None:
             return None
@@ -285,7 +285,9 @@ class WeightStream(Weights):
         if key not in self._schedules:
             counts = [SlotClass(c.slot_bytes, len(group)) for c, group in zip(self._classes, self._slots, strict=True)]
             sizes = Sizes(self._streamed_bytes, {}, order.inputs, inputs_leave=self.inputs.offloading)
-            self._schedules[key] = build_schedule(order.visits, sizes, counts)
+            schedule = build_schedule(order.visits, sizes, counts)
+            check_schedule(schedule, sizes)
+            self._schedules[key] = schedule
         return self._schedules[key]
 
     # -- slots ------------------------------------------------------------------------------------------------

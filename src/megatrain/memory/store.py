@@ -5,7 +5,7 @@ Each unit's weights are one contiguous page-aligned buffer, and the model's own 
 half of its fp32 master; `remainder` holds the rest (2 + 2 + 4 + 4 = 12 bytes per parameter with both moments).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -18,6 +18,7 @@ from megatrain.memory.arena import allocate, allocate_elements, discard_pages
 from megatrain.memory.layout import Place, SlabLayout
 from megatrain.memory.slab_state import SlabState, moment_bytes, state_bytes, unit_state_bytes
 from megatrain.memory.spilled_states import SpilledStates
+from megatrain.memory.witness import Witness
 from megatrain.model.partition import ParameterSlot, Partition
 from megatrain.optim.split_master import merge, split
 from megatrain.optim.workers import Workers
@@ -66,6 +67,8 @@ class SlotState:
     place: Place
     steps: int = 0
     version: int = 0  # of the parameter, when the engine last saw it
+    own_hooks: int = 0  # of each kind that the engine has put on the parameter
+    witness: Witness | None = None  # where there is a remainder
 
     def view(self, flat: Tensor) -> Tensor:
         """This parameter's part of a 1-D tensor that is laid out like its slab, in its own shape."""
@@ -77,10 +80,14 @@ class SlotState:
         return self.view(self.slab.weight)
 
     @property
+    def carries_remainder(self) -> bool:
+        return self.slab.layout.dtype == "bf16" and self.place.trainable
+
+    @property
     def remainder(self) -> np.ndarray | None:
         """The rest of the master, int16 (count); None where the weight is all there is: fp32, or frozen. While the
         unit's state is in host memory (`HostStore.state_of`)."""
-        if self.slab.layout.dtype != "bf16" or not self.place.trainable:
+        if not self.carries_remainder:
             return None
         assert self.slab.state is not None and self.slab.state.remainder is not None
         return self.slab.state.remainder[self.slab.range_of(self.place)]
@@ -90,6 +97,23 @@ class SlotState:
         """By name, on the same terms; views."""
         assert self.slab.state is not None
         return self.slab.state.of_place(self.place)
+
+    def written(self) -> None:
+        """The engine has written weight and remainder."""
+        if self.witness is not None:
+            self.witness.look(self._weight_bits)
+
+    def drop_old_remainder(self) -> None:
+        """Low bits of the master go where somebody has written the weight past torch's version counter."""
+        if self.witness is not None and not self.witness.recognises(self._weight_bits):
+            remainder = self.remainder
+            assert remainder is not None
+            remainder[:] = 0
+            self.written()
+
+    @property
+    def _weight_bits(self) -> np.ndarray:
+        return bits(self.slab.weight[self.slab.range_of(self.place)])
 
 
 @dataclass(slots=True)
@@ -118,7 +142,9 @@ class HostStore:
             self._bind(unit, allocate(unit_state_bytes(slabs, self.moments)))
         for slab in state.slabs:
             for place in slab.layout.places:
-                self.slots[place.slot] = SlotState(slots[place.slot], unit, slab, place)
+                self.slots[place.slot] = entry = SlotState(slots[place.slot], unit, slab, place)
+                if entry.carries_remainder:
+                    entry.witness = Witness(place.shape)
         with self.state_of(unit):
             for slab in state.slabs:
                 for place in slab.layout.places:
@@ -181,10 +207,12 @@ class HostStore:
             else:
                 master = source.detach().to(torch.float32).contiguous().view(-1).numpy()
                 split(self.workers, master, bits(weight.view(-1)), remainder)
+        self.slots[slot].written()
 
     def read_master(self, slot: int) -> Tensor:
         """A parameter's exact master as a new fp32 tensor in its own shape (frozen: its weight in fp32)."""
         with self.state_of(self.slots[slot].unit):
+            self.slots[slot].drop_old_remainder()
             weight, remainder = self.slots[slot].weight, self.slots[slot].remainder
             if remainder is None:
                 return weight.detach().to(torch.float32, copy=True)
@@ -201,25 +229,31 @@ class HostStore:
                 for part in entry.moments.values():
                     part.zero_()
 
-    def notice_writes(self, pending: Callable[[int], bool]) -> None:
+    def notice_writes(self) -> None:
         """Find parameters that someone wrote in place (`load_state_dict`, a callback).
 
         Their low master bits belong to the old values and go; moments and step counts stay, as in PyTorch. The kernels
-        write past torch's version counters, so a changed counter is somebody else's doing. Raises IntegrityError for
-        a write before a decided update was carried out (`pending(unit)`): it would come on top of the write.
+        write past torch's version counters, so a changed counter is somebody else's doing.
         """
-        for entry in self.slots.values():
-            parameter = entry.slot.parameter
-            if entry.version != parameter._version:
-                if pending(entry.unit):
-                    raise IntegrityError(
-                        f"parameter {entry.slot.name} was written in place before its last update was carried out;"
-                        " call engine.flush() before writing into parameters"
-                    )
-                entry.version = parameter._version
+        for entry in self._written():
+            entry.version = entry.slot.parameter._version
+            if entry.carries_remainder:
                 with self.state_of(entry.unit):
-                    if entry.remainder is not None:
-                        entry.remainder[:] = 0
+                    remainder = entry.remainder
+                    assert remainder is not None
+                    remainder[:] = 0
+                entry.written()
+
+    def refuse_writes(self) -> None:
+        """Raise IntegrityError where someone has written a parameter since `notice_writes`."""
+        for entry in self._written():
+            raise IntegrityError(
+                f"parameter {entry.slot.name} was written in place before its last update was waited for, which may lie"
+                " on top of it; call engine.flush() before writing into parameters"
+            )
+
+    def _written(self) -> Iterator[SlotState]:
+        return (entry for entry in self.slots.values() if entry.version != entry.slot.parameter._version)
 
     def unit_memory(self, unit: int) -> Tensor:
         """All weights of a unit as they lie in memory, one behind the other: uint8."""
@@ -268,10 +302,11 @@ class HostStore:
                 raise IntegrityError(
                     f"parameter {slot.name} was made {now} after the engine took over; make a new Engine"
                 )
-            if slot.parameter._backward_hooks:
+            hooks = (slot.parameter._backward_hooks, slot.parameter._post_accumulate_grad_hooks)
+            if any(len(found or ()) > entry.own_hooks for found in hooks):
                 raise IntegrityError(
-                    f"parameter {slot.name} has a gradient hook (register_hook), which the engine would never call;"
-                    " remove it"
+                    f"parameter {slot.name} has a gradient hook (register_hook, register_post_accumulate_grad_hook),"
+                    " which the engine would not call with its gradient; remove it"
                 )
 
 

@@ -34,6 +34,7 @@ from megatrain.model.side_effects import (
     WrittenBuffers,
     no_autocast_cache,
 )
+from megatrain.model.stand_in import StandIn
 from megatrain.model.trees import FlatTree
 from megatrain.model.unit_graph import UnitGraph, UnitResult, leaf_of
 
@@ -106,6 +107,9 @@ class UnitForward:
         self.unit = unit
         self.host = host
         self.forward: Callable[..., Any] = unit.module.forward
+        self._own_forward = self.forward
+        self._stand_in: StandIn | None = None
+        self._removed = False
         self.where = f"unit {unit.name or type(unit.module).__name__}"
         self.attributes = WrittenAttributes(unit.module, self.where)
         self.buffers = WrittenBuffers(unit.module, self.where)
@@ -116,12 +120,17 @@ class UnitForward:
         self.differentiates = True
 
     def install(self) -> None:
-        self.unit.module.forward = self  # type: ignore[assignment]
+        self._stand_in = StandIn(self.unit.module, "forward", self)
 
     def remove(self) -> None:
-        self.unit.module.__dict__.pop("forward", None)
+        """Give the module its forward back. What somebody has wrapped around this one goes on calling it."""
+        self._removed, self.forward = True, self._own_forward
+        if self._stand_in is not None:
+            self._stand_in.remove()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._removed:
+            return self.forward(*args, **kwargs)
         self.host.arrive(self.unit, backward=False)
         if not self.host.takes_turns():
             return self._call(args, kwargs)
@@ -154,6 +163,8 @@ class UnitForward:
 class UnitCall:
     """One call of a unit under gradients: the record from which backward repeats it."""
 
+    open = False  # its backward is still to come (torch.compile makes objects that are never initialised)
+
     def __init__(self, block: UnitForward, flat: FlatTree) -> None:
         self.block = block
         self.flat = flat
@@ -168,7 +179,6 @@ class UnitCall:
         self.own_outputs: list[bool] = []  # whether each output requires a gradient
         self.kept_inputs: dict[int, Any] = {}  # by position, those that the host keeps
         self.digest: Digest | None = None  # of the first run's results, while the model is being learnt
-        self.open = False  # its backward is still to come
 
     def __del__(self) -> None:
         if self.open and self.generation == self.block.host.generation:
@@ -200,7 +210,9 @@ class UnitCall:
             meter = host.graph_meter(block.unit, [*inputs, *weights.values()])
             hold = block.differentiates or self.generation == 0
             with SavedTensors(block.where, meter, hold, block.notice_differentiation).during_run():
-                result = UnitGraph(self, inputs, weights, attributes).result
+                graph = UnitGraph(self, inputs, weights, attributes)
+            graph.refuse_backward()
+            result = graph.result
         if not self.random.drawn():
             self.random = None
         self.buffers = block.buffers.changed(buffers)

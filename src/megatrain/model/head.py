@@ -6,7 +6,9 @@ token of them (auxiliary losses come out of this run), then once per chunk with 
 chunk's hidden states (so soft-caps and logit scales stay the model's own code), followed at once by its backward.
 
 Whether a model can be treated so is tried out, not looked up: a probe with random hidden states compares the model's
-own loss with the chunked one. Where they differ, whole logits are used.
+own loss with the chunked one, in training and in evaluation mode. What a probe cannot know, because a model does it
+only later or it is too small to show, each run looks for in the graph of its loss (`loss_terms.py`). Where one or the
+other finds something, whole logits are used.
 """
 
 import copy
@@ -20,9 +22,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from megatrain.errors import CapacityError
+from megatrain.errors import CapacityError, MegaTrainError
+from megatrain.model.block import DirectLeaves
 from megatrain.model.fused_loss import IGNORED as IGNORED
 from megatrain.model.fused_loss import FusedHead, FusedLoss, fuse_head
+from megatrain.model.loss_terms import InseparableLossError, LossStandIn, zero_like_loss
 from megatrain.model.root import RootForward
 from megatrain.model.side_effects import RandomState
 
@@ -40,6 +44,10 @@ class Mode:
     target_count: int = 0  # stub: target tokens of the whole global batch
     loss: Tensor | None = None
     loss_calls: int = 0
+    stand_in: LossStandIn | None = None  # collect and stub: what the model's code gets for the loss
+    arguments: dict[str, Any] = field(default_factory=dict)  # collect: what the loss function was called with
+    token: Tensor | None = None  # collect: the hidden states that the rest of the forward sees
+    weights: DirectLeaves | None = None  # collect: those that the rest of the forward was run with
     random: RandomState | None = None
     rest: ExitStack = field(default_factory=ExitStack)  # collect: in force from the end of the base on
 
@@ -57,7 +65,7 @@ class ChunkedHead:
         model: nn.Module,
         root: RootForward,
         device: torch.device,
-        direct: Callable[[], AbstractContextManager[Any]],
+        direct: Callable[[], AbstractContextManager[DirectLeaves]],
         chunk_tokens: Callable[[int, int], int],
     ) -> None:
         self.model = model
@@ -128,28 +136,55 @@ class ChunkedHead:
     # -- the two runs -----------------------------------------------------------------------------------------
 
     def run_base(self, batch: Mapping[str, Any]) -> tuple[Tensor, Any, Tensor | None]:
-        """(hidden states [batch, tokens, hidden], the base's whole output, auxiliary loss or None), with graphs."""
+        """(hidden states [batch, tokens, hidden], the base's whole output, auxiliary loss or None), with graphs.
+
+        Raises InseparableLossError where the loss of this batch is more than its chunks' and the auxiliary one."""
         mode = Mode("collect")
-        with mode.rest, self._mode(mode):
-            result = self.model(**batch)
-        if mode.random is not None:
-            mode.random.restore()  # as if the rest of the forward had not run yet
-        assert mode.hidden is not None
-        loss = result.loss
-        return mode.hidden, mode.template, loss if loss is not None and loss.requires_grad else None
+        try:
+            with mode.rest, self._mode(mode):
+                loss = self.model(**batch).loss
+            self._check_loss(mode, loss, batch["labels"])
+        except (MegaTrainError, InseparableLossError, torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:
+            if mode.hidden is None:
+                raise
+            # the model's own code, on one token: an error of the batch will come again with whole logits
+            raise InseparableLossError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+        assert mode.hidden is not None and mode.random is not None and mode.stand_in is not None
+        mode.random.restore()  # as if the rest of the forward had not run yet
+        return mode.hidden, mode.template, None if mode.stand_in.is_all_of(loss) else loss
+
+    @staticmethod
+    def _check_loss(mode: Mode, loss: Any, labels: Tensor) -> None:
+        """Raise InseparableLossError where chunks would not give `loss`, or not of these labels."""
+        if mode.stand_in is None or mode.token is None or mode.weights is None or mode.loss_calls != 1:
+            raise InseparableLossError(f"its loss_function is called {mode.loss_calls} times after its base model")
+        if not _are_labels(mode.arguments, labels):
+            raise InseparableLossError("its loss_function gets other labels than the batch has")
+        mode.stand_in.check(loss, [mode.token, *mode.weights.leaves.values()])
+
+    def give_up(self, reason: str) -> None:
+        """From here on whole logits are used."""
+        self.remove()
+        self.reason = reason
 
     def chunk_loss(
         self, hidden: Tensor, labels: Tensor, template: Any, batch: Mapping[str, Any], target_count: int
     ) -> Tensor:
-        """Loss of some tokens: sum over their targets / `target_count`. `labels` are shifted already."""
+        """Loss of some tokens: sum over their targets / `target_count`. `labels` are shifted already.
+
+        Raises InseparableLossError where the model's own forward adds to it what depends on these tokens."""
         if self.fused is not None and self.fused.takes(batch):
             return self.fused.chunk_loss(hidden, labels, target_count)
         rest = {k: v for k, v in batch.items() if k not in ("input_ids", "inputs_embeds", "labels")}
         rest = {k: v for k, v in rest.items() if not k.startswith("output_")}
         mode = Mode("stub", hidden=hidden, template=template, labels=labels, target_count=target_count)
         with self._mode(mode), self.root.capturing_off():
-            self.model(input_ids=labels.clamp(min=0), labels=labels, **rest)
+            result = self.model(input_ids=labels.clamp(min=0), labels=labels, **rest)
         assert mode.loss is not None
+        if mode.stand_in is not None:
+            mode.stand_in.check(result.loss, [hidden])
         return mode.loss
 
     def chunks(self, hidden: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor, slice]]:
@@ -195,8 +230,9 @@ class ChunkedHead:
             mode.template = self._base_forward(*args, **kwargs)
             mode.hidden = mode.template.last_hidden_state
             mode.random = RandomState(self.device)
-            mode.rest.enter_context(self._direct())  # the head's run on one token is thrown away
-            return _with_hidden(mode.template, mode.hidden[:, :1].detach())
+            mode.weights = mode.rest.enter_context(self._direct())  # the head's run on one token is thrown away
+            mode.token = mode.hidden[:, :1].detach().requires_grad_()
+            return _with_hidden(mode.template, mode.token)
         return _with_hidden(mode.template, mode.hidden)
 
     def _run_loss(self, logits: Tensor, labels: Any = None, vocab_size: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -205,22 +241,31 @@ class ChunkedHead:
             return self._loss_function(logits, labels, vocab_size, *args, **kwargs)
         mode.loss_calls += 1
         if mode.kind == "collect":
-            return logits.new_zeros((), dtype=torch.float32)
+            mode.arguments = {"labels": labels, **kwargs}
+            mode.stand_in = LossStandIn(zero_like_loss(logits))
+            return mode.stand_in.tensor
         if mode.kind == "probe":
             mode.loss = self._loss_function(logits, labels, vocab_size, *args, **kwargs)
             return mode.loss
         kwargs |= {"num_items_in_batch": mode.target_count, "shift_labels": mode.labels}
         mode.loss = self._loss_function(logits, None, vocab_size, *args, **kwargs)
-        return mode.loss
+        if not torch.is_grad_enabled():
+            return mode.loss
+        mode.stand_in = LossStandIn(mode.loss)
+        return mode.stand_in.tensor
 
     # -- the probe --------------------------------------------------------------------------------------------
 
     def _probe(self) -> str | None:
         """None where the chunked loss equals the model's own on random hidden states; else what went wrong."""
-        random = RandomState(self.device)
+        random, training = RandomState(self.device), {module: module.training for module in self.model.modules()}
         try:
             with torch.no_grad(), self.root.capturing_off():
-                return self._compare_losses()
+                for mode in (False, True):
+                    self.model.train(mode)
+                    if (reason := self._compare_losses()) is not None:
+                        return reason
+                return None
         except (CapacityError, torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:  # whatever the model's own code raises on a stand-in: it needs the real thing
@@ -228,6 +273,8 @@ class ChunkedHead:
         finally:
             self._local.mode = None
             random.restore()
+            for module, was in training.items():
+                module.training = was
 
     def _compare_losses(self) -> str | None:
         weight = next(_output_embeddings(self.model).parameters())
@@ -235,10 +282,14 @@ class ChunkedHead:
         hidden = torch.randn(1, 6, width, dtype=weight.dtype, device=self.device)
         labels = torch.randint(0, weight.shape[0], (1, 6), device=self.device)
         labels[0, 2] = IGNORED
-        with self._mode(Mode("probe", hidden=hidden)) as own:
-            result = self.model(input_ids=labels.clamp(min=0), labels=labels)
+        losses = []
+        for _ in range(2):
+            with self._mode(Mode("probe", hidden=hidden)) as own:
+                losses.append(float(self.model(input_ids=labels.clamp(min=0), labels=labels).loss))
         if own.loss_calls != 1 or own.loss is None:
             return "its loss does not come from its loss_function"
+        if self.model.training and losses[0] != losses[1]:
+            return None  # dropout before the head: values say nothing, and each chunk draws numbers of its own
         template = _ProbeOutput(last_hidden_state=hidden)
         shifted = shift_labels(labels)
         count = int((shifted != IGNORED).sum())
@@ -246,7 +297,7 @@ class ChunkedHead:
             self.chunk_loss(hidden[:, part], shifted[:, part], template, {}, count)
             for part in (slice(0, 3), slice(3, 6))
         ]
-        chunked, whole = float(sum(parts)), float(result.loss)
+        chunked, whole = float(sum(parts)), losses[0]
         tolerance = 1e-4 if weight.dtype == torch.float32 else 2e-2
         if not math.isclose(chunked, whole, rel_tol=tolerance):
             return f"its loss on a probe is {whole:.6f}, and in chunks {chunked:.6f}"
@@ -268,6 +319,15 @@ class _ProbeOutput(dict):  # type: ignore[type-arg]
 def shift_labels(labels: Tensor) -> Tensor:
     """Labels [batch, tokens] moved so that position t holds the target of token t; the last position has none."""
     return nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:].contiguous()
+
+
+def _are_labels(arguments: Mapping[str, Any], labels: Tensor) -> bool:
+    """Whether a loss function called so takes its targets from the batch's `labels`, and counts them itself."""
+    given, expected = arguments["labels"], labels
+    if arguments.get("shift_labels") is not None:
+        given, expected = arguments["shift_labels"], shift_labels(labels)
+    same = isinstance(given, Tensor) and (given is expected or torch.equal(given, expected))
+    return same and arguments.get("num_items_in_batch") is None
 
 
 def _with_hidden(template: Any, hidden: Tensor | None) -> Any:

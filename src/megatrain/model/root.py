@@ -9,6 +9,7 @@ from torch import nn
 
 from megatrain.errors import UnsupportedModelError
 from megatrain.model.foreign import ForeignTensorError
+from megatrain.model.stand_in import StandIn
 from megatrain.model.trees import CacheError
 
 _HOST = torch.device("cpu")
@@ -58,8 +59,21 @@ class RootForward:
         self.forward: Callable[..., Any] = model.forward
         self._configs = configurations(model)
         self._caches_off = False
+        self._stand_in: StandIn | None = None
+        self._removed = False
+
+    def install(self) -> None:
+        self._stand_in = StandIn(self.model, "forward", self)
+
+    def remove(self) -> None:
+        """Give the model its forward back. What somebody has wrapped around this one goes on calling it."""
+        self._removed = True
+        if self._stand_in is not None:
+            self._stand_in.remove()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._removed:
+            return self.forward(*args, **kwargs)
         self._flush()  # the model's own code may read any parameter, not only through the unit that owns it
         with self._forward_pass(_elements([*args, *kwargs.values()])), self._hiding():
             return self._call(tuple(map(self._moved, args)), {name: self._moved(v) for name, v in kwargs.items()})
@@ -117,34 +131,26 @@ def report_device(model: nn.Module, device: torch.device) -> Callable[[], None]:
     return undo
 
 
-def guard(model: nn.Module, device: torch.device) -> None:
+def guard(model: nn.Module, device: torch.device) -> list[StandIn]:
     """Refuse what would detach parameters from the host store, and make recomputation's rival a no-op.
 
     `.to(compute device)` does nothing (trainers call it); other moves, casts and copies raise in every submodule.
     """
+    guards = []
     for module in model.modules():
         if any(True for _ in module.parameters()):
-            module.__dict__["_apply"] = _Refusal(module)
-            module.__dict__["to"] = _To(module, device)
-            module.__dict__["__reduce_ex__"] = _NoCopy(module)  # what copy.deepcopy, pickle and torch.save ask
+            guards += [
+                StandIn(module, "_apply", _Refusal(module)),
+                StandIn(module, "to", _To(module, device)),
+                StandIn(module, "__reduce_ex__", _NoCopy(module)),  # what copy.deepcopy, pickle and torch.save ask
+            ]
     for name in ("gradient_checkpointing_enable", "activation_checkpointing_enable"):
         if hasattr(model, name):
-            model.__dict__[name] = _no_checkpointing
+            guards.append(StandIn(model, name, _no_checkpointing))
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False) is True:
             module.gradient_checkpointing = False  # type: ignore[assignment]
-
-
-def unguard(model: nn.Module) -> None:
-    for module in model.modules():
-        for name in (
-            "_apply",
-            "to",
-            "__reduce_ex__",
-            "gradient_checkpointing_enable",
-            "activation_checkpointing_enable",
-        ):
-            module.__dict__.pop(name, None)
+    return guards
 
 
 def _no_checkpointing(*_args: Any, **_kwargs: Any) -> None:

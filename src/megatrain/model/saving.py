@@ -35,9 +35,10 @@ def save_model(
 ) -> Path:
     """Write `model` to `folder` so that transformers' `from_pretrained` reads it back; returns the folder.
 
-    Floating parameters are written as `dtype` (rounded to nearest even), those that the model pins to float32
-    as float32, buffers as they are. `read_parameter(name, parameter)` returns the values to write, on any
-    device, in any floating dtype; it is called once per parameter, in the order of writing, and what it
+    Floating parameters are written as `dtype`, those that the model pins to float32 as float32, buffers as they
+    are. `read_parameter(name, parameter)` returns the values to write, on any device, in any floating dtype: one of
+    more precision is rounded to nearest even, one that is in `dtype` (an engine's bf16 weights, which it rounds
+    half away from zero) stays as it is. It is called once per parameter, in the order of writing, and what it
     returned is let go before the next group is read. Tied parameters are read once and written under the name
     that transformers expects. Of a module that is not transformers', `model.safetensors` holds its state dict
     under all its names.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,8 @@ from megatrain.model.trees import FlatTree, written_entries
 
 if TYPE_CHECKING:
     from megatrain.model.block import UnitCall, UnitForward
+
+_PAST_IT = ": what its forward has computed is differentiated past it; return the tensor from it"
 
 
 class UnitGraph:
@@ -42,6 +45,14 @@ class UnitGraph:
                 " torch.autograd.grad there"
             )
 
+    def refuse_backward(self) -> None:
+        """Nobody differentiates this run: a gradient that reaches its inputs or weights all the same, from an
+        activation that a hook has captured, would be lost."""
+        refuse = partial(_refuse_gradient, self.where)
+        for leaf in (*self.inputs, *self.leaves.values()):
+            if leaf.requires_grad:
+                leaf.register_hook(refuse)
+
     def differentiate(self, output_gradients: list[Tensor | None]) -> tuple[list[Tensor | None], dict[int, Tensor]]:
         """(gradient per input or None, gradient per slot index of parameters that got one)."""
         pairs = [
@@ -53,10 +64,12 @@ class UnitGraph:
         leaves = {index: leaf for index, leaf in self.leaves.items() if leaf.requires_grad}
         if not pairs or not (wanted or leaves):
             return [None] * len(self.inputs), {}
-        with self.computing(), _saying_what_checkpoints_lack(self.where):
+        with self.computing(), _saying_what_is_wrong(self.where):
             found = torch.autograd.grad(
                 [t for t, _ in pairs], [*wanted, *leaves.values()], [g for _, g in pairs], allow_unused=True
             )
+        if any(leaf.grad is not None for leaf in (*wanted, *leaves.values())):
+            raise UnsupportedModelError(self.where + _PAST_IT)
         by_input = iter(found[: len(wanted)])
         input_gradients = [next(by_input) if t.requires_grad else None for t in self.inputs]
         by_slot = zip(leaves, found[len(wanted) :], strict=True)
@@ -120,16 +133,22 @@ def _without_leaf_errors(block: "UnitForward", args: Any, kwargs: Any) -> Any:
 
 
 @contextmanager
-def _saying_what_checkpoints_lack(where: str) -> Iterator[None]:
+def _saying_what_is_wrong(where: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if "through the graph a second time" in str(error):
+            raise UnsupportedModelError(where + _PAST_IT) from error
         if "use_reentrant=True" not in str(error):
             raise
         raise UnsupportedModelError(
             f"{where}: it calls torch.utils.checkpoint with use_reentrant=True, which cannot give a unit's gradients by"
             " themselves; leave it out (the engine recomputes every unit anyway) or pass use_reentrant=False"
         ) from error
+
+
+def _refuse_gradient(where: str, _gradient: Tensor) -> None:
+    raise UnsupportedModelError(where + _PAST_IT)
 
 
 def leaf_of(tensor: Tensor, requires_grad: bool) -> Tensor:

@@ -150,7 +150,9 @@ class EngineOptimizer(torch.optim.Optimizer):
     """`engine.optimizer`: param groups over the host parameters, so that learning-rate schedulers and
     trainers work.
 
-    `step()` applies the gradients that the engine has gathered; `.grad` of the parameters stays None. The
+    `step()` applies the gradients that the engine has gathered, which `.grad` of the parameters shows
+    between `backward()` and `step()`, and drops them, so `zero_grad()` after it changes nothing. Unlike torch's
+    it does so also where `zero_grad()` is left out: gradients never add up over steps. The
     state of `state_dict()` are views of the host's memory, not copies, and torch's own casting of loaded
     state is bypassed.
     """
@@ -160,7 +162,18 @@ class EngineOptimizer(torch.optim.Optimizer):
     def __init__(self, groups: list[dict[str, Any]], setting: AdamW, host: OptimizerHost) -> None:
         self._host = host
         defaults = {"lr": setting.lr, "betas": setting.betas, "eps": setting.eps, "weight_decay": setting.weight_decay}
+        self._complete = False
         super().__init__(groups, defaults)
+        self._complete = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Raises ConfigError: groups are stated when the Engine is made."""
+        if self._complete:
+            raise ConfigError(
+                "optimizer: add_param_group was called, but the engine trains the parameters that its model had when it"
+                " was made; put them into the model, and groups into mt.AdamW(param_groups=...), and make a new Engine"
+            )
+        super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         loss = None

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatrain.arguments import OneLineParser
 from megatrain.errors import ConfigError, MegaTrainError
 from megatrain.sizes import format_bytes
 
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megatrain bench", description=__doc__.splitlines()[0])
+    parser = OneLineParser(prog="megatrain bench", description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="?", default="all", choices=("all", "memory", "speed"))
     parser.add_argument("--peers", default="torch", help="systems to compare with, separated by commas (torch)")
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp32"), help="default: bf16")

@@ -1,9 +1,16 @@
 """metrics.jsonl: one line per logged step, on disk as soon as it is written."""
 
+import contextlib
 import json
+import logging
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
+
+from megatrain.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 
 class StepStats(Protocol):
@@ -53,16 +60,41 @@ def metrics_line(step: int, lr: float, stats: StepStats) -> dict[str, Any]:
 
 
 class MetricsFile:
-    """Appends lines to `path`; each is flushed, so that a run that is killed keeps all of them."""
+    """Appends lines to `path`; each is written at once, so that a run that is killed keeps all of them.
+
+    A line that cannot be written (a full disk) is left out, and the first one is said: training, which may have taken
+    days, is worth more than an account of it. `lost` counts them. Raises ConfigError where the file cannot be made.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self.lost = 0
+        self._path = path
+        try:
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise ConfigError(f"output: cannot write to {str(path)!r}: {error.strerror}") from None
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line. A value that is not finite becomes null: JSON has no infinity."""
         finite = {name: _finite(value) for name, value in line.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._append((json.dumps(finite, allow_nan=False) + "\n").encode())
+        except OSError as error:
+            self.lost += 1
+            if self.lost == 1:
+                reason = f"{error.strerror}; training goes on without its lines until they can be written"
+                _log.warning("output: cannot write to %r: %s", str(self._path), reason)
+
+    def _append(self, data: bytes) -> None:
+        """All of `data` or nothing."""
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._file.truncate(end)
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -70,7 +102,8 @@ class MetricsFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def _finite(value: Any) -> Any:

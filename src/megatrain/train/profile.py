@@ -1,5 +1,6 @@
 """`--profile N`: some steps of a run as a timeline."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from megatrain.train.metrics import StepStats
 if TYPE_CHECKING:
     from megatrain.engine.engine import Engine
 
+_log = logging.getLogger(__name__)
 _FIRST_STEP = 2  # from 0: the first ones record the order of units and measure what graphs hold
 
 
@@ -38,7 +40,11 @@ class ProfiledEngine:
         return stats
 
     def finish(self) -> None:
-        """Write what there is: the run may end before the last step of the profile."""
-        if self._engine.device.trace is not None:
+        """Write what there is: the run may end before the last step of the profile. No run fails for want of it."""
+        if self._engine.device.trace is None:
+            return
+        try:
             self._engine.write_trace(self._path)
             self.written = True
+        except OSError as error:
+            _log.warning("output: cannot write %r: %s", str(self._path), error.strerror)

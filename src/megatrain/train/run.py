@@ -1,6 +1,7 @@
 """One run, from settings to a trained model on disk."""
 
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatrain.config import Config
 from megatrain.data.batches import StepBatches
+from megatrain.errors import MegaTrainError
+from megatrain.model.loading import one_line
 from megatrain.optim.schedules import learning_rate
 from megatrain.sizes import format_bytes
 from megatrain.train import build
@@ -63,7 +66,7 @@ def run(config: Config, *, replace: bool = False, profile_steps: int = 0) -> Run
     kernels = f", {engine.kernels}" if engine.device.torch_device.type != "cpu" else ""
     _say(f"{settings.config.model_type} with {parameters:,} parameters, {engine.precision} on {where}{kernels}")
 
-    with StopOnInterrupt() as stop:
+    with StopOnInterrupt() as stop, closing(folder):
         folder.create(config)
         try:
             result = _train(config, engine, data, folder, stop, profile_steps)
@@ -72,8 +75,7 @@ def run(config: Config, *, replace: bool = False, profile_steps: int = 0) -> Run
                 folder.discard()  # nothing of it was logged: there is nothing to keep
             raise
         if config.checkpoint.at_end:
-            engine.save_pretrained(folder.model, tokenizer=tokenizer)
-            _say(f"saved {folder.model}")
+            _save(engine, folder, tokenizer)
         if result.skipped:
             _say(f"warning: {result.skipped} steps had a gradient that was not finite and changed nothing")
         evaluation = _evaluate(config, engine, data, stop)
@@ -91,6 +93,16 @@ def _prepare_model(config: Config, folder: RunFolder) -> tuple[ModelSettings, "A
     check_fit(settings, vocabulary, config)
     try_out(config, settings, vocabulary)
     return settings, build.plan_training(config, settings, folder), tokenizer
+
+
+def _save(engine: "Engine", folder: RunFolder, tokenizer: Any) -> None:
+    try:
+        engine.save_pretrained(folder.model, tokenizer=tokenizer)
+    except MegaTrainError:
+        raise
+    except Exception as error:  # of a full disk, tokenizers' own writer raises nothing more exact
+        raise MegaTrainError(f"output: cannot save the model to {str(folder.model)!r}: {one_line(error)}") from error
+    _say(f"saved {folder.model}")
 
 
 def _evaluate(config: Config, engine: "Engine", data: build.Data, stop: StopOnInterrupt) -> Evaluation | None:
@@ -143,9 +155,12 @@ def _train(
             stop=stop,
             log_every=config.train.log_every,
         )
+        if metrics.lost:
+            _say(f"warning: {folder.metrics} lacks {metrics.lost} lines that could not be written")
     if profiled is not None:
         profiled.finish()
-        _say(f"wrote {folder.trace}; open it in ui.perfetto.dev")
+        if profiled.written:
+            _say(f"wrote {folder.trace}; open it in ui.perfetto.dev")
     return result
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from megatrain.config import Config, to_yaml
 from megatrain.errors import CapacityError, ConfigError
 from megatrain.sizes import format_bytes
+from megatrain.train.folder_lock import FolderLock
 
 _OWN_FILES = frozenset({"config.yaml", "metrics.jsonl", "model", "trace.json"})
 
@@ -68,7 +69,8 @@ class RunFolder:
 
     A folder with files in it is refused, unless `replace` is set and it holds a run and nothing else. Then
     the new run is written beside it, and takes its place only when `finish` is told that it is complete.
-    Nothing stays on disk before `create`. Raises ConfigError where the folder cannot be used.
+    Nothing stays on disk before `create`; from then on no other run can have the folder, until `finish` or `close`.
+    Raises ConfigError where the folder cannot be used.
     """
 
     def __init__(self, output: str, *, replace: bool = False) -> None:
@@ -76,6 +78,7 @@ class RunFolder:
         self.path = self.final
         """The folder that is written to; after `finish`, where the run is."""
         self._made: list[Path] = []
+        self._lock = FolderLock()
         if content := _content(self.final):
             if not replace:
                 raise ConfigError(f"output: {output!r} already holds files; give another folder or remove it")
@@ -111,23 +114,32 @@ class RunFolder:
             )
 
     def create(self, config: Config) -> None:
-        """Make the folder and write the complete settings into it."""
-        if self.path != self.final and self.path.exists():
-            shutil.rmtree(self.path)  # an earlier replacement that never became complete
+        """Make the folder and write the complete settings into it. Raises ConfigError where another run came first."""
+        settings = self.path / "config.yaml"
         try:
             self._made = make_folder(self.path)
-            (self.path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            self._lock.take(settings)
+            others = _content(self.path) - {settings.name}
+            if self.path != self.final:
+                _remove(self.path / name for name in others)  # an earlier replacement that never became complete
+            elif others or settings.stat().st_size:
+                self._lock.release()
+                raise ConfigError(f"output: {str(self.path)!r} has just got another run's files; give another folder")
+            settings.write_text(to_yaml(config), encoding="utf-8")
         except OSError as error:
+            self._lock.release()
             raise ConfigError(f"output: cannot write to folder {str(self.path)!r}: {error.strerror}") from None
 
     def discard(self) -> None:
         """Undo `create`: for a run that failed in its first step."""
         for file in (self.path / "config.yaml", self.metrics):
             file.unlink(missing_ok=True)
+        self._lock.release()
         _remove_folders(self._made)
 
     def finish(self, *, complete: bool) -> None:
         """Put a complete run in the place of the one it replaces; an incomplete one stays beside it."""
+        self.close()
         if self.path == self.final or not complete:
             return
         # a name of its own: `demo.old` may be somebody's
@@ -136,6 +148,18 @@ class RunFolder:
         os.rename(self.path, self.final)
         shutil.rmtree(old)
         self.path = self.final
+
+    def close(self) -> None:
+        """Nothing more is written: let other runs have the folder."""
+        self._lock.release()
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _content(folder: Path) -> set[str]:
