@@ -7,6 +7,7 @@ another way is fetched as it comes from there on, said once, and recorded anew.
 
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,12 @@ from megatrain.schedule.walk import Walk
 
 DEFAULT_SLOTS = 2  # one computes, the next one arrives
 _SMALL_UNIT_SHARE = 64  # units below this fraction of the largest have device memory of their own
+
+
+def small_units(unit_bytes: Mapping[int, int]) -> set[int]:
+    """Units that have device memory of their own: what they take is nothing beside a slot of the largest."""
+    largest = max(unit_bytes.values())
+    return {u for u, n in unit_bytes.items() if n * _SMALL_UNIT_SHARE <= largest}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +76,7 @@ class WeightStream(Weights):
         self._images = {unit.index: UnitImage.of(unit.index, unit.slots, store) for unit in part.units}
         self.unit_bytes = {u: image.n_bytes for u, image in self._images.items()}
         self._homes = {unit.index: sorted({slot.units[0] for slot in unit.slots}) for unit in part.units}
-        largest = max(self.unit_bytes.values())
-        self._small = {u for u, n in self.unit_bytes.items() if n * _SMALL_UNIT_SHARE <= largest}
+        self._small = small_units(self.unit_bytes)
         self._fixed_bytes = 0
         self._own = {u: self._new_slot(self.unit_bytes[u]) for u in sorted(self._small)}
         self._strays: DeviceSlot | None = None

@@ -60,7 +60,7 @@ class ChunkedHead:
         self.root = root
         self.device = device
         self._local = threading.local()
-        self.base = _base_of(model)
+        self.base = base_of(model)
         self.reason: str | None = None
         if self.base is None:
             self.reason = f"{type(model).__name__} has no base model, output embeddings and loss function of its own"
@@ -132,9 +132,7 @@ class ChunkedHead:
                 yield flat[:, part], targets[:, part].to(hidden.device, non_blocking=True), part
 
     def chunk_tokens(self) -> int:
-        """Tokens whose fp32 logits take about 16 MiB, in whole multiples of 64."""
-        vocabulary: int = max(p.shape[0] for p in _output_embeddings(self.model).parameters())
-        return max(64, _LOGITS_BYTES // (4 * vocabulary) // 64 * 64)
+        return chunk_tokens(max(p.shape[0] for p in _output_embeddings(self.model).parameters()))
 
     # -- stand-ins --------------------------------------------------------------------------------------------
 
@@ -213,6 +211,11 @@ class ChunkedHead:
         return None
 
 
+def chunk_tokens(vocabulary: int) -> int:
+    """Tokens whose fp32 logits take about 16 MiB, in whole multiples of 64."""
+    return max(64, _LOGITS_BYTES // (4 * vocabulary) // 64 * 64)
+
+
 class _ProbeOutput(dict):  # type: ignore[type-arg]
     """A base output of which only the hidden states exist: anything else reads as None."""
 
@@ -236,7 +239,7 @@ def _with_hidden(template: Any, hidden: Tensor | None) -> Any:
     return output
 
 
-def _base_of(model: nn.Module) -> nn.Module | None:
+def base_of(model: nn.Module) -> nn.Module | None:
     base = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
     embeddings = _output_embeddings(model) if hasattr(model, "get_output_embeddings") else None
     if not isinstance(base, nn.Module) or base is model or embeddings is None or not hasattr(model, "loss_function"):
