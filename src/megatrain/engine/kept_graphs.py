@@ -8,6 +8,7 @@ dropped afterwards; from the second step on as many of the last units keep their
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatrain.errors import ConfigError
@@ -84,12 +85,14 @@ class GraphMeter:
         self._measured = measured
         self._unit = unit
         self._seen = {t.untyped_storage().data_ptr() for t in given}
-        self._alive: list[Tensor] = []  # an address is only unique while its tensor lives
+        # an address is only unique while its memory lives. Of a tensor only the memory: the tensor itself knows the graph,
+        # which knows this hook, and nothing would ever free the three
+        self._alive: list[torch.UntypedStorage] = []
 
     def __call__(self, tensor: Tensor) -> Any:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
-            self._alive.append(tensor)
+            self._alive.append(storage)
             self._measured[self._unit] = self._measured.get(self._unit, 0) + storage.nbytes()
         return None

@@ -201,12 +201,12 @@ def working_bytes(workload: Workload, placement: Placement) -> int:
 
 
 def head_bytes(workload: Workload, micro_batch: int) -> int:
-    """The logits of a chunk in the model's precision and in fp32, their softmax and its gradient; and the gradient of
-    all hidden states beside them."""
+    """The logits of a chunk in the model's precision and in fp32, their softmax and its gradient; and beside them the
+    gradients of all hidden states and of the head's weights, of this chunk and of those before."""
     tokens = min(workload.chunk_tokens, micro_batch * workload.seq_len)
     hidden = max((u.inputs for u in workload.units), default=0) * micro_batch
     weights = sum(u.flops.matrix_elements for u in workload.units if u.index in workload.head) * workload.itemsize
-    return tokens * workload.vocabulary * (2 * workload.itemsize + 3 * 4) + 2 * hidden + weights
+    return tokens * workload.vocabulary * (2 * workload.itemsize + 3 * 4) + 2 * hidden + 2 * weights
 
 
 def _largest_sum(workload: Workload) -> int:

@@ -3,70 +3,73 @@
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from megatrain.device.base import ComputeDevice
+from megatrain.device.base import ComputeDevice, streams
 from megatrain.memory.arena import allocate_elements
 from megatrain.memory.limits import host_memory_limits
 from megatrain.memory.store import bits
 from megatrain.optim.adamw_kernels import Segment, adamw
 from megatrain.optim.compilation import compile_kernels
 from megatrain.optim.workers import Workers
-from megatrain.planner.hardware import Hardware
+from megatrain.planner.hardware import FIGURES, Hardware
 
 _MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}  # of square products
-_ADAMW_ELEMENTS = 8 << 20
-_COPY_BYTES = 256 << 20
-_NOT_MEASURED = "not measured: nothing here is planned for it"
+_ADAMW_ELEMENTS = 4 << 20
+_COPY_BYTES = 64 << 20
+_GUESSED_RATE = 1e11
+_GUESSED_BANDWIDTH = 10e9
 _GUESSED_NVME = 3e9
 
 
-def probe(device: ComputeDevice, precision: str, threads: int | None = None) -> Hardware:
-    """This machine with `device`. Takes a few seconds."""
+def describe_machine(device: ComputeDevice) -> Hardware:
+    """This machine with `device`: its memories as they are now; rates are guesses that nobody has measured."""
     limits = host_memory_limits()
-    kind = device.torch_device.type
-    on_gpu = kind == "cuda"
-    rate = _matmul_rate(device, precision)
-    up, down = _link(device.torch_device) if on_gpu else (1e12, 1e12)
-    host = _adamw_bandwidth(precision, threads or torch.get_num_threads())
-    memory = torch.cuda.mem_get_info(device.torch_device)[0] if on_gpu else getattr(device, "memory_bytes", None)
-    measured = "measured here, now"
     return Hardware(
         name="this machine",
         description=_describe(device),
-        device_memory=memory if hasattr(device, "up") else None,
-        matmul_flops=rate,
+        device_memory=(device.memory_bytes or limits.free_bytes) if streams(device) else None,
+        matmul_flops=_GUESSED_RATE,
         matmul_efficiency=1.0,
         attention_efficiency=0.5,
-        device_bandwidth=_copy_bandwidth(device.torch_device),
-        h2d_bandwidth=up,
-        d2h_bandwidth=down,
+        device_bandwidth=_GUESSED_BANDWIDTH,
+        h2d_bandwidth=_GUESSED_BANDWIDTH,
+        d2h_bandwidth=_GUESSED_BANDWIDTH,
         host_memory=limits.free_bytes,
-        host_bandwidth=host,
+        host_bandwidth=_GUESSED_BANDWIDTH,
         cores=os.cpu_count() or 1,
         nvme_read=_GUESSED_NVME,
         nvme_write=_GUESSED_NVME,
         watts=0.0,
         dollars_per_hour=0.0,
-        sources={
-            "device_memory": measured if on_gpu else "the host computes in its own memory",
-            "matmul_flops": f"{measured}, in {precision}",
+        sources=dict.fromkeys(FIGURES, "a guess")
+        | {
+            "device_memory": "what may be used of the device's",
             "matmul_efficiency": "what was measured is what is reached",
-            "attention_efficiency": "estimate",
-            "device_bandwidth": measured,
-            "h2d_bandwidth": measured if on_gpu else "there is no link",
-            "d2h_bandwidth": measured if on_gpu else "there is no link",
             "host_memory": "free now, within the control group's limit",
-            "host_bandwidth": f"{measured}, of the optimizer's kernel",
-            "nvme_read": _NOT_MEASURED,
-            "nvme_write": _NOT_MEASURED,
+            "cores": "of this machine",
             "watts": "not known",
             "dollars_per_hour": "not known",
         },
     )
+
+
+def probe(device: ComputeDevice, precision: str, threads: int | None = None) -> Hardware:
+    """As `describe_machine`, with measured rates. Takes a second or two."""
+    measured = {
+        "matmul_flops": _matmul_rate(device, precision),
+        "device_bandwidth": _copy_bandwidth(device.torch_device),
+        "host_bandwidth": _adamw_bandwidth(precision, threads or torch.get_num_threads()),
+    }
+    if device.torch_device.type == "cuda":
+        measured["h2d_bandwidth"], measured["d2h_bandwidth"] = _link(device.torch_device)
+    found = describe_machine(device)
+    sources = {**found.sources, **dict.fromkeys(measured, "measured here, now")}
+    return replace(found, **measured, sources=sources)  # type: ignore[arg-type]
 
 
 def best_seconds(run: Callable[[], object], device: torch.device, *, rounds: int = 3) -> float:

@@ -127,7 +127,8 @@ def _plan(
     workload = workload_at(config.data.seq_len)
     measured: Measured | None = None
     if hardware is None:
-        hardware, measured = measured_here(config, workload, config.engine.micro_batch)
+        device = setup.make_device(config.engine.device, precision, config.engine.device_memory)
+        hardware, measured = measured_here(config, workload, device)
     settings = plan_settings(
         config,
         micro_batch=config.engine.micro_batch if here or "engine.micro_batch" in named else None,

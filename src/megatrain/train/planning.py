@@ -1,18 +1,36 @@
-"""From a run's settings to its plan."""
+"""From a run's settings to its plan, and from the plan to what the run came to."""
 
+import json
 import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from megatrain.config import Config
+from megatrain.device.base import ComputeDevice
 from megatrain.engine import setup
+from megatrain.errors import CapacityError
+from megatrain.memory.arena import trim_freed_memory
+from megatrain.memory.limits import host_memory_limits, resident_bytes
 from megatrain.optim.adamw import AdamW
 from megatrain.planner.choose import Settings
 from megatrain.planner.durations import Measured
 from megatrain.planner.hardware import Hardware
 from megatrain.planner.measure import measure_units
+from megatrain.planner.placement import DEVICE, DEVICE_PROCESS_BYTES, HOST
 from megatrain.planner.plan import Plan, make_plan
-from megatrain.planner.probe import probe
+from megatrain.planner.probe import describe_machine, probe
+from megatrain.planner.report import plan_json
 from megatrain.planner.workload import Workload, build_workload
+from megatrain.sizes import format_bytes, format_seconds
+from megatrain.train.loop import TrainingEngine
+from megatrain.train.metrics import StepStats
+
+_UNSETTLED_STEPS = 3  # the first ones record the order of units, measure graphs and warm caches
 
 
 def workload_of(
@@ -31,9 +49,8 @@ def workload_of(
 
 def plan_settings(config: Config, **others: Any) -> Settings:
     """What the settings of a run say to the planner; `others` are Settings' own."""
-    sequences = max(1, math.ceil(config.tokens_per_step / config.data.seq_len))
     given: dict[str, Any] = {
-        "sequences": sequences,
+        "sequences": max(1, math.ceil(config.tokens_per_step / config.data.seq_len)),
         "micro_batch": config.engine.micro_batch,
         "slots": config.engine.slots,
         "clip_scope": config.train.clip_scope if config.train.clip_norm is not None else "none",
@@ -43,15 +60,95 @@ def plan_settings(config: Config, **others: Any) -> Settings:
     return Settings(**(given | others))
 
 
-def measured_here(config: Config, workload: Workload, micro_batch: int) -> tuple[Hardware, Measured]:
+class RunPlanner:
+    """Plans a run on this machine, with what the engine can carry out."""
+
+    def __init__(self, config: Config, model_config: Any, optimizer: AdamW) -> None:
+        engine = config.engine
+        precision = setup.resolve_precision(engine.precision, setup.make_device(engine.device))
+        self._config = config
+        self._device: ComputeDevice = setup.make_device(engine.device, precision, engine.device_memory)
+        self._workload = workload_of(config, model_config, precision, optimizer, seq_len=config.data.seq_len)
+
+    def require_fit(self) -> None:
+        """Raise CapacityError, naming the missing bytes, where the run does not fit into what is free now."""
+        self._plan(describe_machine(self._device), None)
+
+    def plan(self) -> Plan:
+        """The plan with measured times. Takes some seconds. Raises CapacityError as `require_fit` does."""
+        hardware, measured = measured_here(self._config, self._workload, self._device)
+        return self._plan(hardware, measured)
+
+    def _plan(self, hardware: Hardware, measured: Measured | None) -> Plan:
+        trim_freed_memory()  # as the engine does when it has been built
+        held = resident_bytes()
+        # what this process holds already is not free any more, and counts in its peak
+        hardware = replace(hardware, host_memory=host_memory_limits().free_bytes + held)
+        others: dict[str, Any] = {"process_bytes": held, "executable_only": True}
+        if hardware.device_memory is not None:
+            others["device_memory"] = hardware.device_memory
+        found = make_plan(self._workload, hardware, plan_settings(self._config, **others), measured=measured)
+        if not found.fits:
+            raise CapacityError(found.refusal())
+        return found
+
+
+def measured_here(config: Config, workload: Workload, device: ComputeDevice) -> tuple[Hardware, Measured]:
     """This machine's figures, and the model's units timed on it. Takes some seconds."""
-    device = setup.make_device(config.engine.device, workload.precision)
     hardware = probe(device, workload.precision, config.engine.threads)
-    return hardware, measure_units(workload, device, micro_batch, hardware.product_rate)
+    return hardware, measure_units(workload, device, config.engine.micro_batch, hardware.product_rate)
 
 
-def plan_run(config: Config, workload: Workload, process_bytes: int) -> Plan:
-    """The plan of a run on this machine, of what the engine can carry out. `process_bytes`: that the process holds."""
-    hardware, measured = measured_here(config, workload, config.engine.micro_batch)
-    settings = plan_settings(config, process_bytes=process_bytes, executable_only=True)
-    return make_plan(workload, hardware, settings, measured=measured)
+class WatchedEngine:
+    """The engine, noting what its steps took."""
+
+    def __init__(self, engine: TrainingEngine) -> None:
+        self._engine = engine
+        self._steps: list[StepStats] = []
+
+    def wrap(self, engine: TrainingEngine) -> None:
+        """From here on let `engine`, which stands around the one before, carry out the steps."""
+        self._engine = engine
+
+    def train_step(self, batches: Sequence[dict[str, Tensor]], lr: float | None = None) -> StepStats:
+        stats = self._engine.train_step(batches, lr=lr)
+        self._steps.append(stats)
+        return stats
+
+    def outcome(self, plan: Plan) -> dict[str, dict[str, float]]:
+        """Predicted and measured, by what was predicted; what could not be measured is left out."""
+        found: dict[str, dict[str, float]] = {}
+        if not self._steps:
+            return found
+        settled = self._steps[_UNSETTLED_STEPS:] or self._steps[-1:]
+        seconds = statistics.median(s.seconds for s in settled)
+        found["step_seconds"] = {"predicted": plan.simulation.step_seconds, "measured": seconds}
+        host = max(s.host_peak_bytes for s in self._steps)
+        found["host_peak_bytes"] = {"predicted": plan.peak_bytes(HOST), "measured": host}
+        device = max(s.device_peak_bytes for s in self._steps)
+        if device:
+            # what a CUDA context takes is beyond what the device counts
+            found["device_peak_bytes"] = {
+                "predicted": plan.peak_bytes(DEVICE) - DEVICE_PROCESS_BYTES,
+                "measured": device,
+            }
+        return found
+
+
+def outcome_lines(outcome: dict[str, dict[str, float]]) -> list[str]:
+    """Predicted against measured, for people."""
+    names = {"step_seconds": "step", "host_peak_bytes": "host peak", "device_peak_bytes": "device peak"}
+    lines = []
+    for key, values in outcome.items():
+        show = format_seconds if key.endswith("seconds") else format_bytes
+        off = values["predicted"] / values["measured"] - 1 if values["measured"] else 0.0
+        lines.append(
+            f"{names[key]}: predicted {show(values['predicted'])}, measured {show(values['measured'])} ({off:+.0%})"
+        )
+    return lines
+
+
+def write_plan(path: Path, plan: Plan, outcome: dict[str, dict[str, float]] | None = None) -> None:
+    """plan.json of a run's folder; with what was measured once that is known."""
+    content = plan_json(plan) | {"outcome": outcome}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
