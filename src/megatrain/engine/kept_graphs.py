@@ -85,7 +85,7 @@ class GraphMeter:
         self._measured = measured
         self._unit = unit
         self._seen = {t.untyped_storage().data_ptr() for t in given}
-        # an address is only unique while its memory lives. Of a tensor only the memory: the tensor itself knows the graph,
+        # an address is only unique while its memory lives. Of a tensor only that: the tensor itself knows the graph,
         # which knows this hook, and nothing would ever free the three
         self._alive: list[torch.UntypedStorage] = []
 

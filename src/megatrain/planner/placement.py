@@ -24,6 +24,9 @@ MOMENT_BLOCK = 256  # elements of int8 moments that share a scale
 BYTES_PER_TOKEN_ID = 16  # of a step's micro-batches: input_ids and labels in int64
 PROCESS_BYTES = 10**9  # Python, torch, kernels and the driver's share of host memory, where it cannot be measured
 DEVICE_PROCESS_BYTES = 600 * 10**6  # of a CUDA context and its libraries
+THREAD_BYTES = (
+    35 * 10**6
+)  # of each micro-batch's thread but the first: stacks and buffers of the math library (measured)
 NVME_UNITS_IN_FLIGHT = 2
 # what the engine carries out today; the rest is planned only
 EXECUTABLE_TIERS = frozenset({HOST})
@@ -132,7 +135,8 @@ def ledger(workload: Workload, placement: Placement, sequences: int, *, in_host_
         host["gradient sum"] = _largest_sum(workload)
         host["saved inputs"] = inputs
         host["kept graphs"] = kept_bytes(workload, placement, sequences)
-        host["working set"] = working_bytes(workload, placement)
+        host["working set"] = working_bytes(workload, placement, in_host_memory=True)
+        host["threads"] = THREAD_BYTES * (micro_batches(sequences, placement) - 1)
         return {HOST: _present(host)}
     device = _device_bytes(workload, placement, sequences)
     if placement.inputs_leave:
@@ -181,7 +185,7 @@ def _device_bytes(workload: Workload, placement: Placement, sequences: int) -> d
         "gradient staging": STAGING_BUFFERS * max(sent, default=0),
         "saved inputs and gradient sums": moving,
         "kept graphs": kept_bytes(workload, placement, sequences),
-        "working set": working_bytes(workload, placement),
+        "working set": working_bytes(workload, placement, in_host_memory=False),
         "process": DEVICE_PROCESS_BYTES,
     }
 
@@ -190,14 +194,17 @@ def kept_bytes(workload: Workload, placement: Placement, sequences: int) -> int:
     return sum(u.graph * sequences for u in workload.units if u.index in placement.kept)
 
 
-def working_bytes(workload: Workload, placement: Placement) -> int:
-    """While the most demanding unit is differentiated: its graph for one micro-batch, the gradients of its output and
-    input, its weights' gradient before it is added up; or a chunk of the head with its logits."""
-    most = 0
-    for unit in workload.units:
-        if unit.index not in workload.head:
-            most = max(most, placement.micro_batch * (unit.graph + 2 * unit.inputs) + unit.link_gradient_bytes)
-    return max(most, head_bytes(workload, placement.micro_batch))
+def working_bytes(workload: Workload, placement: Placement, *, in_host_memory: bool) -> int:
+    """While the most demanding unit is differentiated: its graph for one micro-batch, as much again for gradients
+    inside it, the gradients of its output and input, its weights' gradient before it is added up; or a chunk of the
+    head with its logits. In the C heap what the one has freed is of little use to the other (measured)."""
+    units = [
+        placement.micro_batch * (2 * unit.graph + 2 * unit.inputs) + unit.link_gradient_bytes
+        for unit in workload.units
+        if unit.index not in workload.head
+    ]
+    both = [max(units, default=0), head_bytes(workload, placement.micro_batch)]
+    return sum(both) if in_host_memory else max(both)
 
 
 def head_bytes(workload: Workload, micro_batch: int) -> int:
