@@ -243,7 +243,9 @@ def test_a_refusal_names_the_missing_bytes_and_what_fits() -> None:
     assert not short.fits and short.missing_bytes == 1000
     assert short.candidate.missing == {HOST: 1000}
     assert short.refusal().startswith("host memory: 1.00 kB missing: 156,096 parameters need ")
-    assert short.refusal().endswith("; it would fit with train.clip_scope unit")
+    assert short.refusal().endswith(
+        "; it would fit with train.clip_scope unit; or give fewer tokens per step (train.tokens_per_step)"
+    )
     assert [r.change for r in short.remedies] == ["train.clip_scope unit"]
 
 

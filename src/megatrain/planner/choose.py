@@ -32,6 +32,7 @@ class Settings:
     slots: int | None = None
     clip_scope: str = "global"
     moments: str = "fp32"
+    chunked: bool = False
     keep_graphs: str | int = "auto"
     device_memory: int | None = None
     host_memory: int | None = None
@@ -129,7 +130,13 @@ class _Chooser:
             for slots in all_slots if len(ways) > 1 else all_slots[:1]:
                 for inputs_leave in ways:
                     yield Placement(
-                        self.all_host, micro_batch, slots, inputs_leave, settings.moments, settings.clip_scope
+                        self.all_host,
+                        micro_batch,
+                        slots,
+                        inputs_leave,
+                        settings.moments,
+                        settings.clip_scope,
+                        chunked=settings.chunked,
                     )
 
     def _micro_batches(self) -> list[int]:

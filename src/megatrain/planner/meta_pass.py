@@ -4,7 +4,8 @@ Shapes are those of one sequence. Units that are alike (class, parameters, input
 others get the first one's results, which on the meta device have no values anyway.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,10 +21,11 @@ from megatrain.model.trees import FlatTree
 @dataclass(frozen=True, slots=True)
 class UnitRun:
     """One call of a unit over one sequence: bytes of its inputs that carry gradients, of what its graph holds beside
-    weights and inputs, and what it was called with."""
+    weights and inputs, of that what attention saves, and what it was called with."""
 
     input_bytes: int
     graph_bytes: int
+    attention_bytes: int = 0
     arguments: FlatTree | None = None
 
 
@@ -78,15 +80,24 @@ class _Recorder:
         key = (_kind_of(self.unit.module), tuple((t.shape, t.dtype) for t in arguments.tensors))
         if key not in self._seen:
             saved = _Saved([*arguments.tensors, *self.unit.module.parameters()])
-            with torch.autograd.graph.saved_tensors_hooks(saved, saved.unpack):
+            with torch.autograd.graph.saved_tensors_hooks(saved, saved.unpack), saved.watching(self.unit.module):
                 result = self.forward(*args, **kwargs)
             input_bytes = sum(t.nbytes for t in arguments.tensors if t.requires_grad)
-            self._seen[key] = UnitRun(input_bytes, saved.n_bytes, arguments), result
+            self._seen[key] = UnitRun(input_bytes, saved.n_bytes, saved.attention_bytes, arguments), result
         run, result = self._seen[key]
         if self.unit.index not in self.found.runs:
             self.found.order.append(self.unit.index)
             self.found.runs[self.unit.index] = run
         return result
+
+
+def attentions(module: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules in `module` that call themselves attention."""
+    if "attention" in type(module).__name__.lower():
+        yield module
+        return
+    for child in module.children():
+        yield from attentions(child)
 
 
 def _kind_of(module: nn.Module) -> Any:
@@ -100,7 +111,8 @@ class _Saved:
     """Adds up what a graph would hold, each memory once; `given` is held anyway."""
 
     def __init__(self, given: list[Tensor]) -> None:
-        self.n_bytes = 0
+        self.n_bytes = self.attention_bytes = 0
+        self._in_attention = False
         self._alive: list[Any] = [t.untyped_storage() for t in given]  # an address is one's own while it lives
         self._seen = {storage._cdata for storage in self._alive}
 
@@ -110,7 +122,27 @@ class _Saved:
             self._seen.add(storage._cdata)
             self._alive.append(storage)
             self.n_bytes += storage.nbytes()
+            self.attention_bytes += storage.nbytes() if self._in_attention else 0
         return tensor
+
+    @contextmanager
+    def watching(self, module: nn.Module) -> Iterator[None]:
+        """Tell apart what attention saves."""
+
+        def mark(inside: bool) -> Callable[..., None]:
+            def hook(*_: Any) -> None:
+                self._in_attention = inside
+
+            return hook
+
+        hooks = []
+        for attention in attentions(module):
+            hooks += [attention.register_forward_pre_hook(mark(True)), attention.register_forward_hook(mark(False))]
+        try:
+            yield
+        finally:
+            for one in hooks:
+                one.remove()
 
     @staticmethod
     def unpack(tensor: Tensor) -> Tensor:

@@ -31,13 +31,15 @@ NVME_UNITS_IN_FLIGHT = 2
 # what the engine carries out today; the rest is planned only
 EXECUTABLE_TIERS = frozenset({HOST})
 EXECUTABLE_MOMENTS = frozenset({"fp32"})
+EXECUTABLE_CHUNKS = False
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
     """`tiers` by unit (-1: stray parameters). `slots`: units of a size whose weights may be on the device at once.
     `inputs_leave`: saved inputs wait on the host. `clip_scope`: 'global' keeps all gradients until the norm is known;
-    'unit' and 'none' consume each as it is complete. `kept`: units that keep their graph instead of being run again."""
+    'unit' and 'none' consume each as it is complete. `kept`: units that keep their graph instead of being run again.
+    `chunked`: inside a unit all but attention runs over a part of the sequence at a time."""
 
     tiers: Mapping[int, str]
     micro_batch: int
@@ -46,6 +48,7 @@ class Placement:
     moments: str = "fp32"
     clip_scope: str = "global"
     kept: frozenset[int] = field(default_factory=frozenset)
+    chunked: bool = False
 
     @property
     def keeps_gradients(self) -> bool:
@@ -58,7 +61,9 @@ class Placement:
     def not_executable(self) -> list[str]:
         """What of it the engine cannot carry out yet."""
         reasons = [f"state in the tier {t}" for t in (DEVICE, NVME) if t not in EXECUTABLE_TIERS and self.units_in(t)]
-        return reasons + ([f"{self.moments} moments"] if self.moments not in EXECUTABLE_MOMENTS else [])
+        if self.moments not in EXECUTABLE_MOMENTS:
+            reasons.append(f"{self.moments} moments")
+        return [*reasons, "units in chunks of the sequence"] if self.chunked and not EXECUTABLE_CHUNKS else reasons
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,12 +204,18 @@ def working_bytes(workload: Workload, placement: Placement, *, in_host_memory: b
     inside it, the gradients of its output and input, its weights' gradient before it is added up; or a chunk of the
     head with its logits. In the C heap what the one has freed is of little use to the other (measured)."""
     units = [
-        placement.micro_batch * (2 * unit.graph + 2 * unit.inputs) + unit.link_gradient_bytes
+        placement.micro_batch * (2 * _graph_at_once(unit, placement) + 2 * unit.inputs) + unit.link_gradient_bytes
         for unit in workload.units
         if unit.index not in workload.head
     ]
     both = [max(units, default=0), head_bytes(workload, placement.micro_batch)]
     return sum(both) if in_host_memory else max(both)
+
+
+def _graph_at_once(unit: UnitWork, placement: Placement) -> int:
+    """In chunks, what is not attention is there for one of them only: beside attention there remain the residual
+    stream before it and after it."""
+    return min(unit.graph, unit.attention + 2 * unit.inputs) if placement.chunked else unit.graph
 
 
 def head_bytes(workload: Workload, micro_batch: int) -> int:

@@ -104,6 +104,8 @@ class Plan:
             )
         nearest = next((r for r in self.remedies if r.fits and r.executable), None)
         advice = f"; it would fit with {nearest.change}" if nearest else ""
+        if self.missing_bytes <= _bytes_of_context(self.ledger):
+            advice += "; or give fewer tokens per step (train.tokens_per_step)"
         return "; ".join(parts) + advice
 
 
@@ -165,6 +167,8 @@ def _changes(settings: Settings, *, streams: bool) -> Iterator[tuple[str, dict[s
         yield "int8 moments", {"moments": "int8"}
     if not settings.nvme and streams:
         yield "optimizer state on NVMe", {"nvme": _ALL_THE_NVME}
+    if not settings.chunked and streams:
+        yield "units in chunks of the sequence", {"chunked": True}
 
 
 def _tried(change: str, missing: int, found: Candidate) -> Remedy:

@@ -37,6 +37,7 @@ def plan_json(plan: Plan, tokens: int | None = None) -> dict[str, Any]:
             "moments": placement.moments,
             "clip_scope": placement.clip_scope,
             "kept_graphs": len(placement.kept),
+            "chunked": placement.chunked,
         },
         "bytes_per_parameter": plan.bytes_per_parameter,
         "step_seconds": simulation.step_seconds,
@@ -95,9 +96,9 @@ def print_plan(plan: Plan, tokens: int | None = None, stream: TextIO | None = No
     """Short tables, no wider than 100 columns."""
     console = Console(file=stream, width=100, highlight=False, soft_wrap=True, color_system=None)
     workload = plan.workload
-    active = f", {workload.active_parameters / 1e9:.2f} B active" if _is_sparse(plan) else ""
+    active = f", {_count(workload.active_parameters)} active" if _is_sparse(plan) else ""
     console.print(
-        f"{workload.name}: {workload.parameters / 1e9:.2f} B parameters{active}, {workload.precision}, on "
+        f"{workload.name}: {_count(workload.parameters)} parameters{active}, {workload.precision}, on "
         f"{plan.hardware.description or plan.hardware.name}"
     )
     console.print(
@@ -111,6 +112,10 @@ def print_plan(plan: Plan, tokens: int | None = None, stream: TextIO | None = No
     _print_verdict(console, plan)
     console.print(_time_table(plan))
     _print_speed(console, plan, tokens)
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.2f} M"
 
 
 def _is_sparse(plan: Plan) -> bool:
@@ -148,7 +153,7 @@ def _placement_lines(plan: Plan) -> str:
     if placement.kept:
         parts.append(f"{len(placement.kept)} graphs kept")
     parts += [f"{placement.moments} moments", f"clipping: {placement.clip_scope}"]
-    return f"{'; '.join(parts)}. {plan.bytes_per_parameter:.2f} bytes per parameter of state"
+    return f"{'; '.join(parts)}\n{plan.bytes_per_parameter:.2f} bytes per parameter of state"
 
 
 def _print_verdict(console: Console, plan: Plan) -> None:

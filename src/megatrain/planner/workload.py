@@ -1,7 +1,7 @@
 """A model as a plan sees it: for each unit its bytes, laid out by the engine's own functions, and what it computes."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,7 @@ from megatrain.model.loading import build_on_meta
 from megatrain.model.partition import ParameterSlot, Partition, Unit, partition
 from megatrain.optim.adamw import AdamW
 from megatrain.planner.flops import UnitFlops
-from megatrain.planner.meta_pass import MetaPass, UnitRun, run_on_meta
+from megatrain.planner.meta_pass import MetaPass, UnitRun, attentions, run_on_meta
 
 _ROUTED_EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -32,7 +32,8 @@ class UnitWork:
     """One unit. Bytes of its state are in `slabs`; `image_bytes` are its weights in a device slot, those that are homed
     in other units included; `copied_bytes` is what of them crosses the link; `link_gradient_bytes` what leaves as its
     gradient, `staging_bytes` with every parameter on a cache line of its own. `inputs` and `graph` are bytes that one
-    sequence leaves: what it keeps from forward to backward, and what its graph holds beside that."""
+    sequence leaves: what it keeps from forward to backward, what its graph holds beside that, and of
+    that what attention saves."""
 
     index: int
     name: str
@@ -45,6 +46,7 @@ class UnitWork:
     flops: UnitFlops
     inputs: int
     graph: int
+    attention: int
     reads: tuple[int, ...]
 
     @property
@@ -191,6 +193,7 @@ def _unit_work(
         flops=_unit_flops(unit, expert_share, text),
         inputs=run.input_bytes,
         graph=run.graph_bytes,
+        attention=run.attention_bytes,
         reads=tuple(sorted({s.units[0] for s in unit.slots})),
     )
 
@@ -214,6 +217,7 @@ def _strays_work(
         flops=UnitFlops(0),
         inputs=0,
         graph=0,
+        attention=0,
         reads=(ALL_UNITS_STRAY,),
     )
 
@@ -236,20 +240,11 @@ def _unit_flops(unit: Unit, expert_share: float, text: Any) -> UnitFlops:
         if matrix and not attribute.endswith("bias"):
             elements += slot.parameter.numel() * (expert_share if _ROUTED_EXPERTS.search(slot.name) else 1.0)
     width, window = 0, None
-    for module in _attentions(unit.module):
+    for module in attentions(unit.module):
         width += _attention_width(module, text)
         found = getattr(module, "sliding_window", None)
         window = found if isinstance(found, int) and found > 0 else window
     return UnitFlops(round(elements), width, window)
-
-
-def _attentions(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost modules below that call themselves attention."""
-    if "attention" in type(module).__name__.lower():
-        yield module
-        return
-    for child in module.children():
-        yield from _attentions(child)
 
 
 def _attention_width(module: nn.Module, text: Any) -> int:

@@ -4,7 +4,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +33,12 @@ def plan_command(known: argparse.Namespace, overrides: Sequence[tuple[str, str]]
     options = _options(known)
     settings = _settings(known.what)
     override(settings, overrides)
-    named = {f"{section}.{key}" for section, keys in settings.items() if isinstance(keys, dict) for key in keys}
     _take_options(settings, options)
+    found = _model(settings)
+    chooses_micro_batch = "micro_batch" not in _section(settings, "engine")
+    _take_defaults(settings, found.config)
     config = parse_config(settings, for_training=False)
-    found = _model(config)
-    config = _with_defaults(config, found.config, named, options)
-    plan = _plan(config, found, known, options, named)
+    plan = _plan(config, found, known, options, chooses_micro_batch=chooses_micro_batch)
     if known.timeline is not None:
         _write(plan, Path(known.timeline))
     if known.json:
@@ -83,43 +82,52 @@ def _settings(what: str) -> dict[str, Any]:
     return {"model": {"path": what}}
 
 
+def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """A section of the settings, made where there is none. What is no section is left for the check of all settings."""
+    if settings.get(name) is None:
+        settings[name] = {}
+    return settings[name] if isinstance(settings[name], dict) else {}
+
+
 def _take_options(settings: dict[str, Any], options: dict[str, Any]) -> None:
     """Options that are another way to say what a key says."""
     for name, section in (("seq_len", "data"), ("tokens_per_step", "train"), ("device_memory", "engine")):
         if name in options:
-            if not isinstance(settings.get(section), dict):
-                settings[section] = {}
-            settings[section][name] = options[name]
+            _section(settings, section)[name] = options[name]
 
 
-def _model(config: Config) -> ModelSettings:
+def _model(settings: dict[str, Any]) -> ModelSettings:
     """The model's configuration, with the vocabulary of its tokenizer where that is known without text."""
+    config = parse_config({"model": settings.get("model")}, for_training=False)
     found = read_model_settings(config)
     if config.model.tokenizer is not None:
         found.fit(planned_vocabulary(config, given_tokenizer(config)))
     return found
 
 
-def _with_defaults(config: Config, model_config: Any, named: set[str], options: dict[str, Any]) -> Config:
-    """With a sequence length and tokens per step where neither a file nor an option gave them."""
-    seq_len, tokens = config.data.seq_len, config.train.tokens_per_step
-    if "data.seq_len" not in named and "seq_len" not in options:
-        text = model_config.get_text_config()
-        longest = getattr(text, "max_position_embeddings", None)
-        seq_len = min(_SEQ_LEN, longest) if isinstance(longest, int) and longest > 1 else _SEQ_LEN
-    if tokens is None:
-        tokens = max(1, _TOKENS_PER_STEP // (seq_len * config.engine.micro_batch)) * seq_len * config.engine.micro_batch
-    return replace(
-        config, data=replace(config.data, seq_len=seq_len), train=replace(config.train, tokens_per_step=tokens)
-    )
+def _take_defaults(settings: dict[str, Any], model_config: Any) -> None:
+    """A sequence length and tokens per step where neither a file nor an option gave them: a plan's own defaults."""
+    data, train, engine = (_section(settings, name) for name in ("data", "train", "engine"))
+    longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    data.setdefault("seq_len", min(_SEQ_LEN, longest) if isinstance(longest, int) and longest > 1 else _SEQ_LEN)
+    if train.get("tokens_per_step") is None:
+        together = parse_config(
+            {"model": settings["model"], "data": data, "engine": engine}, for_training=False
+        ).tokens_per_step
+        train["tokens_per_step"] = max(1, _TOKENS_PER_STEP // together) * together
 
 
 def _plan(
-    config: Config, found: ModelSettings, known: argparse.Namespace, options: dict[str, Any], named: set[str]
+    config: Config,
+    found: ModelSettings,
+    known: argparse.Namespace,
+    options: dict[str, Any],
+    *,
+    chooses_micro_batch: bool,
 ) -> Plan:
-    here = known.hardware is None
-    hardware = None if here else load_hardware(known.hardware)
+    hardware = None if known.hardware is None else load_hardware(known.hardware)
     precision = _precision(config, hardware)
+    chooses_micro_batch &= hardware is not None  # units are timed with the micro-batch that is set
 
     def workload_at(seq_len: int) -> Workload:
         return workload_of(config, found.config, precision, seq_len=seq_len, name=_name(known.what, found))
@@ -131,10 +139,11 @@ def _plan(
         hardware, measured = measured_here(config, workload, device)
     settings = plan_settings(
         config,
-        micro_batch=config.engine.micro_batch if here or "engine.micro_batch" in named else None,
+        micro_batch=None if chooses_micro_batch else config.engine.micro_batch,
         host_memory=options.get("host_memory"),
         nvme=options.get("nvme", 0),
         moments=known.moments,
+        chunked=known.chunked,
     )
     return make_plan(workload, hardware, settings, measured=measured, at_length=workload_at)
 
