@@ -130,14 +130,15 @@ def _remedies(
     found: Candidate,
     at_length: Callable[[int], Workload] | None,
 ) -> Iterator[Remedy]:
-    """Each change alone, in this order; where none of them is enough, all together so far."""
+    """Each change alone that saves something, in this order; where none of them is enough, all together so far."""
     missing = sum(found.missing.values())
     changes = list(_changes(settings, streams=not hardware.computes_in_host_memory))
     enough = False
     for name, change in changes:
         remedy = _tried(name, missing, choose(workload, hardware, replace(settings, **change)))
         enough |= remedy.fits
-        yield remedy
+        if remedy.saves_bytes > 0:
+            yield remedy
     if at_length is not None and missing <= _bytes_of_context(found.ledger):
         for remedy in _shorter(workload, hardware, settings, missing, at_length):
             enough |= remedy.fits
