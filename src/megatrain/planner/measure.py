@@ -32,6 +32,8 @@ def measure_units(workload: Workload, device: ComputeDevice, micro_batch: int, p
         times = by_kind[kind]
         if times is not None:
             timed[work.index] = times
+    if device.torch_device.type == "cuda":
+        torch.cuda.empty_cache()  # for the engine, whose blocks have other sizes
     return Measured(timed)
 
 

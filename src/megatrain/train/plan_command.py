@@ -19,7 +19,7 @@ from megatrain.planner.workload import Workload
 from megatrain.sizes import parse_count
 from megatrain.train.build import given_tokenizer, planned_vocabulary
 from megatrain.train.model_settings import ModelSettings, read_model_settings
-from megatrain.train.planning import measured_here, plan_settings, workload_of
+from megatrain.train.planning import measured_here, plan_settings, usable_here, workload_of
 from megatrain.train.run_folder import model_folder
 from megatrain.yaml_file import read_yaml
 
@@ -134,12 +134,14 @@ def _plan(
 
     workload = workload_at(config.data.seq_len)
     measured: Measured | None = None
+    device_memory = config.engine.device_memory
     if hardware is None:
-        device = setup.make_device(config.engine.device, precision, config.engine.device_memory)
-        hardware, measured = measured_here(config, workload, device)
+        hardware, measured = measured_here(config, workload, setup.make_device(config.engine.device, precision))
+        device_memory = usable_here(config, hardware)
     settings = plan_settings(
         config,
         micro_batch=None if chooses_micro_batch else config.engine.micro_batch,
+        device_memory=device_memory,
         host_memory=options.get("host_memory"),
         nvme=options.get("nvme", 0),
         moments=known.moments,

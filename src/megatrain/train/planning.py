@@ -67,7 +67,7 @@ class RunPlanner:
         engine = config.engine
         precision = setup.resolve_precision(engine.precision, setup.make_device(engine.device))
         self._config = config
-        self._device: ComputeDevice = setup.make_device(engine.device, precision, engine.device_memory)
+        self._device: ComputeDevice = setup.make_device(engine.device, precision)
         self._workload = workload_of(config, model_config, precision, optimizer, seq_len=config.data.seq_len)
 
     def require_fit(self) -> None:
@@ -84,13 +84,21 @@ class RunPlanner:
         held = resident_bytes()
         # what this process holds already is not free any more, and counts in its peak
         hardware = replace(hardware, host_memory=host_memory_limits().free_bytes + held)
-        others: dict[str, Any] = {"process_bytes": held, "executable_only": True}
-        if hardware.device_memory is not None:
-            others["device_memory"] = hardware.device_memory
-        found = make_plan(self._workload, hardware, plan_settings(self._config, **others), measured=measured)
+        settings = plan_settings(
+            self._config,
+            device_memory=usable_here(self._config, hardware),
+            process_bytes=held,
+            executable_only=True,
+        )
+        found = make_plan(self._workload, hardware, settings, measured=measured)
         if not found.fits:
             raise CapacityError(found.refusal())
         return found
+
+
+def usable_here(config: Config, hardware: Hardware) -> int | None:
+    """Device memory that a run on this machine may use: as it is set, or what the device itself says."""
+    return config.engine.device_memory or hardware.device_memory
 
 
 def measured_here(config: Config, workload: Workload, device: ComputeDevice) -> tuple[Hardware, Measured]:
