@@ -334,3 +334,15 @@ def test_a_wrong_figure_is_named(change: dict[str, Any], message: str) -> None:
 def test_sizes_are_whole_cache_lines() -> None:
     """Else bytes in slots and bytes on the link would differ, and the equality above would be luck."""
     assert all(u.copied_bytes % ALIGNMENT_BYTES == 0 for u in workload("fp32").units)
+
+
+def test_a_given_limit_is_one_on_what_the_engine_allocates() -> None:
+    """What a CUDA context takes comes off only where the limit is the whole device's memory."""
+    assert "process" in plan(workload(), machine()).ledger[DEVICE]
+    assert "process" not in plan(workload(), machine(), device_memory=10**9).ledger[DEVICE]
+
+
+def test_many_small_micro_batches_are_not_refused_for_their_threads() -> None:
+    work = workload()
+    held = [ledger(work, placed(work), n, in_host_memory=True, process=0)[HOST]["threads"] for n in (20, 10_000)]
+    assert held[0] == held[1]

@@ -13,7 +13,17 @@ from megatrain.engine.kept_graphs import graph_budget, last_that_fit
 from megatrain.engine.weight_stream import DEFAULT_SLOTS
 from megatrain.planner.durations import Measured, durations
 from megatrain.planner.hardware import Hardware
-from megatrain.planner.placement import DEVICE, HOST, NVME, PROCESS_BYTES, Ledger, Placement, ledger, step_schedule
+from megatrain.planner.placement import (
+    DEVICE,
+    DEVICE_PROCESS_BYTES,
+    HOST,
+    NVME,
+    PROCESS_BYTES,
+    Ledger,
+    Placement,
+    ledger,
+    step_schedule,
+)
 from megatrain.planner.simulate import Simulation, simulate
 from megatrain.planner.workload import Workload
 
@@ -112,6 +122,8 @@ class _Chooser:
             self.settings.sequences,
             in_host_memory=self.hardware.computes_in_host_memory,
             process=self.settings.process_bytes,
+            # a limit that is given is one on what the engine allocates
+            device_process=DEVICE_PROCESS_BYTES if self.settings.device_memory is None else 0,
         )
 
     def missing(self, bytes_needed: Ledger) -> dict[str, int]:

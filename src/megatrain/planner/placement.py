@@ -28,6 +28,7 @@ THREAD_BYTES = (
     35 * 10**6
 )  # of each micro-batch's thread but the first: stacks and buffers of the math library (measured)
 HEAP_GAPS = 0.2  # of kept graphs in the C heap, between what stays and what has gone (measured: 0 to 0.3)
+_MOST_THREADS = 8  # for which that was measured; an allowance must not refuse a run of many small micro-batches
 NVME_UNITS_IN_FLIGHT = 2
 # what the engine carries out today; the rest is planned only
 EXECUTABLE_TIERS = frozenset({HOST})
@@ -130,9 +131,17 @@ def _leaving_gradients(workload: Workload, placement: Placement) -> tuple[dict[i
     return gradients, readers
 
 
-def ledger(workload: Workload, placement: Placement, sequences: int, *, in_host_memory: bool, process: int) -> Ledger:
+def ledger(
+    workload: Workload,
+    placement: Placement,
+    sequences: int,
+    *,
+    in_host_memory: bool,
+    process: int,
+    device_process: int = 0,
+) -> Ledger:
     """Bytes by tier and category while a step of `sequences` runs. `in_host_memory`: the host is its own device.
-    `process`: what the process holds of host memory beside all this."""
+    `process`: what the process holds of host memory beside all this, `device_process` of the device's."""
     host = _host_state(workload, placement)
     host["token ids"] = sequences * workload.seq_len * BYTES_PER_TOKEN_ID
     host["process"] = process
@@ -142,9 +151,10 @@ def ledger(workload: Workload, placement: Placement, sequences: int, *, in_host_
         host["saved inputs"] = inputs
         host["kept graphs"] = int(kept_bytes(workload, placement, sequences) * (1 + HEAP_GAPS))
         host["working set"] = working_bytes(workload, placement, in_host_memory=True)
-        host["threads"] = THREAD_BYTES * (micro_batches(sequences, placement) - 1)
+        host["threads"] = THREAD_BYTES * min(micro_batches(sequences, placement) - 1, _MOST_THREADS)
         return {HOST: _present(host)}
     device = _device_bytes(workload, placement, sequences)
+    device["process"] = device_process
     if placement.inputs_leave:
         schedule, _ = step_schedule(workload, placement, sequences)
         host["saved inputs"] = sum(op.n_bytes for op in schedule.operations if op.kind.value == "save")
@@ -192,7 +202,6 @@ def _device_bytes(workload: Workload, placement: Placement, sequences: int) -> d
         "saved inputs and gradient sums": moving,
         "kept graphs": kept_bytes(workload, placement, sequences),
         "working set": working_bytes(workload, placement, in_host_memory=False),
-        "process": DEVICE_PROCESS_BYTES,
     }
 
 

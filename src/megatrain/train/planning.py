@@ -21,7 +21,7 @@ from megatrain.planner.choose import Settings
 from megatrain.planner.durations import Measured
 from megatrain.planner.hardware import Hardware
 from megatrain.planner.measure import measure_units
-from megatrain.planner.placement import DEVICE, DEVICE_PROCESS_BYTES, HOST
+from megatrain.planner.placement import DEVICE, HOST
 from megatrain.planner.plan import Plan, make_plan
 from megatrain.planner.probe import describe_machine, probe
 from megatrain.planner.report import plan_json
@@ -135,11 +135,7 @@ class WatchedEngine:
         found["host_peak_bytes"] = {"predicted": plan.peak_bytes(HOST), "measured": host}
         device = max(s.device_peak_bytes for s in self._steps)
         if device:
-            # what a CUDA context takes is beyond what the device counts
-            found["device_peak_bytes"] = {
-                "predicted": plan.peak_bytes(DEVICE) - DEVICE_PROCESS_BYTES,
-                "measured": device,
-            }
+            found["device_peak_bytes"] = {"predicted": plan.peak_bytes(DEVICE), "measured": device}
         return found
 
 
