@@ -277,12 +277,12 @@ def test_state_goes_to_nvme_only_where_that_is_allowed() -> None:
 def test_a_shorter_context_is_offered_where_it_is_what_is_missing() -> None:
     work = workload(seq_len=512)
     needed = ledger(work, placed(work, inputs_leave=True, slots=1), 1, in_host_memory=False, process=0)[DEVICE]
-    limits = {"device_memory": int(sum(needed.values()) * 0.9985), "sequences": 1}
+    limits = {"device_memory": int(sum(needed.values()) * 0.9), "sequences": 1}
     found = make_plan(
         work, machine(), Settings(**limits, process_bytes=0), at_length=lambda seq_len: workload(seq_len=seq_len)
     )
     assert not found.fits
-    assert [r.change for r in found.remedies if r.fits] == ["sequences of 256 tokens"]
+    assert "sequences of 256 tokens" in [r.change for r in found.remedies if r.fits]
 
 
 def test_micro_batches_divide_a_step() -> None:
