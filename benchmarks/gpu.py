@@ -16,7 +16,7 @@ Parts, in this order:
     models   training steps of models with random weights, by tokens per sequence and per step
 
 Every number is appended to benchmarks/results.csv as soon as it is there. GB is 10^9 bytes. Model operations are those
-a step takes without repetition, hardware operations include what is computed again (megatrain/train/flops.py).
+a step takes without repetition, hardware operations include what is computed again (megatrain/planner/flops.py).
 
 Expected on an H200 whose link carries 55 GB/s, written down before the first run:
   - from 32k tokens per step on, hardware operations at 70% or more of the matmul peak, for 3B and 8B;
@@ -79,8 +79,8 @@ from megatrain.optim.adamw_kernels import Segment, adamw  # noqa: E402
 from megatrain.optim.compilation import compile_kernels  # noqa: E402
 from megatrain.optim.gradient_kernels import square_sum  # noqa: E402
 from megatrain.optim.workers import Workers  # noqa: E402
+from megatrain.planner.flops import Shape, step_flops  # noqa: E402
 from megatrain.sizes import format_bytes  # noqa: E402
-from megatrain.train.flops import Shape, step_flops  # noqa: E402
 
 PARTS = ("check", "link", "matmul", "adamw", "models")
 WARM_UP_STEPS = 2  # the first records the order of units, the second allocates for the schedule made of it

@@ -80,10 +80,16 @@ def _dispatch(arguments: list[str], environment: dict[str, str]) -> int:
     overrides: list[tuple[str, str]] = []
     if arguments[:1] in (["train"], ["demo"]):
         arguments, overrides = _take_overrides(arguments)
+    elif arguments[:1] == ["plan"]:
+        arguments, overrides = _take_dotted_overrides(arguments)
     known = parser.parse_args(arguments)
     if known.command in ("train", "demo"):
         command = _demo if known.command == "demo" else _train
         return command(known.config, overrides, known.profile)
+    if known.command == "plan":
+        from megatrain.train.plan_command import plan_command
+
+        return DONE if plan_command(known, overrides) else FAILED
     if known.command == "generate":
         return _generate(known)
     if known.command == "export":
@@ -118,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--profile", type=_at_least(1), default=0, metavar="N", help="write a timeline of N steps to trace.json"
         )
+    _add_plan(commands)
     generate = commands.add_parser("generate", help="let a model write text", allow_abbrev=False)
     generate.add_argument("folder", type=_path, metavar="FOLDER", help="a run's folder or a transformers folder")
     generate.add_argument("--prompt", required=True, type=_text, help="text to go on from")
@@ -135,6 +142,43 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print one JSON object; null is unknown")
     commands.add_parser("bench", help="measure speed and memory", add_help=False)
     return parser
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="say what a model needs, where it would go and how long a step would take",
+        usage="megatrain plan CONFIG.yaml|FOLDER|CONFIG.json|HUB-ID [options] [--section.key value ...]",
+        description="Exit code: 0 where it fits, 1 where it does not (the plan is printed), 2 for bad usage.",
+        allow_abbrev=False,
+    )
+    plan.add_argument("what", type=_path, metavar="MODEL", help="a run's settings, or a model: file, folder or hub id")
+    plan.add_argument(
+        "--hardware", metavar="NAME|FILE.yaml", help="a machine: a profile or a file of its keys; default: this one"
+    )
+    plan.add_argument("--host-memory", metavar="SIZE", help="host memory that may be used, such as 1.5TB")
+    plan.add_argument("--device-memory", metavar="SIZE", help="device memory that may be used")
+    plan.add_argument("--nvme", metavar="SIZE", help="NVMe that optimizer state may take; default: none")
+    plan.add_argument("--moments", choices=("fp32", "int8"), default="fp32", help="how both moments are held")
+    plan.add_argument("--chunked", action="store_true", help="units in chunks of the sequence, all but attention")
+    plan.add_argument("--tokens", metavar="N", help="say what so many tokens take, such as 10B")
+    plan.add_argument("--seq-len", metavar="N", help="tokens per sequence")
+    plan.add_argument("--tokens-per-step", metavar="N", help="tokens per optimizer step")
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
+    plan.add_argument("--timeline", metavar="OUT.json", help="write the predicted step for ui.perfetto.dev")
+
+
+def _take_dotted_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """As `_take_overrides`, where a command has options of its own: an override has a dot in its name."""
+    others: list[str] = []
+    pairs: list[tuple[str, str]] = []
+    words = iter(arguments)
+    for word in words:
+        if word.startswith("--") and "." in word.partition("=")[0]:
+            pairs += _take_overrides([word] if "=" in word else [word, *[w for w in [next(words, None)] if w]])[1]
+        else:
+            others.append(word)
+    return others, pairs
 
 
 def _take_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]]]:

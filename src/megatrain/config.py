@@ -294,17 +294,18 @@ def load_config(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> 
     its value and what would be right.
     """
     settings = read_yaml(path)
-    _refuse_repetition([name for name, _ in overrides])
-    for name, text in overrides:
-        _override(settings, name, text)
+    override(settings, overrides)
     settings.setdefault("output", None)
     if settings["output"] is None:
         settings["output"] = f"runs/{Path(path).stem}"
     return parse_config(settings)
 
 
-def parse_config(settings: Mapping[str, Any]) -> Config:
-    """A Config from nested mappings, every key, value and combination checked. Raises ConfigError."""
+def parse_config(settings: Mapping[str, Any], *, for_training: bool = True) -> Config:
+    """A Config from nested mappings, every key, value and combination checked. Raises ConfigError.
+
+    `for_training`: text, a tokenizer and a length of the run must be given, too; a plan needs none of them.
+    """
     values: dict[str, Any] = {}
     output = next(spec for spec in dataclasses.fields(Config) if spec.name == "output")
     for name, value in settings.items():
@@ -315,7 +316,10 @@ def parse_config(settings: Mapping[str, Any]) -> Config:
         else:
             raise _unknown_key(str(name))
     config = Config(**values)
-    _check_together(config)
+    _check_model(config.model)
+    if for_training:
+        _check_run(config)
+    _check_tokens_per_step(config)
     return config
 
 
@@ -384,9 +388,8 @@ def _unknown_key(name: str) -> ConfigError:
     return ConfigError(f"{name or repr(name)}: unknown key; {hint}")
 
 
-def _check_together(config: Config) -> None:
-    """What single keys cannot tell: required keys, keys that exclude each other, products that must fit."""
-    model, data, train = config.model, config.data, config.train
+def _check_model(model: ModelConfig) -> None:
+    """One model, with a tokenizer that suits it."""
     if model.path is None and model.config is None:
         raise ConfigError("model.path: missing; give model.path (a pretrained model) or model.config (a new one)")
     if model.path is not None and model.config is not None:
@@ -395,6 +398,11 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             "model.tokenizer: a pretrained model needs its own tokenizer; train one only for model.config"
         )
+
+
+def _check_run(config: Config) -> None:
+    """What a run needs beside its model: a tokenizer, text, and one length."""
+    model, data, train = config.model, config.data, config.train
     if model.config is not None and model.tokenizer is None:
         raise ConfigError("model.tokenizer: missing; a new model needs a path or {train: bpe, vocab_size: 4096}")
     if data.train is None:
@@ -403,13 +411,15 @@ def _check_together(config: Config) -> None:
     if len(lengths) != 1:
         given = " and ".join(f"train.{name}" for name in lengths) or "none"
         raise ConfigError(f"train.steps: give exactly one of train.steps, train.epochs, train.tokens; given: {given}")
-    micro_batch_tokens = config.engine.micro_batch * data.seq_len
+
+
+def _check_tokens_per_step(config: Config) -> None:
+    micro_batch_tokens = config.engine.micro_batch * config.data.seq_len
     if config.tokens_per_step % micro_batch_tokens:
         raise ConfigError(
-            f"train.tokens_per_step: {train.tokens_per_step} is wrong; expected a multiple of "
+            f"train.tokens_per_step: {config.train.tokens_per_step} is wrong; expected a multiple of "
             f"engine.micro_batch * data.seq_len = {micro_batch_tokens}"
         )
-
     if config.planned_steps is not None:
         check_warmup(config, config.planned_steps)
 
@@ -421,6 +431,13 @@ def check_warmup(config: Config, steps: int) -> None:
             f"schedule.warmup_steps: {config.schedule.warmup_steps} is wrong; expected at most the "
             f"{steps} steps of the run"
         )
+
+
+def override(settings: dict[str, Any], pairs: Sequence[tuple[str, str]]) -> None:
+    """Put values, written as YAML, at dotted names. Raises ConfigError where a name leads nowhere, or comes twice."""
+    _refuse_repetition([name for name, _ in pairs])
+    for name, text in pairs:
+        _override(settings, name, text)
 
 
 def _refuse_repetition(names: Sequence[str]) -> None:

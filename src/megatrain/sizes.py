@@ -3,6 +3,7 @@
 import re
 
 GIB = 1024**3
+_COUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{p}b": 1000 ** (i + 1) for i, p in enumerate("kmgt")}
 _UNITS |= {f"{p}ib": 1024 ** (i + 1) for i, p in enumerate("kmgt")}
@@ -26,6 +27,15 @@ def parse_bytes(text: str | int | float) -> int:
     if match is None or match[2].lower() not in _UNITS:
         raise ValueError(f"{text!r} is not a size; write for example 24GiB or 1.5TB")
     return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def parse_count(text: str | int) -> int:
+    """A whole number from '10B', '1.5T', '512k' or plain digits; k, M, B and T are thousands. Raises ValueError."""
+    match = re.fullmatch(r"\s*([0-9][0-9_,]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kmbt]?)\s*", str(text).lower())
+    number = float(match[1].replace(",", "").replace("_", "")) * _COUNTS[match[2]] if match is not None else 0.0
+    if number < 1 or number != int(number) or number >= 1 << 63:
+        raise ValueError(f"{text!r} is no number of tokens; write for example 10B or 512k")
+    return int(number)
 
 
 def format_seconds(seconds: float) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from megatrain.train.flops import Shape, StepFlops, step_flops
+from megatrain.planner.flops import Shape, StepFlops, step_flops
 
 ROWS, LENGTH = 3, 16
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 3}

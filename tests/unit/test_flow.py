@@ -30,10 +30,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "memory": {"errors", "sizes", "threads", "model.partition", "optim"},
     "device": {"errors", "sizes", "memory"},
     "engine": {"errors", "sizes", "threads", "schedule", "model", "optim", "memory", "device"},
+    "planner": {
+        *("errors", "sizes", "yaml_file", "config_kinds", "schedule"),
+        *("model", "optim", "memory", "device", "engine"),
+    },
     "data": {"errors", "sizes", "hub", "model.loading"},
     "train": {
-        *("errors", "sizes", "arguments", "yaml_file", "config"),
-        *("data", "model", "optim", "memory", "device", "engine"),
+        *("errors", "sizes", "arguments", "yaml_file", "config", "config_kinds"),
+        *("data", "model", "optim", "memory", "device", "engine", "planner"),
     },
     "doctor": {"version", "sizes", "memory.limits"},
     "cli": {"version", "errors", "sizes", "arguments", "config", "config_kinds", "train", "doctor"},

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu
 from gpu import Case, Timing, busy_seconds, choose_cases, choose_scope, inputs_on_host_bytes
 
-from megatrain.train.flops import Shape, step_flops
+from megatrain.planner.flops import Shape, step_flops
 
 CASES = [Case("1b", 1024, 8192), Case("1b", 8192, 65536), Case("8b", 1024, 8192), Case("8b", 8192, 65536)]
 SECONDS = dict(zip(CASES, [1.0, 8.0, 6.0, 60.0], strict=True))

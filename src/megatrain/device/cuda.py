@@ -25,7 +25,7 @@ from megatrain.sizes import format_bytes
 _HOST_REGISTER_DEFAULT = 0
 _ALREADY_REGISTERED = 712  # cudaErrorHostMemoryAlreadyRegistered
 _LEAVING_SHARE = 16  # inputs on their way to the host hold at most this fraction of the device's memory
-_USABLE_SHARE = 0.95  # of what is free: libraries take some past PyTorch's allocator, and no allocator packs perfectly
+USABLE_SHARE = 0.95  # of what is free: libraries take some past PyTorch's allocator, and no allocator packs perfectly
 
 
 _LIMITED_BY: dict[torch.device, object] = {}  # what set the limit of PyTorch's allocator that is in force
@@ -101,7 +101,7 @@ class CudaDevice:
         if self._limit is not None:
             _LIMITED_BY[self.torch_device] = self._limit
         # what PyTorch's allocator holds in this process is ours, too; `peak_bytes` counts it
-        usable = int((free + torch.cuda.memory_reserved(self.torch_device)) * _USABLE_SHARE)
+        usable = int((free + torch.cuda.memory_reserved(self.torch_device)) * USABLE_SHARE)
         self.memory_bytes: int | None = memory_bytes if memory_bytes is not None else usable
         self._leaving: deque[tuple[CudaEvent, int]] = deque()
         self._leaving_bytes = 0

@@ -12,7 +12,17 @@ from typing import Any
 
 Mark = Any  # a point in time: seconds of time.perf_counter, or something of the device that it can place among them
 
-TRACKS = ("compute", "queued compute", "waits of compute", "up", "down", "waits of copies", "host", "waits of host")
+TRACKS = (
+    "compute",
+    "queued compute",
+    "waits of compute",
+    "up",
+    "down",
+    "waits of copies",
+    "host",
+    "waits of host",
+    "nvme",
+)
 
 
 class Trace:

@@ -1,6 +1,7 @@
 """Device memory for weights, what lies in it, and how a unit's host memory maps to it."""
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate
 from math import prod
@@ -34,7 +35,7 @@ class UnitImage:
             weight = slot.parameter.detach()
             if slot.index not in store.slots or store.slots[slot.index].unit != unit:
                 sources[weight.data_ptr()] = weight.reshape(-1).view(torch.uint8)
-        ends = list(accumulate(-(-s.nbytes // OPERAND_BYTES) * OPERAND_BYTES for s in sources.values()))
+        ends = image_ends(s.nbytes for s in sources.values())
         pieces = tuple(zip([0, *ends[:-1]], sources.values(), strict=True))
         parameters = []
         for slot in slots:
@@ -59,6 +60,11 @@ class UnitImage:
             start = (buffer.storage_offset() + offset) // dtype.itemsize
             views[index] = view.set_(storage, start, shape, _dense_strides(shape))
         return views
+
+
+def image_ends(piece_bytes: Iterable[int]) -> list[int]:
+    """Where each piece of a unit's weights ends in a slot; the last one is what the unit takes."""
+    return list(accumulate(-(-n // OPERAND_BYTES) * OPERAND_BYTES for n in piece_bytes))
 
 
 def _dense_strides(shape: torch.Size) -> tuple[int, ...]:

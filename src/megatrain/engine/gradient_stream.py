@@ -13,7 +13,7 @@ from megatrain.device.base import Event, StreamingDevice
 from megatrain.engine.host_thread import HostThread, Ticket
 from megatrain.memory.layout import ALIGNMENT_BYTES
 
-_STAGING_BUFFERS = 2  # one is packed while the other one leaves
+STAGING_BUFFERS = 2  # one is packed while the other one leaves
 
 
 @dataclass(slots=True)
@@ -31,9 +31,7 @@ class GradientStream:
         self._device = device
         self._host = host
         n_bytes = largest_bytes
-        self._staging = deque(
-            Staging(device.allocate(n_bytes, "gradients that leave")) for _ in range(_STAGING_BUFFERS)
-        )
+        self._staging = deque(Staging(device.allocate(n_bytes, "gradients that leave")) for _ in range(STAGING_BUFFERS))
         self._tickets: deque[Ticket] = deque()
 
     def hold(self, n_bytes: int) -> None:

@@ -5,6 +5,9 @@ spent on not repeating it. What a unit's graph holds is measured in the first st
 dropped afterwards; from the second step on as many of the last units keep theirs as fit into half of what was free.
 """
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor
 
 from megatrain.errors import ConfigError
@@ -18,6 +21,22 @@ def check_keep_graphs(value: KeepGraphs) -> None:
     number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
     if value not in ("auto", "off") and not number:
         raise ConfigError(f"engine.keep_graphs is {value!r}; it must be auto, off or a number of units")
+
+
+def graph_budget(free_bytes: int) -> int:
+    """What of the memory that is left graphs may take."""
+    return free_bytes // 2
+
+
+def last_that_fit(graph_bytes: Mapping[int, int], budget_bytes: int) -> set[int]:
+    """As many of the last units as fit, of graphs by unit in their order."""
+    chosen, used = set(), 0
+    for unit, n_bytes in reversed([*graph_bytes.items()]):
+        used += n_bytes
+        if used > budget_bytes:
+            break
+        chosen.add(unit)
+    return chosen
 
 
 class KeptGraphs:
@@ -41,13 +60,8 @@ class KeptGraphs:
             self._measured.clear()
             self._elements = -elements
             return set()
-        chosen, used = set(), 0
-        for unit in reversed(self._units):
-            used += self._measured.get(unit.index, 0) * elements // self._elements
-            if used > self.budget_bytes:
-                break
-            chosen.add(unit.index)
-        return chosen
+        graphs = {u.index: self._measured.get(u.index, 0) * elements // self._elements for u in self._units}
+        return last_that_fit(graphs, self.budget_bytes)
 
     @property
     def measuring(self) -> bool:
@@ -57,7 +71,7 @@ class KeptGraphs:
         """The first step is over: `free_bytes` of memory are left beside everything that stays."""
         if self.measuring:
             self._elements = -self._elements
-            self.budget_bytes = free_bytes // 2
+            self.budget_bytes = graph_budget(free_bytes)
 
     def meter(self, unit: Unit, given: list[Tensor]) -> "GraphMeter":
         return GraphMeter(self._measured, unit.index, given)
@@ -70,11 +84,13 @@ class GraphMeter:
         self._measured = measured
         self._unit = unit
         self._seen = {t.untyped_storage().data_ptr() for t in given}
-        self._alive: list[Tensor] = []  # an address is only unique while its tensor lives
+        # an address is only unique while its memory lives. Of a tensor only that: the tensor itself knows the graph,
+        # which knows this hook, and nothing would ever free the three
+        self._alive: list[torch.UntypedStorage] = []
 
     def __call__(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
-            self._alive.append(tensor)
+            self._alive.append(storage)
             self._measured[self._unit] = self._measured.get(self._unit, 0) + storage.nbytes()

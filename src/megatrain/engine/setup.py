@@ -149,11 +149,16 @@ def head_chunk_tokens(setting: int | None, device: ComputeDevice, token_bytes: i
     if setting is not None:
         return setting
     if not streams(device) or device.memory_bytes is None:
-        return max(64, _LOGITS_IN_CACHES_BYTES // (4 * vocabulary) // 64 * 64)
+        return host_chunk_tokens(vocabulary)
     device.start_step()  # its peak counts from what is allocated now
     free_bytes = max(0, device.memory_bytes - device.peak_bytes())
     wanted_bytes = max(device.memory_bytes // 8, _DEVICE_CHUNK_TOKENS * token_bytes)
     return max(64, min(wanted_bytes, free_bytes // 2) // token_bytes // 64 * 64)
+
+
+def host_chunk_tokens(vocabulary: int) -> int:
+    """Tokens whose fp32 logits take about 16 MiB."""
+    return max(64, _LOGITS_IN_CACHES_BYTES // (4 * vocabulary) // 64 * 64)
 
 
 def check_head_chunk_tokens(setting: int | None) -> None:

@@ -14,6 +14,7 @@ from megatrain.engine.executor import BACKWARD, HEAD, backward
 from megatrain.engine.targets import count_targets
 from megatrain.errors import ConfigError
 from megatrain.memory.limits import peak_resident_bytes
+from megatrain.model.block import DirectLeaves
 from megatrain.model.head import IGNORED
 from megatrain.model.loss_terms import InseparableLossError
 from megatrain.model.side_effects import RandomState
@@ -117,9 +118,7 @@ def _run_chunked(engine: "Engine", number: int, batch: Batch, count: int, total:
             losses.append((chunk_loss.detach(), 1.0))
             if leaf.grad is not None:
                 hidden_gradient.view(-1, hidden.shape[-1])[where] = leaf.grad.view(-1, hidden.shape[-1])
-            for slot, weight in weights.leaves.items():
-                if weight.grad is not None:
-                    engine.gradients.add(slot, weight.grad)
+            _take_weight_gradients(engine, weights)
             del chunk_loss, leaf, weights
     engine.gradients.release_hold()
 
@@ -135,6 +134,14 @@ def _run_chunked(engine: "Engine", number: int, batch: Batch, count: int, total:
     if ends:
         backward(ends, gradients)
     return losses
+
+
+def _take_weight_gradients(engine: "Engine", weights: DirectLeaves) -> None:
+    """In a function of its own: a name left over in the caller's would keep the last gradient through all of backward,
+    in every micro-batch."""
+    for slot, weight in weights.leaves.items():
+        if weight.grad is not None:
+            engine.gradients.add(slot, weight.grad)
 
 
 def _run_whole(engine: "Engine", number: int, batch: Batch, count: int, total: int) -> LossParts:

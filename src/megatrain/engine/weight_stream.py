@@ -7,7 +7,7 @@ another way is fetched as it comes from there on, said once, and recorded anew.
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +32,12 @@ from megatrain.schedule.walk import Walk
 
 DEFAULT_SLOTS = 2  # one computes, the next one arrives
 _SMALL_UNIT_SHARE = 64  # units below this fraction of the largest have device memory of their own
+
+
+def small_units(unit_bytes: Mapping[int, int]) -> set[int]:
+    """Units that have device memory of their own: what they take is nothing beside a slot of the largest."""
+    largest = max(unit_bytes.values())
+    return {u for u, n in unit_bytes.items() if n * _SMALL_UNIT_SHARE <= largest}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +76,7 @@ class WeightStream(Weights):
         self._images = {unit.index: UnitImage.of(unit.index, unit.slots, store) for unit in part.units}
         self.unit_bytes = {u: image.n_bytes for u, image in self._images.items()}
         self._homes = {unit.index: sorted({slot.units[0] for slot in unit.slots}) for unit in part.units}
-        largest = max(self.unit_bytes.values())
-        self._small = {u for u, n in self.unit_bytes.items() if n * _SMALL_UNIT_SHARE <= largest}
+        self._small = small_units(self.unit_bytes)
         # a fetch ahead of all others must not wait for the update of a large unit
         self._ahead = frozenset(u for u in self._small if self._small.issuperset(self._homes[u]))
         updates.first = self._ahead

@@ -73,7 +73,7 @@ class ChunkedHead:
         self.root = root
         self.device = device
         self._local = threading.local()
-        self.base = _base_of(model)
+        self.base = base_of(model)
         self.fused: FusedHead | None = None
         self.reason: str | None = None
         if self.base is None:
@@ -336,7 +336,7 @@ def _with_hidden(template: Any, hidden: Tensor | None) -> Any:
     return output
 
 
-def _base_of(model: nn.Module) -> nn.Module | None:
+def base_of(model: nn.Module) -> nn.Module | None:
     base = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
     embeddings = _output_embeddings(model) if hasattr(model, "get_output_embeddings") else None
     if not isinstance(base, nn.Module) or base is model or embeddings is None or not hasattr(model, "loss_function"):

@@ -12,9 +12,7 @@ from megatrain.config import Config, check_warmup
 from megatrain.data.packing import Tokens, TokenStream, tokenize
 from megatrain.data.sources import Corpus
 from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS, load_tokenizer, train_bpe
-from megatrain.errors import CapacityError, ConfigError
-from megatrain.memory.limits import host_memory_limits
-from megatrain.sizes import format_bytes
+from megatrain.errors import ConfigError
 from megatrain.train.model_settings import ModelSettings, Vocabulary
 from megatrain.train.param_groups import make_optimizer
 from megatrain.train.run_folder import RunFolder, model_folder
@@ -22,8 +20,8 @@ from megatrain.train.run_folder import RunFolder, model_folder
 if TYPE_CHECKING:
     from megatrain.engine.engine import Engine
     from megatrain.optim.adamw import AdamW
+    from megatrain.train.planning import RunPlanner
 
-_BYTES_PER_TOKEN = 16  # of a step's micro-batches: input_ids and labels in int64
 _log = logging.getLogger(__name__)
 
 
@@ -113,21 +111,22 @@ def total_steps(config: Config, sequences: int) -> int:
     return steps
 
 
-def plan_training(config: Config, settings: ModelSettings, folder: RunFolder) -> "AdamW":
-    """The optimizer, once it is clear that its state, the weights, a step and the saved model have room.
+def plan_training(config: Config, settings: ModelSettings, folder: RunFolder) -> "tuple[AdamW, RunPlanner]":
+    """The optimizer and the planner, once it is clear that a step and the saved model have room.
 
     Works on shapes alone. Raises ConfigError or CapacityError.
     """
     from megatrain.engine import setup
-    from megatrain.engine.setup import check_plan
     from megatrain.model.loading import build_on_meta, check_weights
+    from megatrain.train.planning import RunPlanner
 
     setup.check_threads(config.engine.threads)
     setup.check_slots(config.engine.slots)
     model = build_on_meta(settings.config)
     optimizer = make_optimizer(config.optimizer, model)
-    check_plan(model, optimizer, _engine_settings(config))
-    _check_step_fits(config)
+    setup.check_arguments(optimizer, _engine_settings(config))
+    planner = RunPlanner(config, settings.config, optimizer)
+    planner.require_fit()
     if config.checkpoint.at_end:
         precision = setup.resolve_precision(config.engine.precision, setup.make_device(config.engine.device))
         parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -137,23 +136,13 @@ def plan_training(config: Config, settings: ModelSettings, folder: RunFolder) ->
             check_weights(model_folder(config.model.path))
         except ConfigError as error:
             raise ConfigError(f"model.path: {error}") from None
-    return optimizer
-
-
-def _check_step_fits(config: Config) -> None:
-    step_bytes, free = config.tokens_per_step * _BYTES_PER_TOKEN, host_memory_limits().free_bytes
-    if step_bytes > free:
-        raise CapacityError(
-            f"train.tokens_per_step: the ids and labels of {config.tokens_per_step:,} tokens take "
-            f"{format_bytes(step_bytes)} and {format_bytes(free)} can be had; give fewer tokens per step"
-        )
+    return optimizer, planner
 
 
 def build_engine(config: Config, settings: ModelSettings, optimizer: "AdamW") -> "Engine":
     """The engine with its model, loaded or new. Raises ConfigError or CapacityError."""
     from megatrain.engine.engine import Engine
-    from megatrain.engine.setup import check_plan
-    from megatrain.model.loading import build_on_meta, initialise
+    from megatrain.model.loading import initialise
 
     options, attention = _engine_settings(config), config.model.attn_implementation
     if config.model.path is not None:
@@ -162,7 +151,6 @@ def build_engine(config: Config, settings: ModelSettings, optimizer: "AdamW") ->
             return Engine.from_pretrained(path, optimizer=optimizer, attn_implementation=attention, **options)
         except ConfigError as error:
             raise ConfigError(f"model.path: {error}") from None
-    check_plan(build_on_meta(settings.config), optimizer, options)  # again: the text takes memory, too
     try:
         model = initialise(settings.config, config.train.seed, attn_implementation=attention)
     except ConfigError as error:

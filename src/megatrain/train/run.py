@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from megatrain.config import Config
 from megatrain.data.batches import StepBatches
 from megatrain.errors import MegaTrainError
+from megatrain.memory.limits import reset_peak_resident
 from megatrain.model.loading import one_line
 from megatrain.optim.schedules import learning_rate
 from megatrain.sizes import format_bytes
@@ -19,6 +20,7 @@ from megatrain.train.interrupt import StopOnInterrupt
 from megatrain.train.loop import LoopResult, train
 from megatrain.train.metrics import MetricsFile
 from megatrain.train.model_settings import ModelSettings, Vocabulary, check_fit, read_model_settings
+from megatrain.train.planning import WatchedEngine, outcome_lines, write_plan
 from megatrain.train.profile import ProfiledEngine
 from megatrain.train.progress import show_progress
 from megatrain.train.run_folder import RunFolder
@@ -27,6 +29,7 @@ from megatrain.train.trial import try_out
 if TYPE_CHECKING:
     from megatrain.engine.engine import Engine
     from megatrain.optim.adamw import AdamW
+    from megatrain.train.planning import RunPlanner
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def run(config: Config, *, replace: bool = False, profile_steps: int = 0) -> Run
     """
     folder = RunFolder(str(config.output), replace=replace)
     corpora = build.find_corpora(config)
-    settings, optimizer, tokenizer = _prepare_model(config, folder)
+    settings, optimizer, planner, tokenizer = _prepare_model(config, folder)
     _say(f"reading {corpora.train.described} ({len(corpora.train.files)} files)")
     if tokenizer is None:
         tokenizer = build.trained_tokenizer(config, corpora)
@@ -60,6 +63,8 @@ def run(config: Config, *, replace: bool = False, profile_steps: int = 0) -> Run
         f"{data.sequences.size:,} tokens of {format_bytes(data.train_bytes)} text, vocabulary of "
         f"{len(tokenizer):,}; {data.steps:,} steps of {config.tokens_per_step:,} tokens"
     )
+    plan = planner.plan()  # with the text in memory
+    reset_peak_resident()  # so that the peak is the engine's, and not that of reading the text
     engine = build.build_engine(config, settings, optimizer)
     parameters = sum(parameter.numel() for parameter in engine.model.parameters())
     where = engine.device.name
@@ -68,12 +73,18 @@ def run(config: Config, *, replace: bool = False, profile_steps: int = 0) -> Run
 
     with StopOnInterrupt() as stop, closing(folder):
         folder.create(config)
+        write_plan(folder.plan, plan)
+        watched = WatchedEngine(engine)
         try:
-            result = _train(config, engine, data, folder, stop, profile_steps)
+            result = _train(config, engine, watched, data, folder, stop, profile_steps)
         except BaseException:
             if not folder.metrics.exists() or not folder.metrics.stat().st_size:
                 folder.discard()  # nothing of it was logged: there is nothing to keep
             raise
+        outcome = watched.outcome(plan)
+        write_plan(folder.plan, plan, outcome)
+        for line in outcome_lines(outcome):
+            _say(line)
         if config.checkpoint.at_end:
             _save(engine, folder, tokenizer)
         if result.skipped:
@@ -84,15 +95,16 @@ def run(config: Config, *, replace: bool = False, profile_steps: int = 0) -> Run
     return RunResult(folder.path, result, evaluation, stop.requested)
 
 
-def _prepare_model(config: Config, folder: RunFolder) -> tuple[ModelSettings, "AdamW", Any]:
-    """The model's configuration, its optimizer, and its tokenizer if it is there already (else None), checked."""
+def _prepare_model(config: Config, folder: RunFolder) -> tuple[ModelSettings, "AdamW", "RunPlanner", Any]:
+    """The model's configuration, its optimizer, the planner, and its tokenizer if it is there already (else None),
+    checked."""
     settings = read_model_settings(config)
     tokenizer = build.given_tokenizer(config)
     vocabulary = build.planned_vocabulary(config, tokenizer)
     settings.fit(vocabulary)
     check_fit(settings, vocabulary, config)
     try_out(config, settings, vocabulary)
-    return settings, build.plan_training(config, settings, folder), tokenizer
+    return settings, *build.plan_training(config, settings, folder), tokenizer
 
 
 def _save(engine: "Engine", folder: RunFolder, tokenizer: Any) -> None:
@@ -121,6 +133,7 @@ def _evaluate(config: Config, engine: "Engine", data: build.Data, stop: StopOnIn
 def _train(
     config: Config,
     engine: "Engine",
+    watched: WatchedEngine,
     data: build.Data,
     folder: RunFolder,
     stop: StopOnInterrupt,
@@ -144,9 +157,11 @@ def _train(
     )
     engine.model.train()
     profiled = ProfiledEngine(engine, profile_steps, data.steps, folder.trace) if profile_steps else None
+    if profiled is not None:
+        watched.wrap(profiled)
     with MetricsFile(folder.metrics) as metrics:
         result = train(
-            profiled or engine,
+            watched,
             batches_of=batches.of_step,
             learning_rate_of=learning_rate_of,
             total_steps=data.steps,

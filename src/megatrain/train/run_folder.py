@@ -13,7 +13,7 @@ from megatrain.errors import CapacityError, ConfigError
 from megatrain.sizes import format_bytes
 from megatrain.train.folder_lock import FolderLock
 
-_OWN_FILES = frozenset({"config.yaml", "metrics.jsonl", "model", "trace.json"})
+_OWN_FILES = frozenset({"config.yaml", "metrics.jsonl", "model", "plan.json", "trace.json"})
 
 
 def model_folder(path: str) -> str:
@@ -103,6 +103,11 @@ class RunFolder:
         """The timeline of `--profile`."""
         return self.path / "trace.json"
 
+    @property
+    def plan(self) -> Path:
+        """What was planned, and at the end what it came to."""
+        return self.path / "plan.json"
+
     def require_room(self, model_bytes: int) -> None:
         """Raise CapacityError where the disk has no room for a model of that size."""
         above = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
@@ -132,7 +137,7 @@ class RunFolder:
 
     def discard(self) -> None:
         """Undo `create`: for a run that failed in its first step."""
-        for file in (self.path / "config.yaml", self.metrics):
+        for file in (self.path / "config.yaml", self.plan, self.metrics):
             file.unlink(missing_ok=True)
         self._lock.release()
         _remove_folders(self._made)

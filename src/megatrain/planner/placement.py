@@ -1,0 +1,243 @@
+"""Where a plan puts every byte, and how many bytes that takes. Pure arithmetic.
+
+Tiers of a unit's state:
+
+    host     weights, remainders and moments in host memory; weights stream through device slots; the host updates them
+    device   all of it in device memory, updated there; nothing of the unit crosses the link
+    nvme     remainders and moments on NVMe, read ahead of the host's update and written behind it; weights in host
+             memory, streamed as above
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from megatrain.engine.gradient_stream import STAGING_BUFFERS
+from megatrain.memory import slab_state
+from megatrain.memory.plan import plan_memory
+from megatrain.memory.spilled_states import BUFFERS
+from megatrain.planner.visits import gradient_sums, planned_visits, saved_inputs, streamed_units
+from megatrain.planner.workload import UnitWork, Workload
+from megatrain.schedule.build import build_schedule
+from megatrain.schedule.check import check_schedule
+from megatrain.schedule.operations import Schedule, Sizes, slot_classes
+
+DEVICE, HOST, NVME = "device", "host", "nvme"
+BYTES_PER_TOKEN_ID = 16  # of a step's micro-batches: input_ids and labels in int64
+PROCESS_BYTES = 10**9  # Python, torch, kernels and the driver's share of host memory, where it cannot be measured
+DEVICE_PROCESS_BYTES = 600 * 10**6  # of a CUDA context and its libraries
+THREAD_BYTES = (
+    35 * 10**6
+)  # of each micro-batch's thread but the first: stacks and buffers of the math library (measured)
+HEAP_GAPS = 0.2  # of kept graphs in the C heap, between what stays and what has gone (measured: 0 to 0.3)
+_MOST_THREADS = 8  # for which that was measured; an allowance must not refuse a run of many small micro-batches
+NVME_UNITS_IN_FLIGHT = BUFFERS
+# what the engine carries out today; the rest is planned only
+EXECUTABLE_TIERS = frozenset({HOST, NVME})
+EXECUTABLE_MOMENTS = frozenset({"fp32", "int8"})
+EXECUTABLE_CHUNKS = False
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """`tiers` by unit (-1: stray parameters). `slots`: units of a size whose weights may be on the device at once.
+    `inputs_leave`: saved inputs wait on the host. `clip_scope`: 'global' keeps all gradients until the norm is known;
+    'unit' and 'none' consume each as it is complete. `kept`: units that keep their graph instead of being run again.
+    `chunked`: inside a unit all but attention runs over a part of the sequence at a time."""
+
+    tiers: Mapping[int, str]
+    micro_batch: int
+    slots: int = 2
+    inputs_leave: bool = False
+    moments: str = "fp32"
+    clip_scope: str = "global"
+    kept: frozenset[int] = field(default_factory=frozenset)
+    chunked: bool = False
+
+    @property
+    def keeps_gradients(self) -> bool:
+        return self.clip_scope == "global"
+
+    def units_in(self, tier: str) -> list[int]:
+        return sorted(unit for unit, where in self.tiers.items() if where == tier)
+
+    @property
+    def not_executable(self) -> list[str]:
+        """What of it the engine cannot carry out yet."""
+        reasons = [f"state in the tier {t}" for t in (DEVICE, NVME) if t not in EXECUTABLE_TIERS and self.units_in(t)]
+        if self.moments not in EXECUTABLE_MOMENTS:
+            reasons.append(f"{self.moments} moments")
+        return [*reasons, "units in chunks of the sequence"] if self.chunked and not EXECUTABLE_CHUNKS else reasons
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What one optimizer step consists of."""
+
+    sequences: int
+    micro_batch: int
+
+    @property
+    def micro_batches(self) -> int:
+        return -(-self.sequences // self.micro_batch)
+
+
+Ledger = dict[str, dict[str, int]]  # bytes by tier and category
+
+
+def moment_bytes(unit: UnitWork, moments: str) -> int:
+    """Of both moments: fp32, or int8 with a scale in fp32 for each block of each of the two."""
+    return 2 * sum(slab_state.moment_bytes(slab, moments) for slab in unit.slabs)
+
+
+def state_bytes(unit: UnitWork, placement: Placement) -> int:
+    """What the update needs beside weights: remainders and moments."""
+    return unit.remainder_bytes + moment_bytes(unit, placement.moments)
+
+
+def step_schedule(workload: Workload, placement: Placement, sequences: int) -> tuple[Schedule, Sizes]:
+    """The engine's operations of one step with this placement."""
+    visits = planned_visits(workload, placement.tiers)
+    streamed = streamed_units(workload, placement.tiers)
+    classes = slot_classes(streamed, [v.visit for v in visits if v.visit.units], placement.slots) if streamed else ()
+    gradients, readers = _leaving_gradients(workload, placement)
+    sizes = Sizes(
+        weights=streamed,
+        gradients=gradients,
+        saved_inputs={u: n for u, n in saved_inputs(workload, sequences).items() if u in streamed},
+        inputs_leave=placement.inputs_leave,
+        gradient_sums=gradient_sums(workload, micro_batches(sequences, placement)),
+    )
+    return build_schedule([v.visit for v in visits], sizes, classes, readers=readers), sizes
+
+
+def micro_batches(sequences: int, placement: Placement) -> int:
+    return StepShape(sequences, placement.micro_batch).micro_batches
+
+
+def _leaving_gradients(workload: Workload, placement: Placement) -> tuple[dict[int, int], dict[int, list[int]]]:
+    """(bytes that cross the link by unit, the streamed units after whose backward each is complete)."""
+    visits = planned_visits(workload, placement.tiers)
+    gradients: dict[int, int] = {}
+    readers: dict[int, list[int]] = {}
+    for unit in workload.units:
+        if unit.link_gradient_bytes and placement.tiers[unit.index] != DEVICE:
+            gradients[unit.index] = unit.link_gradient_bytes
+            reading = [u.index for u in workload.units if unit.index in u.reads]
+            # a small unit has no visit of its own: the streamed one beside it stands for it
+            beside = {v.visit.units[0] for v in visits if v.visit.backward and v.visit.units and {*reading} & {*v.runs}}
+            readers[unit.index] = sorted(beside) or reading
+    return gradients, readers
+
+
+def ledger(
+    workload: Workload,
+    placement: Placement,
+    sequences: int,
+    *,
+    in_host_memory: bool,
+    process: int,
+    device_process: int = 0,
+) -> Ledger:
+    """Bytes by tier and category while a step of `sequences` runs. `in_host_memory`: the host is its own device.
+    `process`: what the process holds of host memory beside all this, `device_process` of the device's."""
+    host = _host_state(workload, placement)
+    host["token ids"] = sequences * workload.seq_len * BYTES_PER_TOKEN_ID
+    host["process"] = process
+    inputs = sum(saved_inputs(workload, sequences).values())
+    nvme = {"remainders": 0, "moments": 0}
+    for unit in workload.homes:
+        if placement.tiers[unit.index] == NVME:
+            nvme["remainders"] += unit.remainder_bytes
+            nvme["moments"] += moment_bytes(unit, placement.moments)
+    if in_host_memory:
+        host["gradient sum"] = _largest_sum(workload)
+        host["saved inputs"] = inputs
+        host["kept graphs"] = int(kept_bytes(workload, placement, sequences) * (1 + HEAP_GAPS))
+        host["working set"] = working_bytes(workload, placement, in_host_memory=True)
+        host["threads"] = THREAD_BYTES * min(micro_batches(sequences, placement) - 1, _MOST_THREADS)
+        return {HOST: _present(host)} | ({NVME: nvme} if any(nvme.values()) else {})
+    device = _device_bytes(workload, placement, sequences)
+    device["process"] = device_process
+    if placement.inputs_leave:
+        schedule, _ = step_schedule(workload, placement, sequences)
+        host["saved inputs"] = sum(op.n_bytes for op in schedule.operations if op.kind.value == "save")
+    return {DEVICE: _present(device), HOST: _present(host), NVME: _present(nvme)}
+
+
+def _host_state(workload: Workload, placement: Placement) -> dict[str, int]:
+    """What the host holds for good of units that are not in device memory."""
+    at_home = {u: slabs for u, slabs in workload.layouts.items() if placement.tiers[u] != DEVICE}
+    plan = plan_memory(at_home, keep_gradients=placement.keeps_gradients)
+    away = [u for u in workload.homes if placement.tiers[u.index] == NVME]
+    held = [u for u in workload.homes if placement.tiers[u.index] == HOST]
+    host = {
+        "weights": plan.state["weights"],
+        "remainders": plan.state["remainders"] - sum(u.remainder_bytes for u in away),
+        "moments": sum(moment_bytes(u, placement.moments) for u in held),
+        "gradients": plan.state["gradients"],
+    }
+    host["NVMe buffers"] = NVME_UNITS_IN_FLIGHT * max((state_bytes(u, placement) for u in away), default=0)
+    return host
+
+
+def _device_bytes(workload: Workload, placement: Placement, sequences: int) -> dict[str, int]:
+    resident = [u for u in workload.homes if placement.tiers[u.index] == DEVICE]
+    schedule, sizes = step_schedule(workload, placement, sequences)
+    moving = check_schedule(schedule, sizes) - schedule.slot_bytes
+    # inputs of units without a slot stay where they are
+    moving += sum(n for u, n in saved_inputs(workload, sequences).items() if u not in sizes.weights)
+    small = sum(u.image_bytes for u in workload.units if u.index in workload.small and u not in resident)
+    strays = workload.strays.image_bytes if workload.strays and workload.strays not in resident else 0
+    sent = [u.staging_bytes for u in workload.homes if placement.tiers[u.index] != DEVICE]
+    return {
+        "weights": sum(u.weight_bytes for u in resident),
+        "remainders": sum(u.remainder_bytes for u in resident),
+        "moments": sum(moment_bytes(u, placement.moments) for u in resident),
+        "gradients": sum(u.gradient_bytes for u in resident) if placement.keeps_gradients else 0,
+        "weight slots": schedule.slot_bytes + small + strays,
+        "gradient staging": STAGING_BUFFERS * max(sent, default=0),
+        "saved inputs and gradient sums": moving,
+        "kept graphs": kept_bytes(workload, placement, sequences),
+        "working set": working_bytes(workload, placement, in_host_memory=False),
+    }
+
+
+def kept_bytes(workload: Workload, placement: Placement, sequences: int) -> int:
+    return sum(u.graph * sequences for u in workload.units if u.index in placement.kept)
+
+
+def working_bytes(workload: Workload, placement: Placement, *, in_host_memory: bool) -> int:
+    """While the most demanding unit is differentiated: its graph for one micro-batch, as much again for gradients
+    inside it, the gradients of its output and input, its weights' gradient before it is added up; or a chunk of the
+    head with its logits. In the C heap what the one has freed is of little use to the other (measured)."""
+    units = [
+        placement.micro_batch * (2 * _graph_at_once(unit, placement) + 2 * unit.inputs) + unit.link_gradient_bytes
+        for unit in workload.units
+        if unit.index not in workload.head
+    ]
+    both = [max(units, default=0), head_bytes(workload, placement.micro_batch)]
+    return sum(both) if in_host_memory else max(both)
+
+
+def _graph_at_once(unit: UnitWork, placement: Placement) -> int:
+    """In chunks, what is not attention is there for one of them only: beside attention there remain the residual
+    stream before it and after it."""
+    return min(unit.graph, unit.attention + 2 * unit.inputs) if placement.chunked else unit.graph
+
+
+def head_bytes(workload: Workload, micro_batch: int) -> int:
+    """The logits of a chunk in the model's precision and in fp32, their softmax and its gradient; and beside them the
+    gradients of all hidden states and of the head's weights, of this chunk and of those before."""
+    tokens = min(workload.chunk_tokens, micro_batch * workload.seq_len)
+    hidden = max((u.inputs for u in workload.units), default=0) * micro_batch
+    weights = sum(u.flops.matrix_elements for u in workload.units if u.index in workload.head) * workload.itemsize
+    return tokens * workload.vocabulary * (2 * workload.itemsize + 3 * 4) + 2 * hidden + 2 * weights
+
+
+def _largest_sum(workload: Workload) -> int:
+    """Of a unit whose gradient adds up in fp32 beside its place."""
+    return max((u.sum_bytes for u in workload.homes), default=0)
+
+
+def _present(categories: dict[str, int]) -> dict[str, int]:
+    return {name: n for name, n in categories.items() if n}

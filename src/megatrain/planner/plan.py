@@ -1,0 +1,192 @@
+"""A whole plan: the placement, its bytes and its time; and where it does not fit, the nearest thing that does."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatrain.planner.choose import Candidate, Settings, choose, limits
+from megatrain.planner.durations import Measured
+from megatrain.planner.flops import StepFlops, flops_of_units
+from megatrain.planner.hardware import Hardware
+from megatrain.planner.placement import Ledger, Placement
+from megatrain.planner.simulate import Simulation
+from megatrain.planner.workload import Workload
+from megatrain.sizes import format_bytes
+
+_STATE = ("weights", "remainders", "moments", "gradients")
+_GROWS_WITH_CONTEXT = ("token ids", "saved inputs", "saved inputs and gradient sums", "kept graphs", "working set")
+_SHORTEST_CONTEXT = 256
+_ALL_THE_NVME = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """A change of settings: what it saves of the bytes that are missing, and what is missing then."""
+
+    change: str
+    saves_bytes: int
+    missing_bytes: int
+    executable: bool
+
+    @property
+    def fits(self) -> bool:
+        return self.missing_bytes == 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`candidate` is what was chosen for `workload` on `hardware` under `settings`; `report` shows it."""
+
+    workload: Workload
+    hardware: Hardware
+    settings: Settings
+    candidate: Candidate
+    remedies: tuple[Remedy, ...]
+
+    @property
+    def placement(self) -> Placement:
+        return self.candidate.placement
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.candidate.ledger
+
+    @property
+    def simulation(self) -> Simulation:
+        return self.candidate.simulation
+
+    @property
+    def available(self) -> dict[str, int]:
+        return limits(self.hardware, self.settings)
+
+    @property
+    def fits(self) -> bool:
+        return self.candidate.fits
+
+    @property
+    def missing_bytes(self) -> int:
+        return sum(self.candidate.missing.values())
+
+    @property
+    def tokens(self) -> int:
+        """Of one optimizer step."""
+        return self.settings.sequences * self.workload.seq_len
+
+    @property
+    def bytes_per_parameter(self) -> float:
+        """Of weights and optimizer state, wherever they are, and of gradients that are kept."""
+        state = sum(n for held in self.ledger.values() for name, n in held.items() if name in _STATE)
+        return state / self.workload.parameters
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.simulation.step_seconds if self.simulation.step_seconds else 0.0
+
+    @property
+    def flops(self) -> StepFlops:
+        """Of one step."""
+        again = {u for u in self.workload.order if u not in self.placement.kept}
+        units = [(u.flops, u.index in again) for u in self.workload.units]
+        return flops_of_units(units, [self.workload.seq_len] * self.settings.sequences)
+
+    def peak_bytes(self, tier: str) -> int:
+        return sum(self.ledger.get(tier, {}).values())
+
+    def refusal(self) -> str:
+        """One line that says what is missing, and what would fit."""
+        parts = []
+        for tier, missing in self.candidate.missing.items():
+            held = ", ".join(f"{name} {format_bytes(n)}" for name, n in self.ledger[tier].items())
+            needed, available = format_bytes(self.peak_bytes(tier)), format_bytes(self.available.get(tier, 0))
+            parts.append(
+                f"{tier} memory: {format_bytes(missing)} missing: {self.workload.parameters:,} parameters need "
+                f"{needed} ({held}) and {available} can be had"
+            )
+        nearest = next((r for r in self.remedies if r.fits and r.executable), None)
+        advice = f"; it would fit with {nearest.change}" if nearest else ""
+        if self.missing_bytes <= _bytes_of_context(self.ledger):
+            advice += "; or give fewer tokens per step (train.tokens_per_step)"
+        return "; ".join(parts) + advice
+
+
+def make_plan(
+    workload: Workload,
+    hardware: Hardware,
+    settings: Settings,
+    *,
+    measured: Measured | None = None,
+    at_length: Callable[[int], Workload] | None = None,
+) -> Plan:
+    """`at_length`: the same model at another sequence length, to look for a context that fits."""
+    found = choose(workload, hardware, settings, measured)
+    remedies = () if found.fits else tuple(_remedies(workload, hardware, settings, found, at_length))
+    return Plan(workload, hardware, settings, found, remedies)
+
+
+def _remedies(
+    workload: Workload,
+    hardware: Hardware,
+    settings: Settings,
+    found: Candidate,
+    at_length: Callable[[int], Workload] | None,
+) -> Iterator[Remedy]:
+    """Each change alone that saves something, in this order; where none of them is enough, all together so far."""
+    missing = sum(found.missing.values())
+    changes = list(_changes(settings, streams=not hardware.computes_in_host_memory))
+    enough = False
+    for name, change in changes:
+        remedy = _tried(name, missing, choose(workload, hardware, replace(settings, **change)))
+        enough |= remedy.fits
+        if remedy.saves_bytes > 0:
+            yield remedy
+    if at_length is not None and missing <= _bytes_of_context(found.ledger):
+        for remedy in _shorter(workload, hardware, settings, missing, at_length):
+            enough |= remedy.fits
+            yield remedy
+    together: dict[str, Any] = {}
+    names: list[str] = []
+    for name, change in changes:
+        together |= change
+        names.append(name)
+        if not enough and len(names) > 1:
+            remedy = _tried(" and ".join(names), missing, choose(workload, hardware, replace(settings, **together)))
+            enough = remedy.fits
+            yield remedy
+
+
+def _bytes_of_context(bytes_needed: Ledger) -> int:
+    """The most that a shorter context could save."""
+    return sum(n for held in bytes_needed.values() for name, n in held.items() if name in _GROWS_WITH_CONTEXT)
+
+
+def _changes(settings: Settings, *, streams: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    if settings.clip_scope == "global":
+        yield "train.clip_scope unit", {"clip_scope": "unit"}
+    if settings.executable_only:
+        return
+    if settings.moments == "fp32":
+        yield "int8 moments", {"moments": "int8"}
+    if not settings.nvme and streams:
+        yield "optimizer state on NVMe", {"nvme": _ALL_THE_NVME}
+    if not settings.chunked and streams:
+        yield "units in chunks of the sequence", {"chunked": True}
+
+
+def _tried(change: str, missing: int, found: Candidate) -> Remedy:
+    left = sum(found.missing.values())
+    return Remedy(change, missing - left, left, executable=not found.placement.not_executable)
+
+
+def _shorter(
+    workload: Workload, hardware: Hardware, settings: Settings, missing: int, at_length: Callable[[int], Workload]
+) -> Iterator[Remedy]:
+    """Half the context, and half of that, with as many tokens per step, until it fits. Said only where it does: what
+    does not depend on the context cannot be had from it."""
+    seq_len, sequences = workload.seq_len, settings.sequences
+    while seq_len // 2 >= _SHORTEST_CONTEXT:
+        seq_len, sequences = seq_len // 2, sequences * 2
+        other = replace(settings, sequences=sequences)
+        remedy = _tried(f"sequences of {seq_len:,} tokens", missing, choose(at_length(seq_len), hardware, other))
+        if remedy.fits:
+            yield remedy
+            return

@@ -1,0 +1,169 @@
+"""`megatrain plan`: what a model needs on a machine, where it goes and how long a step takes."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatrain.config import Config, override, parse_config
+from megatrain.config_kinds import BYTES, whole
+from megatrain.engine import setup
+from megatrain.errors import ConfigError
+from megatrain.planner.durations import Measured
+from megatrain.planner.hardware import Hardware, load_hardware
+from megatrain.planner.plan import Plan, make_plan
+from megatrain.planner.report import plan_json, print_plan, write_timeline
+from megatrain.planner.workload import Workload
+from megatrain.sizes import parse_count
+from megatrain.train.build import given_tokenizer, planned_vocabulary
+from megatrain.train.model_settings import ModelSettings, read_model_settings
+from megatrain.train.planning import measured_here, plan_settings, usable_here, workload_of
+from megatrain.train.run_folder import model_folder
+from megatrain.yaml_file import read_yaml
+
+_SEQ_LEN = 4096  # where nothing says another one
+_TOKENS_PER_STEP = 32 * 1024
+_KINDS = {"host_memory": BYTES, "device_memory": BYTES, "nvme": BYTES, "seq_len": whole(2), "tokens_per_step": whole(1)}
+
+
+def plan_command(known: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> bool:
+    """Print the plan; returns whether it fits. Raises ConfigError."""
+    options = _options(known)
+    settings = _settings(known.what)
+    override(settings, overrides)
+    _take_options(settings, options)
+    found = _model(settings)
+    chooses_micro_batch = "micro_batch" not in _section(settings, "engine")
+    _take_defaults(settings, found.config)
+    config = parse_config(settings, for_training=False)
+    plan = _plan(config, found, known, options, chooses_micro_batch=chooses_micro_batch)
+    if known.timeline is not None:
+        _write(plan, Path(known.timeline))
+    if known.json:
+        print(json.dumps(plan_json(plan, options.get("tokens")), indent=2))
+    else:
+        print_plan(plan, options.get("tokens"), sys.stdout)
+    return plan.fits
+
+
+def _options(known: argparse.Namespace) -> dict[str, Any]:
+    """The options that were given, read."""
+    found: dict[str, Any] = {}
+    for name, kind in _KINDS.items():
+        text = getattr(known, name)
+        if text is None:
+            continue
+        try:
+            found[name] = kind.parse(_number(text) if name in ("seq_len", "tokens_per_step") else text)
+        except (ValueError, TypeError):
+            raise ConfigError(f"--{name.replace('_', '-')}: {text!r} is wrong; expected {kind.expected}") from None
+    if known.tokens is not None:
+        try:
+            found["tokens"] = parse_count(known.tokens)
+        except ValueError as error:
+            raise ConfigError(f"--tokens: {error}") from None
+    return found
+
+
+def _number(text: str) -> int:
+    return parse_count(text)
+
+
+def _settings(what: str) -> dict[str, Any]:
+    """The settings that `what` means: a run's YAML file, or a model by its configuration, folder or hub id."""
+    path = Path(what).expanduser()
+    if path.is_file() and path.suffix in (".yaml", ".yml"):
+        content = read_yaml(path)
+        return {"model": {"config": what}} if "model_type" in content else content
+    if path.is_file():
+        return {"model": {"config": what}}
+    return {"model": {"path": what}}
+
+
+def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """A section of the settings, made where there is none. What is no section is left for the check of all settings."""
+    if settings.get(name) is None:
+        settings[name] = {}
+    return settings[name] if isinstance(settings[name], dict) else {}
+
+
+def _take_options(settings: dict[str, Any], options: dict[str, Any]) -> None:
+    """Options that are another way to say what a key says."""
+    for name, section in (("seq_len", "data"), ("tokens_per_step", "train"), ("device_memory", "engine")):
+        if name in options:
+            _section(settings, section)[name] = options[name]
+
+
+def _model(settings: dict[str, Any]) -> ModelSettings:
+    """The model's configuration, with the vocabulary of its tokenizer where that is known without text."""
+    config = parse_config({"model": settings.get("model")}, for_training=False)
+    found = read_model_settings(config)
+    if config.model.tokenizer is not None:
+        found.fit(planned_vocabulary(config, given_tokenizer(config)))
+    return found
+
+
+def _take_defaults(settings: dict[str, Any], model_config: Any) -> None:
+    """A sequence length and tokens per step where neither a file nor an option gave them: a plan's own defaults."""
+    data, train, engine = (_section(settings, name) for name in ("data", "train", "engine"))
+    longest = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    data.setdefault("seq_len", min(_SEQ_LEN, longest) if isinstance(longest, int) and longest > 1 else _SEQ_LEN)
+    if train.get("tokens_per_step") is None:
+        together = parse_config(
+            {"model": settings["model"], "data": data, "engine": engine}, for_training=False
+        ).tokens_per_step
+        train["tokens_per_step"] = max(1, _TOKENS_PER_STEP // together) * together
+
+
+def _plan(
+    config: Config,
+    found: ModelSettings,
+    known: argparse.Namespace,
+    options: dict[str, Any],
+    *,
+    chooses_micro_batch: bool,
+) -> Plan:
+    hardware = None if known.hardware is None else load_hardware(known.hardware)
+    precision = _precision(config, hardware)
+    chooses_micro_batch &= hardware is not None  # units are timed with the micro-batch that is set
+
+    def workload_at(seq_len: int) -> Workload:
+        return workload_of(config, found.config, precision, seq_len=seq_len, name=_name(known.what, found))
+
+    workload = workload_at(config.data.seq_len)
+    measured: Measured | None = None
+    device_memory = config.engine.device_memory
+    if hardware is None:
+        hardware, measured = measured_here(config, workload, setup.make_device(config.engine.device, precision))
+        device_memory = usable_here(config, hardware)
+    settings = plan_settings(
+        config,
+        micro_batch=None if chooses_micro_batch else config.engine.micro_batch,
+        device_memory=device_memory,
+        host_memory=options.get("host_memory"),
+        nvme=options.get("nvme", 0),
+        moments=known.moments,
+        chunked=known.chunked,
+    )
+    return make_plan(workload, hardware, settings, measured=measured, at_length=workload_at)
+
+
+def _precision(config: Config, hardware: Hardware | None) -> str:
+    """On other hardware `auto` is bf16: all that there are profiles for compute it natively."""
+    if hardware is None:
+        return setup.resolve_precision(config.engine.precision, setup.make_device(config.engine.device))
+    return "bf16" if config.engine.precision == "auto" else config.engine.precision
+
+
+def _name(what: str, found: ModelSettings) -> str:
+    named = Path(model_folder(what)).stem if found.entries else what
+    return named or str(found.config.model_type)
+
+
+def _write(plan: Plan, path: Path) -> None:
+    try:
+        write_timeline(plan, path)
+    except OSError as error:
+        raise ConfigError(f"--timeline: cannot write {str(path)!r}: {error.strerror}; give another file") from None

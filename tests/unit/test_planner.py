@@ -1,0 +1,362 @@
+"""The planner's arithmetic by hand, and what it foresees against what the engine does on a device with late copies."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_engine_toys import make_engine
+from torch import nn
+
+from megatrain.device.lagged import LaggedDevice
+from megatrain.errors import ConfigError
+from megatrain.memory.layout import ALIGNMENT_BYTES
+from megatrain.memory.spilled_states import BUFFERS
+from megatrain.model.loading import build_on_meta, initialise, load_config
+from megatrain.optim import int8_moments
+from megatrain.planner.choose import Settings, choose
+from megatrain.planner.flops import UnitFlops, attended_pairs
+from megatrain.planner.hardware import FIGURES, Hardware, load_hardware, parse_hardware, profile_names
+from megatrain.planner.meta_pass import run_on_meta
+from megatrain.planner.placement import (
+    DEVICE,
+    HOST,
+    NVME,
+    Placement,
+    ledger,
+    moment_bytes,
+    state_bytes,
+)
+from megatrain.planner.plan import Plan, make_plan
+from megatrain.planner.simulate import simulate
+from megatrain.planner.visits import planned_visits
+from megatrain.planner.workload import Workload, build_workload
+from megatrain.yaml_file import read_yaml
+
+HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY, LENGTH = 128, 256, 3, 256, 32
+BLOCK = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * INTERMEDIATE  # elements of its matrices
+TABLE = VOCABULARY * HIDDEN
+PARAMETERS = 2 * TABLE + LAYERS * (BLOCK + 2 * HIDDEN) + HIDDEN
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": HIDDEN,
+    "intermediate_size": INTERMEDIATE,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+
+
+def workload(precision: str = "bf16", seq_len: int = LENGTH, **entries: Any) -> Workload:
+    return build_workload(load_config(LLAMA | entries), precision=precision, seq_len=seq_len)
+
+
+def placed(work: Workload, tier: str = HOST, **settings: Any) -> Placement:
+    return Placement({u.index: tier for u in work.homes}, **({"micro_batch": 1} | settings))
+
+
+def machine(**figures: Any) -> Hardware:
+    return replace(load_hardware("h200"), **figures)
+
+
+# -- bytes and operations, by hand ------------------------------------------------------------------------------------
+
+
+def test_state_takes_twelve_bytes_or_fourteen() -> None:
+    work = workload()
+    assert work.parameters == PARAMETERS
+    held = ledger(work, placed(work), 1, in_host_memory=False, process=0)[HOST]
+    assert held["weights"] == held["remainders"] == held["gradients"] == 2 * PARAMETERS
+    assert held["moments"] == 8 * PARAMETERS
+    held = ledger(work, placed(work, clip_scope="unit"), 1, in_host_memory=False, process=0)[HOST]
+    assert held["gradients"] == 2 * (BLOCK + 2 * HIDDEN)  # one unit's at a time: the largest
+    assert held["token ids"] == 16 * LENGTH
+
+
+def test_int8_moments_take_two_bytes_and_their_scales() -> None:
+    work = workload()
+    block = work.units[1]
+    count = BLOCK + 2 * HIDDEN
+    assert moment_bytes(block, "fp32") == 8 * count
+    assert moment_bytes(block, "int8") == 2 * count + 2 * 4 * -(-count // int8_moments.BLOCK)
+
+
+def test_tiers_hold_what_they_say() -> None:
+    work = workload()
+    on_device = ledger(work, placed(work, DEVICE), 1, in_host_memory=False, process=0)
+    assert on_device[DEVICE]["weights"] == 2 * PARAMETERS and on_device[DEVICE]["moments"] == 8 * PARAMETERS
+    assert not on_device[HOST].get("weights")
+    away = placed(work, NVME)
+    on_nvme = ledger(work, away, 1, in_host_memory=False, process=0)
+    assert on_nvme[NVME] == {"remainders": 2 * PARAMETERS, "moments": 8 * PARAMETERS}
+    assert on_nvme[HOST]["weights"] == 2 * PARAMETERS
+    assert on_nvme[HOST]["NVMe buffers"] == BUFFERS * max(state_bytes(u, away) for u in work.homes)
+
+
+def test_operations_of_a_unit() -> None:
+    work = workload()
+    assert work.units[0].flops == UnitFlops(0)  # a look-up
+    assert work.units[1].flops == UnitFlops(BLOCK, 2 * HIDDEN)
+    assert work.units[-1].flops == UnitFlops(TABLE)
+    assert work.units[1].flops.forward(LENGTH) == 2 * BLOCK * LENGTH + 2 * 2 * HIDDEN * LENGTH**2 // 2
+
+
+@pytest.mark.parametrize(("length", "window", "pairs"), [(6, None, 18), (6, 10, 18), (6, 2, 10), (6, 6, 18)])
+def test_pairs_inside_a_window(length: int, window: int | None, pairs: int) -> None:
+    assert attended_pairs(length, window) == pairs
+
+
+def test_a_token_passes_its_share_of_the_experts() -> None:
+    mixtral = {
+        **LLAMA,
+        "model_type": "mixtral",
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": 4,
+    }
+    work = build_workload(load_config(mixtral), precision="bf16", seq_len=LENGTH)
+    attention, router, expert = 4 * HIDDEN * HIDDEN, 8 * HIDDEN, 3 * HIDDEN * INTERMEDIATE
+    assert work.units[1].flops.matrix_elements == attention + router + 2 * expert
+
+
+def test_sliding_windows_are_seen() -> None:
+    work = build_workload(load_config({"model_type": "gpt_oss", "num_hidden_layers": 2}), precision="bf16", seq_len=256)
+    assert [u.flops.window for u in work.units[1:3]] == [128, None]
+
+
+def test_a_tied_head_brings_the_embeddings_weights() -> None:
+    work = workload(tie_word_embeddings=True)
+    head = work.units[-1]
+    assert head.slabs == () and head.reads == (0,) and head.copied_bytes == 2 * TABLE
+    assert work.parameters == PARAMETERS - TABLE
+
+
+# -- what a model keeps, without running it ---------------------------------------------------------------------------
+
+
+def test_the_pass_in_shapes_finds_what_a_real_run_keeps() -> None:
+    """Order of units, bytes of inputs, and of graphs as the engine's own meter counts them."""
+    config = load_config(LLAMA)
+    model = initialise(config, 0)
+    engine = make_engine(model, keep_graphs="auto")
+    ids = torch.randint(0, VOCABULARY, (1, LENGTH))
+    engine.train_step([{"input_ids": ids, "labels": ids}])
+    found = run_on_meta(build_on_meta(config, dtype=torch.float32), LENGTH)
+    assert found.complete and found.order == list(range(LAYERS + 3))
+    for unit in range(1, LAYERS + 1):
+        assert found.runs[unit].input_bytes == LENGTH * HIDDEN * 4
+        # the host's kernel of attention keeps a little less or more than the fused one that is assumed
+        assert found.runs[unit].graph_bytes == pytest.approx(engine.kept_graphs._measured[unit], rel=0.1)
+    engine.close()
+
+
+def test_a_model_that_cannot_run_in_shapes_is_planned_all_the_same() -> None:
+    class Reads(nn.Module):
+        def forward(self, x: Any) -> Any:
+            return x * float(x.sum())
+
+    model = build_on_meta(load_config(LLAMA))
+    model.model.norm.register_forward_pre_hook(lambda _, given: Reads()(given[0]))
+    found = run_on_meta(model, LENGTH)
+    assert not found.complete
+    assert sorted(found.order) == list(range(LAYERS + 3)) and found.runs[LAYERS + 2].input_bytes > 0
+
+
+# -- against the engine -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("scope", "slots", "tight"), [("global", 2, False), ("global", 1, True), ("unit", 3, False), ("unit", 2, True)]
+)
+def test_bytes_on_the_link_are_those_that_the_engine_copies(tied: bool, scope: str, slots: int, tight: bool) -> None:
+    """To the byte, with saved inputs that stay and with those that leave."""
+    layers, sequences = 6, 2
+    entries = {"num_hidden_layers": layers, "tie_word_embeddings": tied}
+    work = workload("fp32", **entries)
+    # too little for all inputs at once beside slots and gradients, which makes them leave
+    block = 4 * (BLOCK + 2 * HIDDEN)
+    cap = (slots + 6) * block + (3 + layers // 2) * sequences * LENGTH * HIDDEN * 4 if tight else None
+    model = initialise(load_config(LLAMA | entries), 0)
+    engine = make_engine(model, device=LaggedDevice("fp32", cap), slots=slots, clip_scope=scope, keep_graphs="off")
+    ids = torch.randint(0, VOCABULARY, (1, LENGTH))
+    steps = [engine.train_step([{"input_ids": ids, "labels": ids}] * sequences) for _ in range(4)]
+    left = engine.weights.inputs.offloading  # type: ignore[union-attr]
+    engine.close()
+    placement = placed(work, slots=slots, inputs_leave=left, clip_scope=scope)
+    found = simulate(work, placement, flat_durations(work), sequences)
+    assert (found.h2d_bytes, found.d2h_bytes) == (steps[-1].h2d_bytes, steps[-1].d2h_bytes)
+
+
+def flat_durations(work: Workload) -> Any:
+    from megatrain.planner.durations import durations
+
+    return durations(work, placed(work), machine(), 1)
+
+
+def test_visits_are_those_that_the_engine_records() -> None:
+    model = initialise(load_config(LLAMA), 0)
+    engine = make_engine(model, device=LaggedDevice("fp32"), keep_graphs="off")
+    ids = torch.randint(0, VOCABULARY, (1, LENGTH))
+    for _ in range(2):
+        engine.train_step([{"input_ids": ids, "labels": ids}])
+    recorded = engine.weights.schedule_of("step")  # type: ignore[attr-defined]
+    engine.close()
+    work = workload("fp32")
+    tiers = placed(work).tiers
+    assert tuple(v.visit for v in planned_visits(work, tiers)) == recorded.visits
+
+
+def test_device_peak_is_what_the_engine_holds() -> None:
+    """Slots, staging, inputs and sums, which the lagged device counts."""
+    work = workload("fp32", num_hidden_layers=6)
+    model = initialise(load_config(LLAMA | {"num_hidden_layers": 6}), 0)
+    engine = make_engine(model, device=LaggedDevice("fp32"), keep_graphs="off")
+    ids = torch.randint(0, VOCABULARY, (1, LENGTH))
+    peak = [engine.train_step([{"input_ids": ids, "labels": ids}] * 2).device_peak_bytes for _ in range(4)][-1]
+    engine.close()
+    held = ledger(work, placed(work), 2, in_host_memory=False, process=0)[DEVICE]
+    counted = held["weight slots"] + held["gradient staging"] + held["saved inputs and gradient sums"]
+    assert counted == pytest.approx(peak, rel=0.05)
+
+
+# -- the choice -------------------------------------------------------------------------------------------------------
+
+
+def plan(work: Workload, hardware: Hardware, **settings: Any) -> Plan:
+    return make_plan(work, hardware, Settings(**({"sequences": 4, "process_bytes": 0} | settings)))
+
+
+def test_what_fits_stays_in_host_memory() -> None:
+    found = plan(workload(), machine())
+    assert found.fits and not found.placement.not_executable
+    assert found.placement.units_in(HOST) == [u.index for u in found.workload.homes]
+
+
+def test_a_refusal_names_the_missing_bytes_and_what_fits() -> None:
+    work = workload()
+    needed = sum(plan(work, machine()).ledger[HOST].values())
+    short = plan(work, machine(host_memory=needed - 1000), executable_only=True)
+    assert not short.fits and short.missing_bytes == 1000
+    assert short.candidate.missing == {HOST: 1000}
+    assert short.refusal().startswith(f"host memory: 1.00 kB missing: {PARAMETERS:,} parameters need ")
+    assert short.refusal().endswith(
+        "; it would fit with train.clip_scope unit; or give fewer tokens per step (train.tokens_per_step)"
+    )
+    assert [r.change for r in short.remedies] == ["train.clip_scope unit"]
+
+
+def test_with_a_disk_the_engine_itself_spills() -> None:
+    """As few units as it takes, spread over the order of updates, also where a plan may hold nothing else."""
+    work = workload()
+    needed = sum(plan(work, machine()).ledger[HOST].values())
+    short = machine(host_memory=needed - 100_000)
+    found = plan(work, short, executable_only=True, nvme=10**9, clip_scope="global")
+    away = found.placement.units_in(NVME)
+    assert away and not found.placement.not_executable
+    assert sum(found.ledger[NVME].values()) == sum(
+        state_bytes(u, found.placement) for u in work.homes if u.index in away
+    )
+    assert found.simulation.step_seconds > 0
+
+
+def test_first_units_go_to_the_device_when_host_memory_is_short() -> None:
+    work = workload()
+    needed = sum(plan(work, machine()).ledger[HOST].values())
+    found = plan(work, machine(host_memory=int(needed * 0.6)))
+    resident = found.placement.units_in(DEVICE)
+    assert found.fits and resident and resident == list(range(len(resident)))
+    assert found.placement.not_executable == ["state in the tier device"]
+    only = plan(work, machine(host_memory=int(needed * 0.6)), executable_only=True)
+    assert not only.fits and not only.placement.not_executable
+
+
+def test_state_goes_to_nvme_only_where_that_is_allowed() -> None:
+    work = workload(num_hidden_layers=12)
+    # a device that has room for slots and a step, and none for units
+    streaming = ledger(work, placed(work, slots=1, inputs_leave=True), 4, in_host_memory=False, process=0)
+    device, host = sum(streaming[DEVICE].values()), sum(streaming[HOST].values())
+    tight = {"device_memory": device, "host_memory": host // 2, "micro_batch": 1, "slots": 1}
+    refused = plan(work, machine(), **tight)
+    assert not refused.fits
+    assert "optimizer state on NVMe" in [r.change for r in refused.remedies if r.fits]
+    found = plan(work, machine(), nvme=10**9, **tight)
+    assert found.fits and found.placement.units_in(NVME)
+    assert found.placement.units_in(NVME)[-1] == work.units[-1].index  # the last ones, whose updates have slack
+
+
+def test_a_shorter_context_is_offered_where_it_is_what_is_missing() -> None:
+    work = workload(seq_len=512)
+    needed = ledger(work, placed(work, inputs_leave=True, slots=1), 1, in_host_memory=False, process=0)[DEVICE]
+    limits = {"device_memory": int(sum(needed.values()) * 0.9), "sequences": 1}
+    found = make_plan(
+        work, machine(), Settings(**limits, process_bytes=0), at_length=lambda seq_len: workload(seq_len=seq_len)
+    )
+    assert not found.fits
+    assert "sequences of 256 tokens" in [r.change for r in found.remedies if r.fits]
+
+
+def test_micro_batches_divide_a_step() -> None:
+    work = workload()
+    for sequences in (1, 6, 7):
+        chosen = choose(work, machine(), Settings(sequences)).placement.micro_batch
+        assert sequences % chosen == 0
+
+
+# -- hardware ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_every_figure_of_a_profile_says_where_it_comes_from(name: str) -> None:
+    found = load_hardware(name)
+    assert set(found.sources) == set(FIGURES) - {"description"}
+    assert "measured" not in " ".join(found.sources.values()).replace("not measured", "")
+
+
+def test_profiles_that_were_asked_for_are_there() -> None:
+    named = {"rtx3090", "rtx4090", "a100-80", "h100", "h200", "gh200", "b200", "dgx-spark"}
+    assert set(profile_names()) == named
+    assert load_hardware("h200").h2d_bandwidth == 55e9
+    assert load_hardware("h200").product_rate == pytest.approx(790e12, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"coers": 4}, "hardware mine: coers: unknown key; did you mean cores?"),
+        ({"cores": "many"}, "hardware mine: cores: 'many' is wrong; expected a whole number of at least 1"),
+        ({"matmul_efficiency": 1.5}, "hardware mine: matmul_efficiency: 1.5 is wrong; expected a number above 0"),
+        ({"cores": None}, "hardware mine: cores: None is wrong"),
+        ({"sources": {"coers": "x"}}, "hardware mine: sources.coers: unknown key"),
+    ],
+)
+def test_a_wrong_figure_is_named(change: dict[str, Any], message: str) -> None:
+    from megatrain.planner.hardware import PROFILES
+
+    values = read_yaml(PROFILES / "h200.yaml")
+    with pytest.raises(ConfigError) as error:
+        parse_hardware(values | change, "mine")
+    assert str(error.value).startswith(message)
+    del values["cores"]
+    with pytest.raises(ConfigError, match=r"^hardware mine: cores: missing; expected a whole number"):
+        parse_hardware(values, "mine")
+
+
+def test_sizes_are_whole_cache_lines() -> None:
+    """Else bytes in slots and bytes on the link would differ, and the equality above would be luck."""
+    assert all(u.copied_bytes % ALIGNMENT_BYTES == 0 for u in workload("fp32").units)
+
+
+def test_a_given_limit_is_one_on_what_the_engine_allocates() -> None:
+    """What a CUDA context takes comes off only where the limit is the whole device's memory."""
+    assert "process" in plan(workload(), machine()).ledger[DEVICE]
+    assert "process" not in plan(workload(), machine(), device_memory=10**9).ledger[DEVICE]
+
+
+def test_many_small_micro_batches_are_not_refused_for_their_threads() -> None:
+    work = workload()
+    held = [ledger(work, placed(work), n, in_host_memory=True, process=0)[HOST]["threads"] for n in (20, 10_000)]
+    assert held[0] == held[1]
