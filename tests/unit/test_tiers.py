@@ -2,16 +2,19 @@
 
 import copy
 import errno
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from test_engine_toys import WIDTH, Block, Net, assert_trains_like_plain, batches_of, make_batch, make_engine
 from torch import Tensor, nn
 
 import megatrain as mt
+from megatrain import cli
 from megatrain.device.lagged import LaggedDevice
 from megatrain.errors import CapacityError, ConfigError, IntegrityError
 from megatrain.memory.placement import choose_spilled, spread
@@ -227,3 +230,66 @@ def test_int8_state_is_given_and_taken_exactly() -> None:
     plain = make_engine(Net(count=3))
     with pytest.raises(ConfigError, match=r"optimizer.moments is fp32; the state given holds torch.int8"):
         plain.load_optimizer_state(engine.optimizer_state())
+
+
+# -- from the command line --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> dict[str, Any]:
+    (tmp_path / "text.txt").write_text("".join(f"x{n} = {n}\n" for n in range(400)))
+    config = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6}
+    return {
+        "model": {
+            "config": config | {"num_attention_heads": 2, "max_position_embeddings": 64},
+            "tokenizer": {"train": "bpe", "vocab_size": 280},
+        },
+        "data": {"train": str(tmp_path / "text.txt"), "seq_len": 32},
+        "train": {"steps": 3},
+        "engine": {"precision": "fp32"},
+        "output": str(tmp_path / "run"),
+    }
+
+
+def run(settings: dict[str, Any], tmp_path: Path, *overrides: str) -> int:
+    path = tmp_path / "settings.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return cli.main(["train", str(path), *overrides])
+
+
+def losses(tmp_path: Path, name: str) -> list[float]:
+    return [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_whose_state_does_not_fit_goes_on_with_a_disk(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it goes with enough memory, loss by loss; without the disk it is refused, and says what is missing."""
+    (tmp_path / "disk").mkdir()
+    assert run(settings, tmp_path, "--output", str(tmp_path / "roomy")) == 0
+    plan = json.loads((tmp_path / "roomy" / "plan.json").read_text())
+    tight = ["--engine.host_memory", str(sum_of_state(plan) * 9 // 10)]
+    capsys.readouterr()
+    assert run(settings, tmp_path, *tight, "--output", str(tmp_path / "refused")) == 2
+    assert "missing" in capsys.readouterr().err
+    disk = ["--engine.nvme", str(tmp_path / "disk"), "--output", str(tmp_path / "spilled")]
+    assert run(settings, tmp_path, *tight, *disk) == 0
+    assert losses(tmp_path, "spilled") == losses(tmp_path, "roomy")
+    assert json.loads((tmp_path / "spilled" / "plan.json").read_text())["bytes"]["nvme"]
+
+
+def sum_of_state(plan: dict[str, Any]) -> int:
+    host = plan["bytes"]["host"]
+    return sum(
+        n for name, n in host.items() if name in ("weights", "remainders", "moments", "gradients", "gradient sum")
+    )
+
+
+def test_moments_of_one_byte_by_key(settings: dict[str, Any], tmp_path: Path) -> None:
+    assert run(settings, tmp_path, "--optimizer.moments", "int8") == 0
+    assert run(settings, tmp_path, "--optimizer.moments", "int4", "--output", str(tmp_path / "other")) == 2
+
+
+def test_a_disk_that_is_no_folder(settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(settings, tmp_path, "--engine.nvme", "/nowhere") == 2
+    assert "engine.nvme is '/nowhere'; it must be a folder that exists" in capsys.readouterr().err
