@@ -72,6 +72,7 @@ from megatrain.engine.weight_stream import WeightStream  # noqa: E402
 from megatrain.errors import CapacityError  # noqa: E402
 from megatrain.memory.arena import allocate, allocate_elements  # noqa: E402
 from megatrain.memory.limits import host_memory_limits, peak_resident_bytes, reset_peak_resident  # noqa: E402
+from megatrain.memory.store import bits  # noqa: E402
 from megatrain.model.loading import build_on_meta  # noqa: E402
 from megatrain.model.partition import partition  # noqa: E402
 from megatrain.optim.adamw import AdamW  # noqa: E402
@@ -417,7 +418,7 @@ def config_of(model: Model) -> transformers.PretrainedConfig:
 def random_model(model: Model, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> nn.Module:
     """On the host, with normal numbers of standard deviation 0.02, ones for norms, zeros for biases.
 
-    All weights are views of one block of numbers, each from another place on: the engine copies them, so the state is
+    All weights are mappings of one file of numbers, each from another place on: the engine copies them, so the state is
     never held beside a second copy of the model.
     """
     config = config_of(model)
@@ -427,21 +428,22 @@ def random_model(model: Model, dtype: torch.dtype = torch.bfloat16, seed: int = 
     largest, count = max(p.numel() for p in made.parameters()), len(list(made.parameters()))
     piece = torch.empty(min(largest, 1 << 24), dtype=torch.float32).normal_(0, 0.02, generator=generator).to(dtype)
     step = 1031  # a prime: no two weights of a size begin at the same number
-    block = torch.empty(largest + step * count, dtype=dtype)
-    for start in range(0, block.numel(), piece.numel()):
-        block[start : start + piece.numel()] = piece[: block.numel() - start]
+    numbers = np.resize(bits(piece), largest + step * count)
     known: dict[int, nn.Parameter] = {}
-    for module in made.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if id(parameter) not in known:
-                start = step * len(known)
-                values = block[start : start + parameter.numel()].view(parameter.shape)
-                if parameter.ndim < 2:
-                    values = torch.zeros_like(values) if name == "bias" else torch.ones_like(values)
-                known[id(parameter)] = nn.Parameter(values)
-            module._parameters[name] = known[id(parameter)]
+    with tempfile.NamedTemporaryFile() as file:
+        numbers.tofile(file.name)
+        for module in made.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
+                if id(parameter) not in known:
+                    offset = step * len(known) * numbers.itemsize
+                    mapped = np.memmap(file.name, numbers.dtype, "c", offset, (parameter.numel(),))
+                    values = torch.from_numpy(mapped).view(dtype).view(parameter.shape)
+                    if parameter.ndim < 2:
+                        values = torch.zeros_like(values) if name == "bias" else torch.ones_like(values)
+                    known[id(parameter)] = nn.Parameter(values)
+                module._parameters[name] = known[id(parameter)]
     held = [*made.named_parameters(), *made.named_buffers()]
     assert not any(tensor.is_meta for _, tensor in held), [name for name, tensor in held if tensor.is_meta]
     return made.train()  # type: ignore[no-any-return]
