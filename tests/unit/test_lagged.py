@@ -3,9 +3,11 @@
 import copy
 import json
 import random
+import threading
 import time
 import warnings
 import weakref
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -26,6 +28,7 @@ from test_engine_toys import (
 )
 from torch import Tensor, nn
 
+import megatrain as mt
 from megatrain.device.base import WAITS
 from megatrain.device.cpu import CpuDevice
 from megatrain.device.lagged import LaggedDevice
@@ -433,7 +436,7 @@ class Failing(Net):
         return x
 
 
-def _raise(_gradient: Tensor) -> None:
+def _raise(*_given: Any) -> None:
     raise RuntimeError("somebody's bug")
 
 
@@ -459,6 +462,33 @@ def test_an_exception_changes_nothing_and_training_goes_on(where: str, micro_bat
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
     engine.close()
     host.close()
+
+
+@pytest.mark.parametrize("device", ["cpu", "lagged"])
+def test_an_update_that_fails_is_said_for_good_and_the_engine_can_be_closed(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, own, before = Net(count=4), SlabUpdate.run, threads_of_ours()
+    engine = make_engine(model, device=device)
+    engine.train_step(batches_of(0, 1))
+    monkeypatch.setattr(SlabUpdate, "run", _raise)
+    with suppress(mt.IntegrityError):  # on the host as device; else the host thread updates beside what comes next
+        engine.train_step(batches_of(1, 1))
+    with pytest.raises(mt.IntegrityError, match=r"update of embed failed \(RuntimeError: somebody's bug\).*last save"):
+        engine.flush()
+    monkeypatch.setattr(SlabUpdate, "run", own)
+    for attempt in (lambda: engine.train_step(batches_of(2, 1)), engine.flush, model.state_dict, engine.close):
+        with pytest.raises(mt.IntegrityError, match="update of embed failed"):
+            attempt()
+    engine.close()
+    assert threads_of_ours() <= before
+    assert not getattr(engine.device, "pinned", {})
+    with make_engine(model, device=device) as again:
+        assert again.train_step(batches_of(2, 1)).loss is not None
+
+
+def threads_of_ours() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if "megatrain" in thread.name}
 
 
 def test_too_little_memory_for_one_unit_is_refused_with_the_bytes_missing() -> None:

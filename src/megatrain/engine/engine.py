@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from inspect import signature
 from pathlib import Path
 from typing import Any, Self
@@ -408,21 +409,23 @@ class Engine:
         return self.updates.exposed_seconds + self.weights.exposed_seconds
 
     def close(self) -> None:
-        """Finish the updates and give the model its own forward back; its parameters keep their values."""
+        """Finish the updates and give the model its own forward back; its parameters keep their values. An error of an
+        update is raised when all is closed."""
         if not self._attached:
             return
         self._attached = False
-        self.updates.flush()
-        self.attachment.remove()
-        self._remove_kernels()
-        self.executor.hand_over.close()
-        self.gradients.close()
-        self.weights.close()
-        if self._host_thread is not None:
-            self._host_thread.close()
-        if streams(self.device):
-            self.device.close()
-        self.store.workers.close()
+        with ExitStack() as closing:  # carried out from the last to the first, whatever one of them raises
+            closing.callback(self.store.workers.close)
+            if streams(self.device):
+                closing.callback(self.device.close)
+            if self._host_thread is not None:
+                closing.callback(self._host_thread.close)
+            closing.callback(self.weights.close)
+            closing.callback(self.gradients.close)
+            closing.callback(self.executor.hand_over.close)
+            closing.callback(self._remove_kernels)
+            closing.callback(self.attachment.remove)
+            self.updates.flush()
 
     def __enter__(self) -> Self:
         return self
