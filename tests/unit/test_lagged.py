@@ -471,6 +471,7 @@ def test_an_update_that_fails_is_said_for_good_and_the_engine_can_be_closed(
     model, own, before = Net(count=4), SlabUpdate.run, threads_of_ours()
     engine = make_engine(model, device=device)
     engine.train_step(batches_of(0, 1))
+    engine.flush()
     monkeypatch.setattr(SlabUpdate, "run", _raise)
     with suppress(mt.IntegrityError):  # on the host as device; else the host thread updates beside what comes next
         engine.train_step(batches_of(1, 1))
@@ -523,6 +524,52 @@ def test_memory_that_runs_out_while_the_head_is_tried_out_is_no_reason_for_whole
     monkeypatch.setattr(ChunkedHead, "_compare_losses", fail)
     with pytest.raises(type(error), match="2 B missing"):
         make_engine(tiny_llama(), device=lagged())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("device", ["cpu", "lagged"])
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "engine.engine.compile_kernels",
+        "engine.engine.GradientStream",
+        "engine.attachment.guard",
+        "model.head.ChunkedHead._compare_losses",
+        "engine.attachment.labels_are_shifted",
+    ],
+)
+def test_an_engine_that_cannot_be_made_leaves_the_model_as_it_was(
+    stage: str, device: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device == "cpu" and "Stream" in stage:
+        pytest.skip("the host has none")
+    model = tiny_llama() if "head" in stage else Net(count=3)
+    model.other = nn.Linear(2, 2, bias=False)
+    model.other.register_buffer("scale", torch.tensor(1 / 3))
+    before, attributes = copy.deepcopy(model.state_dict()), attributes_of(model)
+    threads = threads_of_ours()
+    with monkeypatch.context() as patch:
+        patch.setattr(f"megatrain.{stage}", out_of_memory)
+        with pytest.raises(CapacityError, match="2 B missing"):
+            make_engine(model, device=device, precision=precision)
+    assert attributes_of(model) == attributes and threads_of_ours() <= threads
+    for name, value in model.state_dict().items():
+        assert value.dtype == before[name].dtype and torch.equal(value, before[name]), name
+    make_engine(model, device=device, precision=precision).close()
+
+
+def out_of_memory(*_given: Any, **_options: Any) -> Any:
+    raise CapacityError("2 B missing")
+
+
+def attributes_of(model: nn.Module) -> list[Any]:
+    """What modules and parameters have of their own, but for values of parameters and buffers."""
+    hooks = [(len(p._backward_hooks or ()), len(p._post_accumulate_grad_hooks or ())) for p in model.parameters()]
+    modules = [
+        (type(m), set(m.__dict__), len(m._state_dict_pre_hooks), len(m._load_state_dict_pre_hooks))
+        for m in model.modules()
+    ]
+    return [hooks, modules]
 
 
 def test_a_closed_engine_holds_no_device_memory(monkeypatch: pytest.MonkeyPatch) -> None:

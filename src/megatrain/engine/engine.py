@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from inspect import signature
 from pathlib import Path
 from typing import Any, Self
@@ -68,7 +68,8 @@ class Engine:
     kernels:       'torch': the model's own code; 'liger': Liger's kernels in place of parts of it, and for the head,
                    until `close()`; 'auto': liger where it is installed, the device is cuda and it knows the model.
 
-    Raises ConfigError for a wrong setting and CapacityError when the plan does not fit into host memory.
+    Raises ConfigError for a wrong setting and CapacityError when the plan does not fit into host memory, or the weights
+    not into the device's. The model is then as it was, but for gradients it had and low bits of frozen fp32 weights.
     """
 
     def __init__(
@@ -113,14 +114,26 @@ class Engine:
         dtypes = setup.weight_dtypes(model, self.partition, self.precision)
         layouts = setup.lay_out_units(self.partition, dtypes, group_of)
         self._plan_memory(layouts)
-        self.kernels, self._remove_kernels = install_kernels(chosen, model, required=kernels == "liger")
-        self._take_over(layouts, threads or torch.get_num_threads(), _mapped)
-        setup.cast_buffers(model, dtypes)
-        self._connect(slots)
-        self.optimizer = EngineOptimizer(groups, optimizer, self)
-        self.kept_graphs = KeptGraphs(keep_graphs, self.partition.units)
-        self.executor = Executor(self.device, self.weights, self.gradients, self.kept_graphs)
-        self.attachment = Attachment(self, compile, head_chunk_tokens)
+        self._closing, unmade = ExitStack(), ExitStack()  # what `close` undoes; what is undone if this fails
+        try:
+            self.kernels, remove_kernels = install_kernels(chosen, model, required=kernels == "liger")
+            self._closing.callback(remove_kernels)
+            self.store = HostStore(Workers(threads or torch.get_num_threads()))
+            unmade.callback(self.store.workers.close)
+            unmade.callback(self.store.give_back, {s.index: s.parameter.dtype for s in self.partition.slots})
+            self._take_over(layouts, _mapped)
+            unmade.callback(setup.cast_buffers(model, dtypes))
+            self._connect(slots)
+            self.optimizer = EngineOptimizer(groups, optimizer, self)
+            self.kept_graphs = KeptGraphs(keep_graphs, self.partition.units)
+            self.executor = Executor(self.device, self.weights, self.gradients, self.kept_graphs)
+            self._closing.callback(self.executor.hand_over.close)
+            self.attachment = Attachment(self, compile, head_chunk_tokens)
+            self._closing.callback(self.attachment.remove)
+        except BaseException:
+            with unmade:
+                self._closing.close()
+            raise
         self.head, self.shifts_labels = self.attachment.head, self.attachment.shifts_labels
         self._attached = True
         trim_freed_memory()  # of taking the model over and probing its head
@@ -134,12 +147,11 @@ class Engine:
         held = sum(slot.parameter.nbytes for slot in self.partition.slots)
         require_fit(self.plan, host_memory_limits().free_bytes, held)
 
-    def _take_over(self, layouts: dict[int, list[SlabLayout]], threads: int, mapped: bool) -> None:
+    def _take_over(self, layouts: dict[int, list[SlabLayout]], mapped: bool) -> None:
         """Move the model's parameters into the host store, unit by unit."""
         setup.drop_gradients(self.partition)
         keep_large_allocations_out_of_heap()
         compile_kernels()
-        self.store = HostStore(Workers(threads))
         for unit, slabs in layouts.items():
             self.store.take_over(unit, slabs, {slot.index: slot for slot in self.partition.slots}, mapped=mapped)
         if self.keeps_gradients:
@@ -381,16 +393,18 @@ class Engine:
         """Weights and gradients where they lie, or on their way to a device with memory of its own and back."""
         store, part, device = self.store, self.partition, self.device
         self.weights: Weights
-        self._host_thread: HostThread | None = None
         gradient_stream = None
         if streams(device):
-            self._host_thread = HostThread("host-updates")
-            self.updates = PendingUpdates(store, part, device, self._host_thread)
+            self._closing.callback(device.close)
+            host_thread = HostThread("host-updates")
+            self._closing.callback(host_thread.close)
+            self.updates = PendingUpdates(store, part, device, host_thread)
             for slot in part.slots:
                 if slot.index not in store.slots:
                     device.pin(store.take_over_as_it_is(slot))
             self.weights = WeightStream(device, store, part, self.updates, slots or DEFAULT_SLOTS)
-            gradient_stream = GradientStream(device, self._host_thread, setup.largest_gradient_bytes(store))
+            self._closing.callback(self.weights.close)
+            gradient_stream = GradientStream(device, host_thread, setup.largest_gradient_bytes(store))
             for unit in store.units:
                 device.pin(store.unit_memory(unit))
                 for slab in store.units[unit].slabs:
@@ -402,6 +416,7 @@ class Engine:
         memory = GradientMemory(store, device, lends=not self.keeps_gradients)
         settle, complete = self.updates.settle, self._update_complete_unit
         self.gradients = GradientBook(store, part, memory, settle=settle, complete=complete, stream=gradient_stream)
+        self._closing.callback(self.gradients.close)
 
     @property
     def exposed_seconds(self) -> float:
@@ -414,17 +429,7 @@ class Engine:
         if not self._attached:
             return
         self._attached = False
-        with ExitStack() as closing:  # carried out from the last to the first, whatever one of them raises
-            closing.callback(self.store.workers.close)
-            if streams(self.device):
-                closing.callback(self.device.close)
-            if self._host_thread is not None:
-                closing.callback(self._host_thread.close)
-            closing.callback(self.weights.close)
-            closing.callback(self.gradients.close)
-            closing.callback(self.executor.hand_over.close)
-            closing.callback(self._remove_kernels)
-            closing.callback(self.attachment.remove)
+        with closing(self.store.workers), self._closing:  # from the last to the first, whatever one of them raises
             self.updates.flush()
 
     def __enter__(self) -> Self:
