@@ -31,7 +31,8 @@ from torch import Tensor, nn
 import megatrain as mt
 from megatrain.device.base import WAITS
 from megatrain.device.cpu import CpuDevice
-from megatrain.device.lagged import LaggedDevice
+from megatrain.device.lagged import LaggedDevice, LaggedEvent
+from megatrain.engine.gradients import GradientBook
 from megatrain.engine.setup import head_chunk_tokens
 from megatrain.engine.updates import PendingUpdates, SlabUpdate
 from megatrain.engine.weight_stream import WeightStream
@@ -462,6 +463,46 @@ def test_an_exception_changes_nothing_and_training_goes_on(where: str, micro_bat
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
     engine.close()
     host.close()
+
+
+@pytest.mark.parametrize("device", ["cpu", "lagged"])
+@pytest.mark.parametrize("settings", [{"clip_scope": "unit"}, {"clip_norm": None}], ids=str)
+def test_an_exception_where_units_are_updated_at_once_says_which_had_been(
+    settings: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, gate = Failing(count=5), LaggedEvent()
+    engine = make_engine(model, device=device, **settings)
+    engine.train_step(batches_of(0, 1))
+    engine.flush()
+    before = copy.deepcopy(model.state_dict())
+    model.fail = "backward"
+    if device == "lagged":  # the last gradient before the error arrives after it
+        own, give_up = engine.device.down.copy, GradientBook.give_up
+
+        def copy_late(pairs: Any, after: Any, **options: Any) -> Any:
+            late = [("gradient_packed", gate)] if options["label"] == "blocks.2" else []
+            return own(pairs, [*after, *late], **options)
+
+        monkeypatch.setattr(engine.device.down, "copy", copy_late)
+        monkeypatch.setattr(GradientBook, "give_up", lambda book: give_up(book) or gate.set())
+
+    with pytest.raises(RuntimeError, match="somebody's bug") as raised:
+        engine.train_step(batches_of(1, 1))
+    (note,) = raised.value.__notes__
+    listed = note.partition("half done: ")[2].partition(" had been")[0].split(", ")
+    changed = {
+        name.rpartition(".norm.")[0] for name, v in model.state_dict().items() if not torch.equal(v, before[name])
+    }
+    assert "step 1 is half done" in note and set(listed) - {"head"} == changed - {""}
+    assert "blocks.4" in listed and ("blocks.2" in listed) == (device == "cpu")
+    monkeypatch.undo()
+    model.fail = ""
+    engine.train_step(batches_of(2, 1))
+    model.fail = "forward"
+    with pytest.raises(RuntimeError, match="somebody's bug") as raised:
+        engine.train_step(batches_of(3, 1))
+    assert not hasattr(raised.value, "__notes__"), "nothing of that step was updated"
+    engine.close()
 
 
 @pytest.mark.parametrize("device", ["cpu", "lagged"])

@@ -104,6 +104,7 @@ class Engine:
         self.keeps_gradients = setup.keeps_gradients(clip_norm, clip_scope)
         self.step_count = 0
         self.last_touched: frozenset[int] = frozenset()  # slots that got a gradient in the last step
+        self._updated: list[str] = []  # units, in a step that updates them at once
         self._clip_override: float | None = None
         self._warned = False
 
@@ -193,9 +194,10 @@ class Engine:
         position (a tagger) says so by an attribute `shifts_labels = False`. The loss is the mean over the target tokens
         of all micro-batches, whatever their shapes. Weights are updated as if synchronously; a non-finite gradient norm
         skips the step: no weight and nothing of the optimizer changes (NonFiniteGradientError where units are updated
-        before the norm is known). Buffers that the forward has updated (BatchNorm's running statistics) stay updated,
-        as with torch.amp.GradScaler. Gradients gathered before it are dropped. `lr` is written into the param groups,
-        in their proportions, so that it holds for later steps too.
+        before the norm is known). After an error weights are as they were; where units are updated at once, a note of
+        the error says which had been. Buffers that the forward has updated (BatchNorm's running statistics) stay
+        updated, as with torch.amp.GradScaler. Gradients gathered before it are dropped. `lr` is written into the param
+        groups, in their proportions, so that it holds for later steps too.
         """
         self._require_open()
         return train_step(self, checked_batches(batches), lr)
@@ -255,6 +257,7 @@ class Engine:
     def begin_step(self, lr: float | None) -> None:
         if lr is not None:
             check_learning_rate(lr)
+        self._updated.clear()
         self.store.check_addresses()
         self.structure.check()
         self.notice_writes()
@@ -322,22 +325,31 @@ class Engine:
         self._clip_override = None
         self.executor.weights_changed()
 
-    def abort_step(self) -> None:
-        """The step ended in an exception: weights are as they were, and the engine is ready for another one."""
+    def abort_step(self, error: BaseException) -> None:
+        """The step ended in `error`: the engine is ready for another one. Weights are as they were, but for units that
+        were updated at once; then `error` says which."""
+        self.gradients.give_up()
         self.executor.abort_step()
         self.end_step()
+        if self._updated and not isinstance(error, NonFiniteGradientError):  # which says so itself
+            error.add_note(
+                f"step {self.step_count} is half done: {', '.join(self._updated)} had been updated before, other units"
+                " have not been. Go on from the last save, or use clip_norm with clip_scope='global', where an error"
+                " changes no weight"
+            )
 
     def _update_complete_unit(self, home: int, entries: list[SlotState]) -> None:
         """Without a global norm to wait for, a unit is updated as soon as its gradient is complete."""
         norm = self.gradients.unit_norm(entries)
+        name = (self.partition.units[home].name or "the model") if home >= 0 else "stray parameters"
         if not norm < float("inf"):
-            name = self.partition.units[home].name if home >= 0 else "stray parameters"
             raise NonFiniteGradientError(
                 f"step {self.step_count}: the gradient of {name} has norm {norm}; other units are already updated, so"
                 " the step cannot be skipped. Go on from the last save, or use clip_norm with clip_scope='global'"
             )
         self._schedule(home, entries, self._clip_scale(norm) if self.clip_norm is not None else 1.0)
         self.updates.settle(home)
+        self._updated.append(name)
 
     def _schedule(self, home: int, entries: list[SlotState], scale: float) -> None:
         groups = self.optimizer.param_groups
