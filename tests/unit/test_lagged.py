@@ -9,7 +9,7 @@ import warnings
 import weakref
 from contextlib import suppress
 from dataclasses import replace
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -531,6 +531,33 @@ def test_an_update_that_fails_is_said_for_good_and_the_engine_can_be_closed(
 
 def threads_of_ours() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if "megatrain" in thread.name}
+
+
+@pytest.mark.parametrize("at", [1, 2, 4, 6, 9, 11])
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_copy_that_fails_in_a_callers_own_loop_can_be_tried_again(
+    at: int, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plain = Net(count=5), Net(count=5)
+    engine, host = make_engine(model, device=lagged(), slots=slots, keep_graphs="off"), make_engine(plain)
+    calls = count(1)
+    own = engine.device.up.copy
+    for step in range(4):
+        if step == 2:
+
+            def copy_or_fail(*given: Any, **options: Any) -> Any:
+                return _raise() if next(calls) == at else own(*given, **options)
+
+            monkeypatch.setattr(engine.device.up, "copy", copy_or_fail)
+            with pytest.raises(RuntimeError, match="somebody's bug"):
+                model(**make_batch(step)).loss.backward()
+            model.zero_grad()
+        for e in (engine, host):
+            e.model(**make_batch(step)).loss.backward()
+        assert engine.step().grad_norm == host.step().grad_norm
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+    engine.close()
+    host.close()
 
 
 def test_too_little_memory_for_one_unit_is_refused_with_the_bytes_missing() -> None:
