@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_engine_by_hand import Positions
 from test_engine_random import tiny_llama
 from test_engine_toys import (
     WIDTH,
@@ -556,6 +557,43 @@ def test_a_copy_that_fails_in_a_callers_own_loop_can_be_tried_again(
             e.model(**make_batch(step)).loss.backward()
         assert engine.step().grad_norm == host.step().grad_norm
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+    engine.close()
+    host.close()
+
+
+@pytest.mark.parametrize("call", ["step", "clip_grad_norm_"])
+@pytest.mark.parametrize("device", ["cpu", "lagged"])
+def test_after_a_step_of_a_callers_own_loop_that_failed_no_gradient_is_left(
+    call: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(Positions(), device=device)
+    batch = make_batch(0)
+    engine.model(**batch).loss.backward()
+    engine.step()
+    engine.model(**batch).loss.backward()
+    before = copy.deepcopy(engine.model.state_dict())
+    name = "square_sum" if device == "lagged" else "copy_with_square_sum"
+    with monkeypatch.context() as patch:  # of a parameter that the model reads outside a unit: complete in step()
+        patch.setattr(f"megatrain.engine.gradients.{name}", _raise)
+        with pytest.raises(RuntimeError, match="somebody's bug"):
+            getattr(engine, call)(*((0.5,) if call != "step" else ()))
+    assert engine.step().grad_norm == 0.0
+    assert all(torch.equal(value, before[n]) for n, value in engine.model.state_dict().items())
+    engine.model(**batch).loss.backward()
+    assert engine.step().grad_norm > 0
+    engine.close()
+
+
+def test_a_wait_before_an_update_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, host = make_engine(Net(count=3), device=lagged()), make_engine(Net(count=3))
+    before = copy.deepcopy(engine.model.state_dict())
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.weights, "before_update", _raise)
+        with pytest.raises(RuntimeError, match="somebody's bug"):
+            engine.train_step(batches_of(0, 1))
+    assert all(torch.equal(value, before[n]) for n, value in engine.model.state_dict().items())
+    assert engine.train_step(batches_of(0, 1)).loss == host.train_step(batches_of(0, 1)).loss
+    assert engine.train_step(batches_of(1, 1)).loss == host.train_step(batches_of(1, 1)).loss
     engine.close()
     host.close()
 

@@ -206,24 +206,32 @@ class Engine:
         """Apply the gradients of the backward calls since the last step (`engine.model(**batch).loss.backward()`).
 
         Gradients are what the parameters' `.grad` shows: clipped by torch, set or taken away by hand, they count as in
-        plain PyTorch, and clip_norm applies to what they are. They are dropped here, as by `zero_grad()`.
+        plain PyTorch, and clip_norm applies to what they are. They are dropped here, as by `zero_grad()`, also where
+        bringing them to the host fails.
         """
         self._require_open()
         clock = StepClock(self)
         self.begin_step(lr)
-        self.gradients.finish()
-        self.gradients.follow_caller()
-        norm = self.gradients.norm()
+        norm = self._gathered_norm()
         skipped = not self.decide_update(norm)
         return clock.stats(None, norm, 0, skipped)
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """The norm of the gradients gathered so far, fp64; the next `step` clips to `max_norm` instead of clip_norm."""
         self._require_open()
-        self.gradients.finish()
-        self.gradients.follow_caller()
+        norm = self._gathered_norm()
         self._clip_override = float(max_norm)
-        return torch.tensor(self.gradients.norm(), dtype=torch.float64, device="cpu")
+        return torch.tensor(norm, dtype=torch.float64, device="cpu")
+
+    def _gathered_norm(self) -> float:
+        """Of the gradients of a caller's own loop, complete now. After an error none is left: a part is no gradient."""
+        try:
+            self.gradients.finish()
+            self.gradients.follow_caller()
+        except BaseException as error:
+            self.abort_step(error)
+            raise
+        return self.gradients.norm()
 
     def flush(self) -> None:
         """Return when all decided updates are in the weights. Raises IntegrityError where somebody has written into a
@@ -306,6 +314,11 @@ class Engine:
 
     def decide_update(self, norm: float) -> bool:
         """Schedule the update of everything that has a gradient; False, with nothing changed, if norm is not finite."""
+        try:
+            self.weights.before_update()
+        except BaseException as error:
+            self.abort_step(error)
+            raise
         finite = norm < float("inf")
         self.last_touched = frozenset(self.gradients.squares)
         if finite and self.gradients.keep:
@@ -313,7 +326,6 @@ class Engine:
             for home, entries in sorted(self.gradients.touched().items()):
                 unit_scale = self._clip_scale(self.gradients.unit_norm(entries)) if scale is None else scale
                 self._schedule(home, entries, unit_scale)
-        self.weights.before_update()
         self.end_step()
         self.step_count += 1
         self.updates.start()
