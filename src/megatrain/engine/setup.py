@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -295,17 +295,23 @@ def keeps_gradients(clip_norm: float | None, clip_scope: str) -> bool:
     return clip_norm is not None and clip_scope == "global"
 
 
-def cast_buffers(model: nn.Module, dtypes: dict[int, str]) -> None:
+def cast_buffers(model: nn.Module, dtypes: dict[int, str]) -> Callable[[], None]:
     """With bf16 weights, persistent floating buffers follow, as `model.to(bfloat16)` would have them; tables that are
-    not saved (rotary frequencies) keep the precision they were computed in."""
-    if "bf16" not in dtypes.values():
-        return
+    not saved (rotary frequencies) keep the precision they were computed in. Returns what undoes it."""
     cast: dict[Tensor, Tensor] = {}  # a buffer that several modules hold stays one
-    for module in model.modules():
+    changed: list[tuple[nn.Module, str, Tensor]] = []
+    for module in model.modules() if "bf16" in dtypes.values() else ():
         for name, buffer in module._buffers.items():
             saved = name not in module._non_persistent_buffers_set
             if buffer is not None and saved and buffer.dtype == torch.float32 and _all_bf16(module):
+                changed.append((module, name, buffer))
                 module._buffers[name] = cast.setdefault(buffer, buffer.to(torch.bfloat16))
+
+    def undo() -> None:
+        for module, name, buffer in changed:
+            module._buffers[name] = buffer
+
+    return undo
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:

@@ -69,7 +69,7 @@ def train_step(engine: "Engine", batches: Sequence[Batch], lr: float | None) -> 
 
 def _attempt(engine: "Engine", work: Sequence[tuple[int, Batch, int]], total: int) -> list[LossParts]:
     """Run the micro-batches (number, batch, its targets) forward and backward; after an error the engine is as before,
-    but for buffers that the forward has updated."""
+    but for buffers that the forward has updated and units that were updated at once (see `Engine.abort_step`)."""
     engine.watch_attributes()
     elements = sum(batch["labels"].numel() for _, batch, _ in work)
     engine.choose_kept_graphs(elements)
@@ -81,8 +81,8 @@ def _attempt(engine: "Engine", work: Sequence[tuple[int, Batch, int]], total: in
     engine.executor.begin_step(elements)
     try:
         return _forward_and_backward(engine, bodies)
-    except BaseException:
-        engine.abort_step()
+    except BaseException as error:
+        engine.abort_step(error)
         raise
     finally:
         random.restore()

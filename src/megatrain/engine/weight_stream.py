@@ -370,13 +370,17 @@ class WeightStream(Weights):
         if fetch.waited:
             return
         before, started = self._device.mark(), perf_counter()
-        self._device.host_wait("weights_arrived", fetch.wait_until_issued)
-        self.exposed_seconds += perf_counter() - started
-        if fetch.error is not None:
-            raise fetch.error
-        if fetch.arrived is not None:
-            self._device.wait("weights_arrived", fetch.arrived)
-            fetch.waited = True
+        try:
+            self._device.host_wait("weights_arrived", fetch.wait_until_issued)
+            self.exposed_seconds += perf_counter() - started
+            if fetch.error is not None:
+                raise fetch.error
+            if fetch.arrived is not None:
+                self._device.wait("weights_arrived", fetch.arrived)
+                fetch.waited = True
+        except BaseException:
+            self._release(slot)  # a caller's own loop, whose pass goes on, may try again
+            raise
         if self._walk.kind in (STEP, FREE):  # nobody asks how long an evaluation waited
             self._waits.append((before, self._device.mark()))
 
