@@ -47,7 +47,7 @@ class SlowStream(CudaStream):
             with torch.cuda.stream(self.stream):
                 torch.cuda._sleep(self._owner.cycles)
         kept = [(name, event) for name, event in after if name not in self._owner.without]
-        return super().copy(pairs, kept, computed=computed, label=label)
+        return super().copy(pairs, kept, computed=computed and "computed" not in self._owner.without, label=label)
 
 
 class SlowDevice(CudaDevice):

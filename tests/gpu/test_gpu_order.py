@@ -58,6 +58,7 @@ def test_without_a_wait_training_is_wrong(name: str, expected: Any, monkeypatch:
         "slot_free": "compute",
         "gradient_packed": "compute",
         "inputs_restored": "up",
+        "computed": "compute",
     }
     for _ in range(3):
         try:

@@ -282,7 +282,7 @@ def test_tokens_of_a_chunk_by_the_memory_of_the_device(memory: str, vocabulary: 
 @pytest.mark.parametrize("name", WAITS)
 def test_without_a_wait_training_is_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each wait, left out, changes what is computed (or stops it) in one of a few interleavings."""
-    memory = 40_000 if name.startswith("inputs") else None  # a limit makes inputs leave
+    memory = 40_000 if name.startswith("inputs") or name == "computed" else None  # a limit makes inputs leave
     if name == "update":
         slow_updates(monkeypatch)
     host = train(Net(count=5), "cpu")
@@ -292,6 +292,7 @@ def test_without_a_wait_training_is_wrong(name: str, monkeypatch: pytest.MonkeyP
         "slot_free": "compute",
         "gradient_packed": "compute",
         "inputs_restored": "up",
+        "computed": "compute",
     }.get(name, "down")
     assert same(train(Net(count=5), lagged(slow=slow, memory_bytes=memory)), host)
     for seed in range(5):
@@ -301,6 +302,35 @@ def test_without_a_wait_training_is_wrong(name: str, monkeypatch: pytest.MonkeyP
         except Exception:
             return
     pytest.fail(f"nothing went wrong without the wait {name!r}: {WAITS[name]}")
+
+
+def test_a_copy_waits_for_the_computation_before_it_where_it_is_told_to() -> None:
+    device, source, target = lagged(slow="compute"), torch.zeros(8), torch.zeros(8)
+    for value in range(1, 4):
+        device.compute(lambda value=value: source.fill_(value), ())
+        device.down.copy([(target, source)], (), computed=True).wait()
+        assert target.tolist() == [value] * 8
+    device.close()
+
+
+def test_saved_inputs_leave_and_return_in_the_order_of_computation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the lagged device computation is over when inputs leave: what is asked of a GPU has to be looked at."""
+    monkeypatch.setattr(WeightStream, "_inputs_must_leave", lambda *_: True)
+    device, seen = lagged(), []
+    for stream in (device.up, device.down):
+        own = stream.copy
+
+        def watched(*given: Any, own: Any = own, name: str = stream._track, **options: Any) -> Any:
+            if options["label"] == "inputs":
+                seen.append((name, options.get("computed"), [wait for wait, _ in given[1]]))
+            return own(*given, **options)
+
+        monkeypatch.setattr(stream, "copy", watched)
+    train(Net(count=4), device, keep_graphs="off")
+    assert seen and {str(call) for call in seen} == {
+        "('down', True, [])",
+        "('up', True, ['inputs_saved'])",
+    }
 
 
 def slow_updates(monkeypatch: pytest.MonkeyPatch) -> None:

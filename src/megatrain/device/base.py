@@ -23,6 +23,7 @@ WAITS = {
     "gradient_landed": "the host reads a gradient only when it has arrived",
     "inputs_saved": "saved inputs leave the device's memory only when the host has them",
     "inputs_restored": "recomputation waits for the inputs",
+    "computed": "a copy waits for the computation before it, which writes what leaves or still uses its target",
 }
 
 
@@ -113,6 +114,9 @@ class StreamingDevice(ComputeDevice, Protocol):
 
     def host_memory_bytes(self, n_bytes: int) -> int:
         """What `host_memory` takes for a tensor of so many bytes."""
+
+    def memory_for(self, host: Tensor) -> Tensor:
+        """Device memory to copy `host` to: its shape, strides and dtype. Computation given so far may still use it."""
 
     def let_go(self, tensor: Tensor, copied: Event) -> None:
         """The memory of a tensor that computation made may be used again once it has been `copied`."""

@@ -198,6 +198,9 @@ class CudaDevice:
     def host_memory_bytes(self, n_bytes: int) -> int:
         return 1 << (n_bytes - 1).bit_length() if n_bytes else 0  # PyTorch's allocator of page-locked memory rounds up
 
+    def memory_for(self, host: Tensor) -> Tensor:
+        return torch.empty_strided(host.size(), host.stride(), dtype=host.dtype, device=self.torch_device)
+
     def let_go(self, tensor: Tensor, copied: Any) -> None:
         tensor.record_stream(self.down.stream)  # the allocator waits for what this stream has been given so far
         self._leaving.append((copied, tensor.nbytes))

@@ -54,6 +54,8 @@ class LaggedStream:
         self, pairs: Sequence[tuple[Tensor, Tensor]], after: After, *, computed: bool = False, label: str = ""
     ) -> LaggedEvent:
         self.n_bytes += sum(source.nbytes for _, source in pairs)
+        if computed:
+            after = [*after, *self._device.computed_so_far()]
         return self.submit(lambda: _copy(pairs), after, label)
 
     def submit(self, run: Callable[[], None], after: After, label: str) -> LaggedEvent:
@@ -62,6 +64,11 @@ class LaggedStream:
             self._thread.start()
         self._last = LaggedEvent()
         self._tasks.put((run, after, label, self._last))
+        return self._last
+
+    @property
+    def last(self) -> LaggedEvent | None:
+        """When all that was submitted is done."""
         return self._last
 
     def wait_for_last(self) -> None:
@@ -196,10 +203,15 @@ class LaggedDevice:
     def host_memory_bytes(self, n_bytes: int) -> int:
         return n_bytes
 
+    def memory_for(self, host: Tensor) -> Tensor:
+        memory = torch.empty_strided(host.size(), host.stride(), dtype=host.dtype, device="cpu")
+        self._compute.submit(lambda: _spoil(memory), (), "reuse memory")  # the last that another tensor does to it
+        return memory
+
     def let_go(self, tensor: Tensor, copied: Event) -> None:
         self.host_wait("inputs_saved", copied.wait)
         if torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) <= _OUR_REFERENCES:
-            _fill_with_nan(torch.empty(0, dtype=torch.uint8, device="cpu").set_(tensor.untyped_storage()))
+            _spoil(tensor)
 
     def pin(self, buffer: Tensor) -> None:
         """Noted and held, as a driver does; tests look whether copies touch other memory."""
@@ -220,6 +232,11 @@ class LaggedDevice:
     def keeps(self, name: str) -> bool:
         assert name in WAITS, name
         return name not in self._without
+
+    def computed_so_far(self) -> After:
+        """What units compute is over when they return; what is queued may not be."""
+        last = self._compute.last
+        return [] if last is None else [("computed", last)]
 
     def compute(self, run: Callable[[], None], after: After) -> Event:
         return self._compute.submit(run, after, "pack a gradient")
@@ -251,6 +268,10 @@ class LaggedDevice:
         for stream in (self.up, self._compute, self.down):
             stream.close()
         self.pinned.clear()
+
+
+def _spoil(tensor: Tensor) -> None:
+    _fill_with_nan(torch.empty(0, dtype=torch.uint8, device="cpu").set_(tensor.untyped_storage()))
 
 
 def _fill_with_nan(memory: Tensor) -> None:
