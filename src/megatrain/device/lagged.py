@@ -82,9 +82,7 @@ class LaggedStream:
             try:
                 for name, event in after:
                     if self._device.keeps(name):
-                        with self._span(
-                            "waits of copies" if self._track in ("up", "down") else "waits of compute", name
-                        ):
+                        with self._span(f"waits of {self._track}", name):
                             event.wait()
                 with self._span(self._track, label):
                     time.sleep(self._random.random() * self._longest_delay_seconds)

@@ -351,7 +351,7 @@ class WeightStream(Weights):
                 for home in self._homes[unit]:
                     self._device.host_wait("update", partial(self._updates.settle, home))
                 if self._device.trace is not None:
-                    self._device.trace.add("waits of copies", "update", started, perf_counter())
+                    self._device.trace.add("waits of fetches", "update", started, perf_counter())
                 after = [("slot_free", free)] if free is not None else []
                 fetch.arrived = self._device.up.copy(image.pairs(slot.buffer), after, label=self._name(unit))
             except BaseException as error:
