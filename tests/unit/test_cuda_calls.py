@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatrain.device.cuda import CudaDevice
+from megatrain.device.trace import Trace
 from megatrain.errors import CapacityError, IntegrityError
 from megatrain.memory.arena import allocate
 from megatrain.model.micro_batches import HandOver
@@ -23,6 +24,7 @@ class FakeCuda:
 
     def __init__(self) -> None:
         self.log: list[tuple[Any, ...]] = []
+        self.events = 0  # recorded so far
         self.refused = 0  # the error code of cudaHostRegister
         self._local = threading.local()
 
@@ -57,6 +59,7 @@ class FakeEvent:
 
     def record(self, stream: FakeStream) -> None:
         self.name, self._cuda = f"after {stream.name}", stream.cuda
+        self.number = stream.cuda.events = stream.cuda.events + 1
         stream.cuda.log.append(("record", stream.name))
 
     def synchronize(self) -> None:
@@ -64,6 +67,9 @@ class FakeEvent:
 
     def query(self) -> bool:
         return False
+
+    def elapsed_time(self, other: "FakeEvent") -> float:
+        return 250.0 * (other.number - self.number)  # milliseconds
 
 
 class FakeTensor:
@@ -151,13 +157,31 @@ def test_a_copy_is_ordered_before_it_is_issued(name: str, computed: bool, cuda: 
     assert stream.n_bytes == 24
 
 
+@pytest.mark.parametrize("name", ["up", "down"])
+def test_a_trace_names_what_a_copy_waited_for(name: str, cuda: FakeCuda) -> None:
+    device = CudaDevice()
+    device.trace = Trace()
+    saved = device.release(torch.empty(0))
+    getattr(device, name).copy([], [("inputs_saved", saved)], computed=True, label="inputs")
+    spans = [(track, label, end.number - start.number) for track, label, start, end in device.trace._spans]
+    assert spans == [(f"waits of {name}", "inputs_saved", 1), (f"waits of {name}", "computed", 1), (name, "inputs", 1)]
+
+
 def test_computation_waits_in_the_stream_of_the_thread_that_asks(cuda: FakeCuda) -> None:
     device = CudaDevice()
     landed = device.down.copy([], ())
     waited = ("wait_event", "default", "after down")
     assert calls_of(cuda, lambda: device.wait("weights_arrived", landed)) == [waited]
+    device.waits.counting = True
     run = lambda: device.compute(lambda: cuda.log.append(("run",)), [("staging_free", landed)])  # noqa: E731
-    assert calls_of(cuda, run) == [waited, ("run",), ("record", "default")]
+    assert calls_of(cuda, run) == [
+        ("record", "default"),
+        waited,
+        ("record", "default"),
+        ("run",),
+        ("record", "default"),
+    ]
+    assert device.waits.take(device.seconds, None) == {"staging_free": 0.25}
     assert calls_of(cuda, lambda: device.release(torch.empty(0))) == [("record", "default")]
 
 

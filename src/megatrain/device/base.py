@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatrain.device.trace import Mark, Trace
+from megatrain.device.waits import Waits
 
 WAITS = {
     "update": "a fetch waits until the host has updated the unit's weights",
@@ -89,6 +90,7 @@ class StreamingDevice(ComputeDevice, Protocol):
     memory_bytes: int | None  # that may be used; None: all there is
     up: Stream
     down: Stream
+    waits: Waits  # of computation, for copies
     pools_host_memory: bool  # what `host_memory` has given stays with the process while passes go on asking for it
 
     def allocate(self, n_bytes: int, what: str) -> Tensor:

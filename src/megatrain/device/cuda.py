@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatrain.device.base import After
 from megatrain.device.trace import Mark, Trace
+from megatrain.device.waits import Waits
 from megatrain.errors import CapacityError, ConfigError, IntegrityError
 from megatrain.sizes import format_bytes
 
@@ -56,12 +57,14 @@ class CudaStream:
     ) -> CudaEvent:
         trace = self.trace
         with self._issuing, torch.no_grad():
-            for _, event in after:
+            start = _timed(self.stream) if trace is not None else None
+            for name, event in after:
                 assert isinstance(event, CudaEvent)
                 self.stream.wait_event(event.event)
+                start = self._waited(trace, name, start)
             if computed:
                 self.stream.wait_stream(torch.cuda.current_stream(self._device))
-            start = _timed(self.stream) if trace is not None else None
+                start = self._waited(trace, "computed", start)
             with torch.cuda.stream(self.stream):
                 for target, source in pairs:
                     target.copy_(source, non_blocking=True)
@@ -69,6 +72,14 @@ class CudaStream:
             if trace is not None:
                 trace.add(self._track, label, start, _timed(self.stream))
             return CudaEvent(self.stream)
+
+    def _waited(self, trace: Trace | None, name: str, since: Any) -> Any:
+        """Note a wait of this stream that began at `since` and ends here; returns here."""
+        if trace is None:
+            return None
+        now = _timed(self.stream)
+        trace.add(f"waits of {self._track}", name, since, now)
+        return now
 
     def wait_for_computation(self) -> None:
         """Later copies begin after what computation has been given so far."""
@@ -112,6 +123,7 @@ class CudaDevice:
         weakref.finalize(self, _give_back, self._registered, self._limit, self.torch_device).atexit = False
         self.up = CudaStream("up", self.torch_device)
         self.down = CudaStream("down", self.torch_device)
+        self.waits = Waits(self.mark)
         self._base = self.mark()
         self._base.synchronize()
         self._base_seconds = time.perf_counter()
@@ -210,7 +222,8 @@ class CudaDevice:
         while len(self._leaving) > 1 and (self._leaving_bytes > most or self._leaving[0][0].event.query()):
             oldest, left_bytes = self._leaving.popleft()
             self._leaving_bytes -= left_bytes
-            oldest.wait()
+            with self.waits.during("inputs_saved"):
+                oldest.wait()
 
     def pin(self, buffer: Tensor) -> None:
         """Register host memory with the driver, page-locked, and keep it out of forked processes: a child that wrote
@@ -248,7 +261,8 @@ class CudaDevice:
 
     def compute(self, run: Callable[[], None], after: After) -> CudaEvent:
         for name, event in after:
-            self.wait(name, event)
+            with self.waits.during(name):
+                self.wait(name, event)
         run()
         return self._now()
 

@@ -104,7 +104,8 @@ class SavedInputs:
             self.restore(unit)  # nobody has foreseen it
         assert kept.tensor is not None
         if kept.restored is not None:
-            self._device.wait("inputs_restored", kept.restored)
+            with self._device.waits.during("inputs_restored"):
+                self._device.wait("inputs_restored", kept.restored)
         if kept.host is not None:
             self._host_bytes -= self._device.host_memory_bytes(kept.host.nbytes)
         self._hold(-kept.tensor.nbytes)
