@@ -206,6 +206,10 @@ def test_memory_of_inputs_is_kept_until_they_are_copied_and_the_host_waits_where
         ("record_stream", "down"),
         ("synchronize", "after down"),
     ]
+    named: list[str] = []
+    device.host_wait = lambda name, wait: named.append(name)  # type: ignore[method-assign]
+    device.let_go(leaving, saved)
+    assert named == ["inputs_saved"]
 
 
 def test_a_limit_is_the_allocators_until_the_device_is_closed_or_another_sets_one(cuda: FakeCuda) -> None:

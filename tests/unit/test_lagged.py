@@ -279,7 +279,7 @@ def test_tokens_of_a_chunk_by_the_memory_of_the_device(memory: str, vocabulary: 
 # -- each wait --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", WAITS)
+@pytest.mark.parametrize("name", [name for name in WAITS if name != "weights_read"])
 def test_without_a_wait_training_is_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each wait, left out, changes what is computed (or stops it) in one of a few interleavings."""
     memory = 40_000 if name.startswith("inputs") or name == "computed" else None  # a limit makes inputs leave
@@ -341,6 +341,50 @@ def slow_updates(monkeypatch: pytest.MonkeyPatch) -> None:
         run(self, workers)
 
     monkeypatch.setattr(SlabUpdate, "run", late)
+
+
+class Stopping(Net):
+    """Stops after two blocks when told to."""
+
+    stops = False
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+        if self.stops:
+            return self.blocks[1](self.blocks[0](self.embed(input_ids)))
+        return super().forward(input_ids, labels)
+
+
+@pytest.mark.parametrize("without", [[], ["weights_read"]], ids=["with", "without"])
+def test_no_update_begins_while_a_copy_still_reads(without: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an evaluation that ended before what was copied ahead for it arrived. Here computation has waited for all that
+    it uses, so that the values do not tell; on a GPU the evaluation itself may still be under way."""
+    device, model, copies, over = lagged(without=without), Stopping(count=4), [], []
+    own_copy, own_run = device.up.copy, SlabUpdate.run
+
+    def copy_late(*given: Any, **options: Any) -> Any:
+        if model.stops:
+            device.up.submit(lambda: time.sleep(0.1), (), "late")
+        copies.append(own_copy(*given, **options))
+        return copies[-1]
+
+    def run(self: SlabUpdate, workers: Any) -> None:
+        over.append(copies[-1]._happened.is_set())
+        own_run(self, workers)
+
+    monkeypatch.setattr(device.up, "copy", copy_late)
+    monkeypatch.setattr(SlabUpdate, "run", run)
+    engine = make_engine(model, device=device, keep_graphs="off")
+    for step in range(3):
+        model.stops = False
+        model(**make_batch(step)).loss.backward()
+        with torch.no_grad():
+            model(**make_batch(50))
+            model.stops = True
+            model(**make_batch(50))
+        engine.step()
+        engine.flush()
+    assert all(over) != bool(without)
+    engine.close()
 
 
 def test_an_unknown_wait_is_refused() -> None:

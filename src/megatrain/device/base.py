@@ -19,6 +19,7 @@ WAITS = {
     "update": "a fetch waits until the host has updated the unit's weights",
     "slot_free": "a fetch waits until the computation that reads the slot's last content is done",
     "weights_arrived": "computation waits for the unit's weights",
+    "weights_read": "the host changes weights only when no copy reads them any more",
     "staging_free": "a gradient is packed only when the last one has left the staging buffer",
     "gradient_packed": "a gradient leaves the device only when it is packed",
     "gradient_landed": "the host reads a gradient only when it has arrived",

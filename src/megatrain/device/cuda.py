@@ -223,7 +223,7 @@ class CudaDevice:
             oldest, left_bytes = self._leaving.popleft()
             self._leaving_bytes -= left_bytes
             with self.waits.during("inputs_saved"):
-                oldest.wait()
+                self.host_wait("inputs_saved", oldest.wait)
 
     def pin(self, buffer: Tensor) -> None:
         """Register host memory with the driver, page-locked, and keep it out of forked processes: a child that wrote

@@ -221,7 +221,7 @@ class StepClock:
             d2h_bytes=int(down),
             device_peak_bytes=self._engine.device.peak_bytes(),
             optimizer_exposed_seconds=exposed,
-            weights_exposed_seconds=waited("weights_arrived"),
+            weights_exposed_seconds=waited("weights_arrived", "weights_read"),
             inputs_exposed_seconds=waited("inputs_restored", "inputs_saved"),
             gradients_exposed_seconds=waited("staging_free", "gradient_landed"),
             host_peak_bytes=peak_resident_bytes(),

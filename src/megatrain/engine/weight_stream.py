@@ -203,9 +203,8 @@ class WeightStream(Weights):
     def before_update(self) -> None:
         fetch, self._last_fetch = self._last_fetch, None
         if fetch is not None:  # copies are carried out in order: the last one is over when all are
-            fetch.issued.wait()
-            if fetch.arrived is not None:
-                fetch.arrived.wait()
+            with self._device.waits.during("weights_read"):
+                self._device.host_wait("weights_read", fetch.wait_until_over)
 
     def changed(self) -> None:
         self._forget_residents()
