@@ -37,7 +37,7 @@ def slow_device(slow: str, without: Collection[str] = (), cycles: int = _CYCLES)
 
 class SlowStream(CudaStream):
     def __init__(self, track: str, device: "SlowDevice") -> None:
-        super().__init__(track, device.torch_device)
+        super().__init__(track, device.torch_device, device._locked)
         self._owner = device
 
     def copy(

@@ -77,6 +77,7 @@ class FakeTensor:
 
     def __init__(self, cuda: FakeCuda, n_bytes: int = 64) -> None:
         self._cuda, self.nbytes = cuda, n_bytes
+        self.device = torch.device("cuda")
 
     def copy_(self, _source: Any, non_blocking: bool = False) -> None:
         self._cuda.log.append(("copy", self._cuda.current_stream().name, non_blocking))
@@ -210,6 +211,7 @@ def test_memory_of_inputs_is_kept_until_they_are_copied_and_the_host_waits_where
     device.host_wait = lambda name, wait: named.append(name)  # type: ignore[method-assign]
     device.let_go(leaving, saved)
     assert named == ["inputs_saved"]
+    device.close()
 
 
 def test_a_limit_is_the_allocators_until_the_device_is_closed_or_another_sets_one(cuda: FakeCuda) -> None:
@@ -262,10 +264,68 @@ def test_memory_that_cannot_be_registered_is_an_error_and_left_as_it_was(
     assert cuda.log == [
         ("advise", *pages, mmap.MADV_DONTFORK),
         ("register", *pages),
-        ("advise", *pages, mmap.MADV_DOFORK),
         ("kernel",),  # it takes the error that CUDA reports once more
+        ("advise", *pages, mmap.MADV_DOFORK),
     ]
     assert device.pinned_bytes == 0
+
+
+def test_large_memory_is_registered_in_pieces_and_no_copy_goes_over_a_seam(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = mmap.PAGESIZE
+    monkeypatch.setattr("megatrain.device.page_locked.PIECE_BYTES", 2 * page)
+    device, buffer = CudaDevice(), allocate(5 * page)
+    start = buffer.data_ptr()
+    other = allocate(2 * page)  # of one piece
+    pieces = [("register", start, 2 * page), ("register", start + 2 * page, 2 * page)]
+    assert calls_of(cuda, lambda: device.pin(buffer)) == [*pieces, ("register", start + 4 * page, page)]
+    device.pin(other)
+    assert device.pinned_bytes == 7 * page
+
+    target = torch.zeros(5 * page // 2, dtype=torch.bfloat16)
+    source = buffer.view(torch.bfloat16).fill_(1.5)
+    for first, last, parts in [(0, 5, 3), (0, 2, 1), (2, 4, 1), (1, 3, 2), (4, 5, 1)]:
+        span = slice(first * page // 2, last * page // 2)
+        target.zero_()
+        copies = device._locked.split(target[span], source[span])
+        assert len(copies) == parts
+        device.up.copy([(target[span], source[span])], ())
+        assert (target[span] == 1.5).all() and target.sum() == 1.5 * target[span].numel()
+    assert len(device._locked.split(target[: page // 2], other.view(torch.bfloat16)[: page // 2])) == 1
+
+    seen: list[int] = []
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, _other, **_options: seen.append(self.numel()))
+    device.up.copy([(target, source)], ())
+    device.down.copy([(source, torch.empty_like(source, device="meta"))], ())
+    assert seen == 2 * [page, page, page // 2]
+    unregistered = [("unregister", start + n * page) for n in (0, 2, 4)]
+    assert calls_of(cuda, lambda: device.unpin(buffer)) == unregistered
+    assert len(device._locked.split(target, source)) == 1
+    device.close()
+
+
+def test_pieces_are_given_back_where_a_later_one_is_refused(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = mmap.PAGESIZE
+    monkeypatch.setattr("megatrain.device.page_locked.PIECE_BYTES", page)
+    monkeypatch.setattr(torch, "ones", lambda *_shape, **_options: None)
+    device, buffer = CudaDevice(), allocate(3 * page)
+    start = buffer.data_ptr()
+    register = torch.cuda.cudart().cudaHostRegister
+    refusing = SimpleNamespace(
+        cudaHostRegister=lambda address, *rest: 2 if address == start + 2 * page else register(address, *rest),
+        cudaHostUnregister=torch.cuda.cudart().cudaHostUnregister,
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: refusing)
+    with pytest.raises(CapacityError, match="page-locked"):
+        device.pin(buffer)
+    assert [call[:2] for call in cuda.log if "register" in call[0]] == [
+        ("register", start),
+        ("register", start + page),
+        ("unregister", start),
+        ("unregister", start + page),
+    ]
+    assert device.pinned_bytes == 0 and len(device._locked.split(buffer, buffer)) == 1
 
 
 def test_memory_is_registered_until_it_is_unpinned(cuda: FakeCuda) -> None:
