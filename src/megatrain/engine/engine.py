@@ -56,7 +56,8 @@ class Engine:
     device_memory: bytes that the compute device may use, or a size such as '24GiB'; None: all. The host as device has
                    no limit of its own.
     seed:          of the random streams of micro-batches (dropout).
-    threads:       of the optimizer's kernels; None: as many as torch computes with.
+    threads:       of the optimizer's kernels; None: as many as torch computes with, but beside a streaming device two
+                   less than there are cores.
     keep_graphs:   units that keep their graph instead of being recomputed, the same bits in less time: 'auto' (from
                    the second step on, as many as fit into half of the free memory), 'off', or a number of last units.
     slots:         units of a size whose weights may be on a streaming device at once; None: 2.
@@ -113,7 +114,7 @@ class Engine:
         layouts = setup.lay_out_units(self.partition, dtypes, group_of)
         self._plan_memory(layouts)
         self.kernels, self._remove_kernels = install_kernels(chosen, model, required=kernels == "liger")
-        self._take_over(layouts, threads or torch.get_num_threads(), _mapped)
+        self._take_over(layouts, setup.optimizer_threads(threads, self.device), _mapped)
         setup.cast_buffers(model, dtypes)
         self._connect(slots)
         self.optimizer = EngineOptimizer(groups, optimizer, self)
