@@ -631,6 +631,8 @@ def _run_case(bench: Bench, engine: Engine, model: Model, case: Case, table: Tab
         "host_busy": (busy["host"], "s"),
         "exposed_optimizer": (statistics.median(s.optimizer_exposed_seconds for s in stats), "s"),
         "exposed_weights": (statistics.median(s.weights_exposed_seconds for s in stats), "s"),
+        "exposed_inputs": (statistics.median(s.inputs_exposed_seconds for s in stats), "s"),
+        "exposed_gradients": (statistics.median(s.gradients_exposed_seconds for s in stats), "s"),
         "up_bytes": (last.h2d_bytes / 1e9, "GB"),
         "down_bytes": (last.d2h_bytes / 1e9, "GB"),
         "device_peak": (last.device_peak_bytes / 1e9, "GB"),
@@ -675,7 +677,7 @@ def traced_seconds(engine: Engine, batches: list[dict[str, Tensor]]) -> dict[str
 
 
 def busy_seconds(events: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Seconds by track; spans of a track that overlap count once."""
+    """Seconds by track; spans of a track that overlap count once, and computation not while it waits."""
     names: dict[int, str] = {}
     spans: dict[int, list[tuple[float, float]]] = {}
     for event in events:
@@ -683,13 +685,20 @@ def busy_seconds(events: Iterable[dict[str, Any]]) -> dict[str, float]:
             names[event["tid"]] = event["args"]["name"]
         else:
             spans.setdefault(event["tid"], []).append((event["ts"], event["ts"] + event["dur"]))
-    busy = dict.fromkeys(names.values(), 0.0)
-    for track, found in spans.items():
-        end = float("-inf")
-        for start, stop in sorted(found):
-            busy[names[track]] += max(0.0, stop - max(start, end)) / 1e6
-            end = max(end, stop)
+    by_name = {name: spans.get(tid, []) for tid, name in names.items()}
+    busy = {name: _covered_seconds(found) for name, found in by_name.items()}
+    waits = by_name.get("waits of compute", [])
+    busy["compute"] = _covered_seconds(by_name["compute"] + waits) - _covered_seconds(waits)
     return busy
+
+
+def _covered_seconds(spans: Iterable[tuple[float, float]]) -> float:
+    """Of (start, end) in microseconds."""
+    total, end = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, end)) / 1e6
+        end = max(end, stop)
+    return total
 
 
 def _release(bench: Bench) -> None:

@@ -57,7 +57,8 @@ class Engine:
     device_memory: bytes that the compute device may use, or a size such as '24GiB'; None: all. The host as device has
                    no limit of its own.
     seed:          of the random streams of micro-batches (dropout).
-    threads:       of the optimizer's kernels; None: as many as torch computes with.
+    threads:       of the optimizer's kernels; None: as many as torch computes with, but beside a streaming device two
+                   less than there are cores.
     keep_graphs:   units that keep their graph instead of being recomputed, the same bits in less time: 'auto' (from
                    the second step on, as many as fit into half of the free memory), 'off', or a number of last units.
     slots:         units of a size whose weights may be on a streaming device at once; None: 2.
@@ -119,7 +120,7 @@ class Engine:
         try:
             self.kernels, remove_kernels = install_kernels(chosen, model, required=kernels == "liger")
             self._closing.callback(remove_kernels)
-            self.store = HostStore(Workers(threads or torch.get_num_threads()))
+            self.store = HostStore(Workers(setup.optimizer_threads(threads, self.device)))
             unmade.callback(self.store.workers.close)
             unmade.callback(self.store.give_back, {s.index: s.parameter.dtype for s in self.partition.slots})
             self._take_over(layouts, _mapped)

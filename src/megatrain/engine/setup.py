@@ -30,6 +30,7 @@ PRECISIONS = ("auto", "bf16", "fp32")
 CLIP_SCOPES = ("global", "unit")
 _LOGITS_IN_CACHES_BYTES = 16 * 1024**2  # of one chunk in fp32
 _DEVICE_CHUNK_TOKENS = 4096
+_CORES_OF_A_DEVICE = 2  # one launches computation, one issues copies
 _log = logging.getLogger(__name__)
 
 
@@ -174,6 +175,16 @@ def check_threads(threads: int | None) -> None:
     most = 4 * (os.cpu_count() or 1)
     if threads is not None and not (_is_whole(threads) and 1 <= threads <= most):
         raise ConfigError(f"engine.threads is {threads!r}; it must be a number from 1 to {most} on this machine")
+
+
+def optimizer_threads(setting: int | None, device: ComputeDevice) -> int:
+    """Threads of the optimizer's kernels. They work beside a streaming device, where the thread that launches
+    computation and the one that issues copies need a core each: a late launch leaves the device idle."""
+    if setting is not None:
+        return setting
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = torch.get_num_threads()
+    return max(1, min(most, cores - _CORES_OF_A_DEVICE)) if streams(device) else most
 
 
 def weight_dtypes(model: nn.Module, part: Partition, precision: str) -> dict[int, str]:
