@@ -72,6 +72,7 @@ from megatrain.engine.weight_stream import WeightStream  # noqa: E402
 from megatrain.errors import CapacityError  # noqa: E402
 from megatrain.memory.arena import allocate, allocate_elements  # noqa: E402
 from megatrain.memory.limits import host_memory_limits, peak_resident_bytes, reset_peak_resident  # noqa: E402
+from megatrain.memory.store import bits  # noqa: E402
 from megatrain.model.loading import build_on_meta  # noqa: E402
 from megatrain.model.partition import partition  # noqa: E402
 from megatrain.optim.adamw import AdamW  # noqa: E402
@@ -417,7 +418,7 @@ def config_of(model: Model) -> transformers.PretrainedConfig:
 def random_model(model: Model, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> nn.Module:
     """On the host, with normal numbers of standard deviation 0.02, ones for norms, zeros for biases.
 
-    All weights are views of one block of numbers, each from another place on: the engine copies them, so the state is
+    All weights are mappings of one file of numbers, each from another place on: the engine copies them, so the state is
     never held beside a second copy of the model.
     """
     config = config_of(model)
@@ -427,21 +428,22 @@ def random_model(model: Model, dtype: torch.dtype = torch.bfloat16, seed: int = 
     largest, count = max(p.numel() for p in made.parameters()), len(list(made.parameters()))
     piece = torch.empty(min(largest, 1 << 24), dtype=torch.float32).normal_(0, 0.02, generator=generator).to(dtype)
     step = 1031  # a prime: no two weights of a size begin at the same number
-    block = torch.empty(largest + step * count, dtype=dtype)
-    for start in range(0, block.numel(), piece.numel()):
-        block[start : start + piece.numel()] = piece[: block.numel() - start]
+    numbers = np.resize(bits(piece), largest + step * count)
     known: dict[int, nn.Parameter] = {}
-    for module in made.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if id(parameter) not in known:
-                start = step * len(known)
-                values = block[start : start + parameter.numel()].view(parameter.shape)
-                if parameter.ndim < 2:
-                    values = torch.zeros_like(values) if name == "bias" else torch.ones_like(values)
-                known[id(parameter)] = nn.Parameter(values)
-            module._parameters[name] = known[id(parameter)]
+    with tempfile.NamedTemporaryFile() as file:
+        numbers.tofile(file.name)
+        for module in made.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
+                if id(parameter) not in known:
+                    offset = step * len(known) * numbers.itemsize
+                    mapped = np.memmap(file.name, numbers.dtype, "c", offset, (parameter.numel(),))
+                    values = torch.from_numpy(mapped).view(dtype).view(parameter.shape)
+                    if parameter.ndim < 2:
+                        values = torch.zeros_like(values) if name == "bias" else torch.ones_like(values)
+                    known[id(parameter)] = nn.Parameter(values)
+                module._parameters[name] = known[id(parameter)]
     held = [*made.named_parameters(), *made.named_buffers()]
     assert not any(tensor.is_meta for _, tensor in held), [name for name, tensor in held if tensor.is_meta]
     return made.train()  # type: ignore[no-any-return]
@@ -630,6 +632,8 @@ def _run_case(bench: Bench, engine: Engine, model: Model, case: Case, table: Tab
         "host_busy": (busy["host"], "s"),
         "exposed_optimizer": (statistics.median(s.optimizer_exposed_seconds for s in stats), "s"),
         "exposed_weights": (statistics.median(s.weights_exposed_seconds for s in stats), "s"),
+        "exposed_inputs": (statistics.median(s.inputs_exposed_seconds for s in stats), "s"),
+        "exposed_gradients": (statistics.median(s.gradients_exposed_seconds for s in stats), "s"),
         "up_bytes": (last.h2d_bytes / 1e9, "GB"),
         "down_bytes": (last.d2h_bytes / 1e9, "GB"),
         "device_peak": (last.device_peak_bytes / 1e9, "GB"),
@@ -674,7 +678,7 @@ def traced_seconds(engine: Engine, batches: list[dict[str, Tensor]]) -> dict[str
 
 
 def busy_seconds(events: Iterable[dict[str, Any]]) -> dict[str, float]:
-    """Seconds by track; spans of a track that overlap count once."""
+    """Seconds by track; spans of a track that overlap count once, and computation not while it waits."""
     names: dict[int, str] = {}
     spans: dict[int, list[tuple[float, float]]] = {}
     for event in events:
@@ -682,13 +686,20 @@ def busy_seconds(events: Iterable[dict[str, Any]]) -> dict[str, float]:
             names[event["tid"]] = event["args"]["name"]
         else:
             spans.setdefault(event["tid"], []).append((event["ts"], event["ts"] + event["dur"]))
-    busy = dict.fromkeys(names.values(), 0.0)
-    for track, found in spans.items():
-        end = float("-inf")
-        for start, stop in sorted(found):
-            busy[names[track]] += max(0.0, stop - max(start, end)) / 1e6
-            end = max(end, stop)
+    by_name = {name: spans.get(tid, []) for tid, name in names.items()}
+    busy = {name: _covered_seconds(found) for name, found in by_name.items()}
+    waits = by_name.get("waits of compute", [])
+    busy["compute"] = _covered_seconds(by_name["compute"] + waits) - _covered_seconds(waits)
     return busy
+
+
+def _covered_seconds(spans: Iterable[tuple[float, float]]) -> float:
+    """Of (start, end) in microseconds."""
+    total, end = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, end)) / 1e6
+        end = max(end, stop)
+    return total
 
 
 def _release(bench: Bench) -> None:

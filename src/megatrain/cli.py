@@ -52,7 +52,7 @@ def _main(argv: Sequence[str] | None) -> int:
     except Exception as error:  # not foreseen: still one line, and the whole story on request
         if os.environ.get("MEGATRAIN_DEBUG"):
             raise
-        return _fail(f"{type(error).__name__}: {error} (MEGATRAIN_DEBUG=1 shows where)", FAILED)
+        return _fail(f"{type(error).__name__}: {_said(error)} (MEGATRAIN_DEBUG=1 shows where)", FAILED)
     except KeyboardInterrupt:  # outside of training there is nothing to save
         return _fail("interrupted", INTERRUPTED)
 
@@ -316,8 +316,12 @@ def _text(text: str) -> str:
     return text
 
 
+def _said(error: Exception | str) -> str:
+    return ". ".join([str(error), *getattr(error, "__notes__", ())])
+
+
 def _fail(error: Exception | str, code: int) -> int:
-    print(f"megatrain: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"megatrain: {' '.join(_said(error).split())}", file=sys.stderr)
     return code
 
 

@@ -214,7 +214,8 @@ class EngineConfig:
         metadata=_about(or_null(whole(1)), "units (layers) whose weights may be on a GPU at once; null: 2"),
     )
     threads: int | None = field(
-        default=None, metadata=_about(or_null(whole(1)), "host threads of the optimizer; null: one per core")
+        default=None,
+        metadata=_about(or_null(whole(1)), "host threads of the optimizer; null: all cores, or all but 2 beside a GPU"),
     )
     compile: str = field(
         default="off",

@@ -37,7 +37,7 @@ def slow_device(slow: str, without: Collection[str] = (), cycles: int = _CYCLES)
 
 class SlowStream(CudaStream):
     def __init__(self, track: str, device: "SlowDevice") -> None:
-        super().__init__(track, device.torch_device)
+        super().__init__(track, device.torch_device, device._locked)
         self._owner = device
 
     def copy(
@@ -47,7 +47,7 @@ class SlowStream(CudaStream):
             with torch.cuda.stream(self.stream):
                 torch.cuda._sleep(self._owner.cycles)
         kept = [(name, event) for name, event in after if name not in self._owner.without]
-        return super().copy(pairs, kept, computed=computed, label=label)
+        return super().copy(pairs, kept, computed=computed and "computed" not in self._owner.without, label=label)
 
 
 class SlowDevice(CudaDevice):

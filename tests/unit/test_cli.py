@@ -486,3 +486,17 @@ def test_no_more_text_than_a_learned_table_has_positions(
     assert cli.main([*command, "40"]) == 0
     assert cli.main(["generate", str(tmp_path / "run"), "--prompt", "~" * 41]) == 2
     assert "the prompt has 41 tokens and the model 40 positions; shorten it" in capsys.readouterr().err
+
+
+def test_what_an_error_is_annotated_with_is_said_in_its_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_given: object) -> int:
+        error = RuntimeError("somebody's bug")
+        error.add_note("step 1 is half done")
+        raise error
+
+    monkeypatch.delenv("MEGATRAIN_DEBUG", raising=False)
+    monkeypatch.setattr(cli, "_dispatch", fail)
+    assert cli.main(["doctor"]) == cli.FAILED
+    assert capsys.readouterr().err.startswith("megatrain: RuntimeError: somebody's bug. step 1 is half done")

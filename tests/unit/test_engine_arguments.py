@@ -1,5 +1,6 @@
 """What an engine says to arguments that are wrong, before anything has changed."""
 
+import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -62,6 +63,21 @@ def test_a_wrong_argument_is_named_before_a_checkpoint_is_read() -> None:
 def test_an_unknown_argument_is_named_before_a_checkpoint_is_read(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"^from_pretrained: there is no argument {name}; it takes attn.*, seed,"):
         mt.Engine.from_pretrained("nowhere", **{name: "main"})
+
+
+@pytest.mark.parametrize(
+    ("cores", "torch_threads", "device", "threads"),
+    [(16, 16, "lagged", 14), (16, 4, "lagged", 4), (2, 2, "lagged", 1), (1, 1, "lagged", 1), (16, 16, "cpu", 16)],
+)
+def test_the_optimizer_leaves_cores_to_the_threads_that_feed_a_device(
+    cores: int, torch_threads: int, device: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(cores)), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: torch_threads)
+    with make_engine(Net(), device=device, threads=None) as engine:
+        assert engine.store.workers.threads == threads
+    with make_engine(Net(), device=device, threads=2) as engine:
+        assert engine.store.workers.threads == 2
 
 
 def complex_weight(model: nn.Module) -> None:

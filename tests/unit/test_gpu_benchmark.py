@@ -81,7 +81,7 @@ def test_random_models_compute() -> None:
     assert model(**gpu._batch(128, 2, 8, 0)).loss.item() == pytest.approx(4.85, abs=0.2)  # log(128)
 
 
-def test_spans_that_overlap_count_once() -> None:
+def test_spans_that_overlap_count_once_and_computation_not_while_it_waits() -> None:
     events: list[dict[str, Any]] = [
         {"ph": "M", "tid": 0, "args": {"name": "compute"}},
         {"ph": "M", "tid": 1, "args": {"name": "up"}},
@@ -91,6 +91,12 @@ def test_spans_that_overlap_count_once() -> None:
         {"ph": "X", "tid": 0, "ts": 5e6, "dur": 1e6},
     ]
     assert busy_seconds(events) == {"compute": 4.0, "up": 0.0}
+    events += [
+        {"ph": "M", "tid": 2, "name": "thread_name", "args": {"name": "waits of compute"}},
+        {"ph": "X", "tid": 2, "ts": 2e6, "dur": 0.5e6},  # within a unit's computation
+        {"ph": "X", "tid": 2, "ts": 4.5e6, "dur": 1e6},  # half of it before one
+    ]
+    assert busy_seconds(events) == {"compute": 3.0, "up": 0.0, "waits of compute": 1.5}
 
 
 def test_a_dry_run_measures_everything_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,6 +52,8 @@ FIELDS = [
     "d2h_bytes",
     "optimizer_exposed_seconds",
     "weights_exposed_seconds",
+    "inputs_exposed_seconds",
+    "gradients_exposed_seconds",
     "device_peak_bytes",
     "host_peak_bytes",
 ]
@@ -78,6 +80,8 @@ class StandIn:
             skipped=loss == 2,
             optimizer_exposed_seconds=0.0,
             weights_exposed_seconds=0.0,
+            inputs_exposed_seconds=0.0,
+            gradients_exposed_seconds=0.0,
             **counts,
         )
 

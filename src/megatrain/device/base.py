@@ -13,16 +13,19 @@ import torch
 from torch import Tensor
 
 from megatrain.device.trace import Mark, Trace
+from megatrain.device.waits import Waits
 
 WAITS = {
     "update": "a fetch waits until the host has updated the unit's weights",
     "slot_free": "a fetch waits until the computation that reads the slot's last content is done",
     "weights_arrived": "computation waits for the unit's weights",
+    "weights_read": "the host changes weights only when no copy reads them any more",
     "staging_free": "a gradient is packed only when the last one has left the staging buffer",
     "gradient_packed": "a gradient leaves the device only when it is packed",
     "gradient_landed": "the host reads a gradient only when it has arrived",
     "inputs_saved": "saved inputs leave the device's memory only when the host has them",
     "inputs_restored": "recomputation waits for the inputs",
+    "computed": "a copy waits for the computation before it, which writes what leaves or still uses its target",
 }
 
 
@@ -88,6 +91,7 @@ class StreamingDevice(ComputeDevice, Protocol):
     memory_bytes: int | None  # that may be used; None: all there is
     up: Stream
     down: Stream
+    waits: Waits  # of computation, for copies
     pools_host_memory: bool  # what `host_memory` has given stays with the process while passes go on asking for it
 
     def allocate(self, n_bytes: int, what: str) -> Tensor:
@@ -113,6 +117,9 @@ class StreamingDevice(ComputeDevice, Protocol):
 
     def host_memory_bytes(self, n_bytes: int) -> int:
         """What `host_memory` takes for a tensor of so many bytes."""
+
+    def memory_for(self, host: Tensor) -> Tensor:
+        """Device memory to copy `host` to: its shape, strides and dtype. Computation given so far may still use it."""
 
     def let_go(self, tensor: Tensor, copied: Event) -> None:
         """The memory of a tensor that computation made may be used again once it has been `copied`."""

@@ -4,26 +4,24 @@ Computation is what the calling thread gives to its current stream. It is not wa
 host does not run far ahead of memory that is on its way out. The host's own threads wait in `CudaEvent.wait`.
 """
 
-import ctypes
-import mmap
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatrain.device.base import After
+from megatrain.device.page_locked import PageLockedMemory
 from megatrain.device.trace import Mark, Trace
-from megatrain.errors import CapacityError, ConfigError, IntegrityError
+from megatrain.device.waits import Waits
+from megatrain.errors import CapacityError, ConfigError
 from megatrain.sizes import format_bytes
 
-_HOST_REGISTER_DEFAULT = 0
-_ALREADY_REGISTERED = 712  # cudaErrorHostMemoryAlreadyRegistered
 _LEAVING_SHARE = 16  # inputs on their way to the host hold at most this fraction of the device's memory
 USABLE_SHARE = 0.95  # of what is free: libraries take some past PyTorch's allocator, and no allocator packs perfectly
 
@@ -43,11 +41,12 @@ class CudaEvent:
 class CudaStream:
     """A stream of copies in one direction."""
 
-    def __init__(self, track: str, device: torch.device) -> None:
+    def __init__(self, track: str, device: torch.device, locked: PageLockedMemory) -> None:
         self.n_bytes = 0
         self.trace: Trace | None = None
         self._track = track
         self._device = device
+        self._locked = locked
         self._issuing = threading.Lock()  # fetches and inputs are issued by different threads
         self.stream = torch.cuda.Stream(device)
 
@@ -56,19 +55,30 @@ class CudaStream:
     ) -> CudaEvent:
         trace = self.trace
         with self._issuing, torch.no_grad():
-            for _, event in after:
+            start = _timed(self.stream) if trace is not None else None
+            for name, event in after:
                 assert isinstance(event, CudaEvent)
                 self.stream.wait_event(event.event)
+                start = self._waited(trace, name, start)
             if computed:
                 self.stream.wait_stream(torch.cuda.current_stream(self._device))
-            start = _timed(self.stream) if trace is not None else None
+                start = self._waited(trace, "computed", start)
             with torch.cuda.stream(self.stream):
-                for target, source in pairs:
-                    target.copy_(source, non_blocking=True)
-                    self.n_bytes += source.nbytes
+                for whole in pairs:
+                    for target, source in self._locked.split(*whole):
+                        target.copy_(source, non_blocking=True)
+                        self.n_bytes += source.nbytes
             if trace is not None:
                 trace.add(self._track, label, start, _timed(self.stream))
             return CudaEvent(self.stream)
+
+    def _waited(self, trace: Trace | None, name: str, since: Any) -> Any:
+        """Note a wait of this stream that began at `since` and ends here; returns here."""
+        if trace is None:
+            return None
+        now = _timed(self.stream)
+        trace.add(f"waits of {self._track}", name, since, now)
+        return now
 
     def wait_for_computation(self) -> None:
         """Later copies begin after what computation has been given so far."""
@@ -106,12 +116,11 @@ class CudaDevice:
         self._leaving: deque[tuple[CudaEvent, int]] = deque()
         self._leaving_bytes = 0
         self._host_memory_used = self._host_memory_kept = False
-        # held here until it is unregistered: the driver goes on copying to and from the pages that it has locked, and a
-        # new mapping at an address that was unmapped before would never see what is copied
-        self._registered: dict[int, Tensor] = {}  # by address
-        weakref.finalize(self, _give_back, self._registered, self._limit, self.torch_device).atexit = False
-        self.up = CudaStream("up", self.torch_device)
-        self.down = CudaStream("down", self.torch_device)
+        self._locked = PageLockedMemory(self.torch_device)
+        weakref.finalize(self, _give_back, self._locked, self._limit, self.torch_device).atexit = False
+        self.up = CudaStream("up", self.torch_device, self._locked)
+        self.down = CudaStream("down", self.torch_device, self._locked)
+        self.waits = Waits(self.mark)
         self._base = self.mark()
         self._base.synchronize()
         self._base_seconds = time.perf_counter()
@@ -198,6 +207,9 @@ class CudaDevice:
     def host_memory_bytes(self, n_bytes: int) -> int:
         return 1 << (n_bytes - 1).bit_length() if n_bytes else 0  # PyTorch's allocator of page-locked memory rounds up
 
+    def memory_for(self, host: Tensor) -> Tensor:
+        return torch.empty_strided(host.size(), host.stride(), dtype=host.dtype, device=self.torch_device)
+
     def let_go(self, tensor: Tensor, copied: Any) -> None:
         tensor.record_stream(self.down.stream)  # the allocator waits for what this stream has been given so far
         self._leaving.append((copied, tensor.nbytes))
@@ -207,45 +219,25 @@ class CudaDevice:
         while len(self._leaving) > 1 and (self._leaving_bytes > most or self._leaving[0][0].event.query()):
             oldest, left_bytes = self._leaving.popleft()
             self._leaving_bytes -= left_bytes
-            oldest.wait()
+            with self.waits.during("inputs_saved"):
+                self.host_wait("inputs_saved", oldest.wait)
 
     def pin(self, buffer: Tensor) -> None:
-        """Register host memory with the driver, page-locked, and keep it out of forked processes: a child that wrote
-        to it would leave the device copying to pages that are no longer ours."""
-        if not buffer.nbytes:
-            return
-        _advise(buffer, "MADV_DONTFORK")
-        with torch.cuda.device(self.torch_device):
-            code = int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, _HOST_REGISTER_DEFAULT))
-        if code:
-            _advise(buffer, "MADV_DOFORK")
-            _forget_error(self.torch_device)
-            if code == _ALREADY_REGISTERED:
-                raise IntegrityError(
-                    f"{format_bytes(buffer.nbytes)} of the engine's host memory is page-locked already; something else"
-                    " registered it, or unmapped memory at its address that it had registered"
-                )
-            raise CapacityError(
-                f"{format_bytes(buffer.nbytes)} of host memory could not be page-locked (CUDA error {code}) after"
-                f" {len(self._registered)} buffers of {format_bytes(self.pinned_bytes)}; raise"
-                " the limit (`ulimit -l unlimited`; in WSL2 half of the memory is the most)"
-            )
-        self._registered[buffer.data_ptr()] = buffer
+        self._locked.lock(buffer)
 
     def unpin(self, buffer: Tensor) -> None:
-        if buffer.nbytes:
-            with torch.cuda.device(self.torch_device):
-                _unregister(self._registered.pop(buffer.data_ptr()), self.torch_device)
+        self._locked.unlock(buffer)
 
     @property
     def pinned_bytes(self) -> int:
-        return sum(buffer.nbytes for buffer in list(self._registered.values()))
+        return self._locked.n_bytes
 
     # -- order ----------------------------------------------------------------------------------------------
 
     def compute(self, run: Callable[[], None], after: After) -> CudaEvent:
         for name, event in after:
-            self.wait(name, event)
+            with self.waits.during(name):
+                self.wait(name, event)
         run()
         return self._now()
 
@@ -265,7 +257,7 @@ class CudaDevice:
         try:
             self.drain()
         finally:
-            _give_back(self._registered, self._limit, self.torch_device)
+            _give_back(self._locked, self._limit, self.torch_device)
             self._leaving.clear()
             self._leaving_bytes = 0
             if self._host_memory_kept:
@@ -281,42 +273,14 @@ def _timed(stream: Any) -> Any:
     return event
 
 
-def _give_back(buffers: dict[int, Tensor], limit: object | None, device: torch.device) -> None:
-    """Unregister memory, once no copy is under way, and lift the limit if it is still the device's own."""
+def _give_back(locked: PageLockedMemory, limit: object | None, device: torch.device) -> None:
+    """Unlock memory, and lift the limit if it is still the device's own."""
     if limit is not None and _LIMITED_BY.get(device) is limit:
         del _LIMITED_BY[device]
         torch.cuda.set_per_process_memory_fraction(1.0, device)
-    if not buffers:
-        return
-    with suppress(RuntimeError):  # of a device that has failed: the process goes on without it
-        torch.cuda.synchronize(device)
-    with torch.cuda.device(device):
-        while buffers:
-            _unregister(buffers.popitem()[1], device)
-
-
-def _unregister(buffer: Tensor, device: torch.device) -> None:
-    if int(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())):
-        _forget_error(device)
-    _advise(buffer, "MADV_DOFORK")
-
-
-def _forget_error(device: torch.device) -> None:
-    """CUDA reports a failed call once more at the next kernel: let that be this one."""
-    with suppress(RuntimeError):
-        torch.ones(1, device=device)
+    locked.unlock_all()
 
 
 def _free_host_memory() -> None:
     """Page-locked memory that PyTorch keeps for reuse."""
     getattr(torch._C, "_host_emptyCache", lambda: None)()
-
-
-def _advise(buffer: Tensor, name: str) -> None:
-    """madvise, on every page that the buffer touches: a driver locks whole pages. The buffer is a mapping of its own
-    (`memory.arena`)."""
-    advice = getattr(mmap, name, None)
-    start = buffer.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    length = -(-(buffer.data_ptr() + buffer.nbytes - start) // mmap.PAGESIZE) * mmap.PAGESIZE
-    if advice is not None:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), ctypes.c_int(advice))

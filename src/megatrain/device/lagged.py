@@ -19,6 +19,7 @@ from torch import Tensor
 from megatrain.device.base import WAITS, After, Event
 from megatrain.device.cpu import CpuDevice
 from megatrain.device.trace import Mark, Trace
+from megatrain.device.waits import Waits
 from megatrain.errors import CapacityError, ConfigError
 from megatrain.sizes import format_bytes
 
@@ -54,6 +55,8 @@ class LaggedStream:
         self, pairs: Sequence[tuple[Tensor, Tensor]], after: After, *, computed: bool = False, label: str = ""
     ) -> LaggedEvent:
         self.n_bytes += sum(source.nbytes for _, source in pairs)
+        if computed:
+            after = [*after, *self._device.computed_so_far()]
         return self.submit(lambda: _copy(pairs), after, label)
 
     def submit(self, run: Callable[[], None], after: After, label: str) -> LaggedEvent:
@@ -62,6 +65,11 @@ class LaggedStream:
             self._thread.start()
         self._last = LaggedEvent()
         self._tasks.put((run, after, label, self._last))
+        return self._last
+
+    @property
+    def last(self) -> LaggedEvent | None:
+        """When all that was submitted is done."""
         return self._last
 
     def wait_for_last(self) -> None:
@@ -75,11 +83,10 @@ class LaggedStream:
             try:
                 for name, event in after:
                     if self._device.keeps(name):
-                        with self._span(
-                            "waits of copies" if self._track in ("up", "down") else "waits of compute", name
-                        ):
-                            event.wait()
-                with self._span(self._track, label):
+                        start = time.perf_counter()
+                        event.wait()
+                        self._waited(name, start, time.perf_counter())
+                with self._span(label):
                     time.sleep(self._random.random() * self._longest_delay_seconds)
                     run()
             except BaseException as error:
@@ -88,12 +95,18 @@ class LaggedStream:
             done.set()
             del done
 
+    def _waited(self, name: str, start: float, end: float) -> None:
+        if self is self._device.queue:
+            self._device.waits.add(f"waits of {self._track}", name, start, end)
+        elif self._device.trace is not None:
+            self._device.trace.add(f"waits of {self._track}", name, start, end)
+
     @contextmanager
-    def _span(self, track: str, label: str) -> Iterator[None]:
+    def _span(self, label: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         if self._device.trace is not None:
-            self._device.trace.add(track, label, start, time.perf_counter())
+            self._device.trace.add(self._track, label, start, time.perf_counter())
 
     def close(self) -> None:
         if self._started:
@@ -134,10 +147,11 @@ class LaggedDevice:
         self._peak_bytes = 0
         self._lock = threading.Lock()
         self._error: BaseException | None = None
+        self.waits = Waits(self.mark)
         delay = {name: longest_delay_seconds * (10 if name == slow else 1) for name in ("up", "down", "compute")}
         self.up = LaggedStream("up", self, delay["up"], seed)
         self.down = LaggedStream("down", self, delay["down"], seed + 1)
-        self._compute = LaggedStream("queued compute", self, delay["compute"], seed + 2)
+        self.queue = LaggedStream("queued compute", self, delay["compute"], seed + 2)
 
     # -- as every device ------------------------------------------------------------------------------------
 
@@ -148,7 +162,7 @@ class LaggedDevice:
         return self._host.seconds(mark)
 
     def computing(self) -> AbstractContextManager[Any]:
-        self._compute.wait_for_last()  # what was given to `compute` comes before what is computed from here on
+        self.queue.wait_for_last()  # what was given to `compute` comes before what is computed from here on
         return self._host.computing()
 
     def same_order(self) -> AbstractContextManager[Any]:
@@ -176,7 +190,7 @@ class LaggedDevice:
 
     def hold(self, n_bytes: int) -> None:
         if n_bytes > 0:
-            self._compute.wait_for_last()  # what computation before this gives back can be had
+            self.queue.wait_for_last()  # what computation before this gives back can be had
         self._count(n_bytes, "what computation leaves")
 
     def _count(self, n_bytes: int, what: str) -> None:
@@ -196,10 +210,16 @@ class LaggedDevice:
     def host_memory_bytes(self, n_bytes: int) -> int:
         return n_bytes
 
+    def memory_for(self, host: Tensor) -> Tensor:
+        memory = torch.empty_strided(host.size(), host.stride(), dtype=host.dtype, device="cpu")
+        self.queue.submit(lambda: _spoil(memory), (), "reuse memory")  # the last that another tensor does to it
+        return memory
+
     def let_go(self, tensor: Tensor, copied: Event) -> None:
-        self.host_wait("inputs_saved", copied.wait)
+        with self.waits.during("inputs_saved"):
+            self.host_wait("inputs_saved", copied.wait)
         if torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) <= _OUR_REFERENCES:
-            _fill_with_nan(torch.empty(0, dtype=torch.uint8, device="cpu").set_(tensor.untyped_storage()))
+            _spoil(tensor)
 
     def pin(self, buffer: Tensor) -> None:
         """Noted and held, as a driver does; tests look whether copies touch other memory."""
@@ -221,11 +241,16 @@ class LaggedDevice:
         assert name in WAITS, name
         return name not in self._without
 
+    def computed_so_far(self) -> After:
+        """What units compute is over when they return; what is queued may not be."""
+        last = self.queue.last
+        return [] if last is None else [("computed", last)]
+
     def compute(self, run: Callable[[], None], after: After) -> Event:
-        return self._compute.submit(run, after, "pack a gradient")
+        return self.queue.submit(run, after, "pack a gradient")
 
     def release(self, buffer: Tensor) -> Event:
-        return self._compute.submit(lambda: _fill_with_nan(buffer), (), "release")
+        return self.queue.submit(lambda: _fill_with_nan(buffer), (), "release")
 
     def wait(self, name: str, event: Event) -> None:
         self.host_wait(name, event.wait)
@@ -241,16 +266,20 @@ class LaggedDevice:
         self._error = self._error or error
 
     def drain(self) -> None:
-        for stream in (self.up, self._compute, self.down):
+        for stream in (self.up, self.queue, self.down):
             stream.wait_for_last()
         error, self._error = self._error, None
         if error is not None:
             raise error
 
     def close(self) -> None:
-        for stream in (self.up, self._compute, self.down):
+        for stream in (self.up, self.queue, self.down):
             stream.close()
         self.pinned.clear()
+
+
+def _spoil(tensor: Tensor) -> None:
+    _fill_with_nan(torch.empty(0, dtype=torch.uint8, device="cpu").set_(tensor.untyped_storage()))
 
 
 def _fill_with_nan(memory: Tensor) -> None:

@@ -12,13 +12,17 @@ from typing import Any
 
 Mark = Any  # a point in time: seconds of time.perf_counter, or something of the device that it can place among them
 
+# each is filled by one thread or one stream: spans of a track do not overlap, as viewers ask
 TRACKS = (
     "compute",
-    "queued compute",
     "waits of compute",
+    "queued compute",
+    "waits of queued compute",
+    "waits of fetches",
     "up",
+    "waits of up",
     "down",
-    "waits of copies",
+    "waits of down",
     "host",
     "waits of host",
     "nvme",

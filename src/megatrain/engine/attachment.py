@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +34,18 @@ class Attachment:
     """
 
     def __init__(self, engine: "Engine", compile: str, head_chunk_tokens: int | None) -> None:
+        self._undo = ExitStack()
+        try:
+            self._attach(engine, compile, head_chunk_tokens)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _attach(self, engine: "Engine", compile: str, head_chunk_tokens: int | None) -> None:
         model = engine.model
-        self._undo: list[Callable[[], None]] = []
-        self._hooks: list[Any] = []
         self.blocks = install_units(engine.partition.units, engine.executor)
+        for block in self.blocks:
+            self._undo.callback(block.remove)
         if compile == "blocks":
             compile_blocks(self.blocks)
         engine.executor.hand_over.carried = [block.attributes.save for block in self.blocks]
@@ -45,16 +53,19 @@ class Attachment:
         self.root = self._install_root(engine)
         self._hook_gradients(engine)
         self._hook_state(engine)
-        self._stand_ins = guard(model, engine.device.torch_device)
+        for stand_in in guard(model, engine.device.torch_device):
+            self._undo.callback(stand_in.remove)
         chunk_tokens = partial(setup.head_chunk_tokens, head_chunk_tokens, engine.device)
         self.head = ChunkedHead(model, self.root, engine.device.torch_device, engine.executor.direct, chunk_tokens)
+        self._undo.callback(self.head.remove)
         if engine.kernels.name == "liger":
             self.head.fuse(liger_loss())
             engine.executor.abort_step()  # the probe was none
         engine.executor.forget_order()
         # a head that was shown to run in chunks of shifted labels does shift them
         self.shifts_labels = self.head.reason is None or labels_are_shifted(model)
-        self._stand_ins.append(StandIn(model, "zero_grad", lambda set_to_none=True: engine.discard_gradients()))
+        zero_grad = StandIn(model, "zero_grad", lambda set_to_none=True: engine.discard_gradients())
+        self._undo.callback(zero_grad.remove)
 
     def _install_root(self, engine: "Engine") -> RootForward:
         model, device = engine.model, engine.device.torch_device
@@ -64,11 +75,12 @@ class Attachment:
             # what the model's own code may read is the stray parameters; units wait for theirs
             hidden = HiddenParameters(engine.partition, device, engine.weights.strays, engine.gradients.add_from_leaf)
             flush, hiding = engine.refuse_early_writes, hidden.hiding
+            self._undo.callback(setup.move_buffers, model, torch.device("cpu"))
             setup.move_buffers(model, device)
-            self._undo.append(report_device(model, device))
-            self._undo.append(lambda: setup.move_buffers(model, torch.device("cpu")))
+            self._undo.callback(report_device(model, device))
         root = RootForward(model, flush, engine.executor.forward_pass, hiding, device)
         root.install()
+        self._undo.callback(root.remove)
         return root
 
     def _hook_gradients(self, engine: "Engine") -> None:
@@ -77,29 +89,23 @@ class Attachment:
             parameter = entry.slot.parameter
             if parameter.requires_grad:
                 hide, take = _hide_gradient(engine.gradients, index), _take_gradient(engine.gradients, index)
-                self._hooks.append(parameter.register_hook(hide))
+                self._undo_hook(parameter.register_hook(hide))
                 entry.own_hooks = 1
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(take))  # type: ignore[func-returns-value]
+                self._undo_hook(parameter.register_post_accumulate_grad_hook(take))  # type: ignore[func-returns-value]
 
     def _hook_state(self, engine: "Engine") -> None:
         """Whoever reads or loads a state dict sees finished updates, and what was loaded is noticed."""
         for module in engine.model.modules():
-            self._hooks.append(module.register_state_dict_pre_hook(lambda *_: engine.flush()))
-            self._hooks.append(module.register_load_state_dict_pre_hook(lambda *_: engine.flush()))
-            self._hooks.append(module.register_load_state_dict_post_hook(lambda *_: engine.notice_writes()))
+            self._undo_hook(module.register_state_dict_pre_hook(lambda *_: engine.flush()))
+            self._undo_hook(module.register_load_state_dict_pre_hook(lambda *_: engine.flush()))
+            self._undo_hook(module.register_load_state_dict_post_hook(lambda *_: engine.notice_writes()))
+
+    def _undo_hook(self, handle: Any) -> None:
+        self._undo.callback(handle.remove)
 
     def remove(self) -> None:
-        """Give the model its own forward back."""
-        self.head.remove()
-        self.root.remove()
-        for block in self.blocks:
-            block.remove()
-        for stand_in in self._stand_ins:
-            stand_in.remove()
-        for hook in self._hooks:
-            hook.remove()
-        for undo in self._undo:
-            undo()
+        """Give the model its own forward back: all is undone from the last to the first."""
+        self._undo.close()
 
 
 def _hide_gradient(book: GradientBook, index: int) -> Callable[[Tensor], None]:

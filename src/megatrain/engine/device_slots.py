@@ -83,6 +83,12 @@ class Fetch:
     def wait_until_issued(self) -> None:
         self.issued.wait()
 
+    def wait_until_over(self) -> None:
+        """It reads the host's memory no more, whatever came of it."""
+        self.issued.wait()
+        if self.arrived is not None:
+            self.arrived.wait()
+
 
 @dataclass(slots=True)
 class DeviceSlot:

@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, closing
 from inspect import signature
 from pathlib import Path
 from typing import Any, Self
@@ -56,7 +57,8 @@ class Engine:
     device_memory: bytes that the compute device may use, or a size such as '24GiB'; None: all. The host as device has
                    no limit of its own.
     seed:          of the random streams of micro-batches (dropout).
-    threads:       of the optimizer's kernels; None: as many as torch computes with.
+    threads:       of the optimizer's kernels; None: as many as torch computes with, but beside a streaming device two
+                   less than there are cores.
     keep_graphs:   units that keep their graph instead of being recomputed, the same bits in less time: 'auto' (from
                    the second step on, as many as fit into half of the free memory), 'off', or a number of last units.
     slots:         units of a size whose weights may be on a streaming device at once; None: 2.
@@ -70,7 +72,8 @@ class Engine:
     kernels:       'torch': the model's own code; 'liger': Liger's kernels in place of parts of it, and for the head,
                    until `close()`; 'auto': liger where it is installed, the device is cuda and it knows the model.
 
-    Raises ConfigError for a wrong setting and CapacityError when the plan does not fit into host memory.
+    Raises ConfigError for a wrong setting and CapacityError when the plan does not fit into host memory, or the weights
+    not into the device's. The model is then as it was, but for gradients it had and low bits of frozen fp32 weights.
     """
 
     def __init__(
@@ -108,6 +111,7 @@ class Engine:
         self.keeps_gradients = setup.keeps_gradients(clip_norm, clip_scope)
         self.step_count = 0
         self.last_touched: frozenset[int] = frozenset()  # slots that got a gradient in the last step
+        self._updated: list[str] = []  # units, in a step that updates them at once
         self._clip_override: float | None = None
         self._warned = False
 
@@ -120,16 +124,28 @@ class Engine:
         setup.refuse_meta(model)
         setup.refuse_shared_memory(self.partition)
         self.plan = self._plan_memory(layouts, optimizer.moments, nvme, host_memory)
-        self.kernels, self._remove_kernels = install_kernels(chosen, model, required=kernels == "liger")
-        spilled = setup.open_spill(self.plan, nvme)
-        self.store = HostStore(Workers(threads or torch.get_num_threads()), optimizer.moments, spilled)
-        self._take_over(layouts, _mapped)
-        setup.cast_buffers(model, dtypes)
-        self._connect(slots)
-        self.optimizer = EngineOptimizer(groups, optimizer, self)
-        self.kept_graphs = KeptGraphs(keep_graphs, self.partition.units)
-        self.executor = Executor(self.device, self.weights, self.gradients, self.kept_graphs)
-        self.attachment = Attachment(self, compile, head_chunk_tokens)
+        self._closing, unmade = ExitStack(), ExitStack()  # what `close` undoes; what is undone if this fails
+        try:
+            self.kernels, remove_kernels = install_kernels(chosen, model, required=kernels == "liger")
+            self._closing.callback(remove_kernels)
+            workers = Workers(setup.optimizer_threads(threads, self.device))
+            unmade.callback(workers.close)
+            self.store = HostStore(workers, optimizer.moments, setup.open_spill(self.plan, nvme))
+            unmade.callback(self.store.close)
+            unmade.callback(self.store.give_back, {s.index: s.parameter.dtype for s in self.partition.slots})
+            self._take_over(layouts, _mapped)
+            unmade.callback(setup.cast_buffers(model, dtypes))
+            self._connect(slots)
+            self.optimizer = EngineOptimizer(groups, optimizer, self)
+            self.kept_graphs = KeptGraphs(keep_graphs, self.partition.units)
+            self.executor = Executor(self.device, self.weights, self.gradients, self.kept_graphs)
+            self._closing.callback(self.executor.hand_over.close)
+            self.attachment = Attachment(self, compile, head_chunk_tokens)
+            self._closing.callback(self.attachment.remove)
+        except BaseException:
+            with unmade:
+                self._closing.close()
+            raise
         self.head, self.shifts_labels = self.attachment.head, self.attachment.shifts_labels
         self._attached = True
         trim_freed_memory()  # of taking the model over and probing its head
@@ -200,9 +216,10 @@ class Engine:
         position (a tagger) says so by an attribute `shifts_labels = False`. The loss is the mean over the target tokens
         of all micro-batches, whatever their shapes. Weights are updated as if synchronously; a non-finite gradient norm
         skips the step: no weight and nothing of the optimizer changes (NonFiniteGradientError where units are updated
-        before the norm is known). Buffers that the forward has updated (BatchNorm's running statistics) stay updated,
-        as with torch.amp.GradScaler. Gradients gathered before it are dropped. `lr` is written into the param groups,
-        in their proportions, so that it holds for later steps too.
+        before the norm is known). After an error weights are as they were; where units are updated at once, a note of
+        the error says which had been. Buffers that the forward has updated (BatchNorm's running statistics) stay
+        updated, as with torch.amp.GradScaler. Gradients gathered before it are dropped. `lr` is written into the param
+        groups, in their proportions, so that it holds for later steps too.
         """
         self._require_open()
         return train_step(self, checked_batches(batches), lr)
@@ -211,24 +228,32 @@ class Engine:
         """Apply the gradients of the backward calls since the last step (`engine.model(**batch).loss.backward()`).
 
         Gradients are what the parameters' `.grad` shows: clipped by torch, set or taken away by hand, they count as in
-        plain PyTorch, and clip_norm applies to what they are. They are dropped here, as by `zero_grad()`.
+        plain PyTorch, and clip_norm applies to what they are. They are dropped here, as by `zero_grad()`, also where
+        bringing them to the host fails.
         """
         self._require_open()
         clock = StepClock(self)
         self.begin_step(lr)
-        self.gradients.finish()
-        self.gradients.follow_caller()
-        norm = self.gradients.norm()
+        norm = self._gathered_norm()
         skipped = not self.decide_update(norm)
         return clock.stats(None, norm, 0, skipped)
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """The norm of the gradients gathered so far, fp64; the next `step` clips to `max_norm` instead of clip_norm."""
         self._require_open()
-        self.gradients.finish()
-        self.gradients.follow_caller()
+        norm = self._gathered_norm()
         self._clip_override = float(max_norm)
-        return torch.tensor(self.gradients.norm(), dtype=torch.float64, device="cpu")
+        return torch.tensor(norm, dtype=torch.float64, device="cpu")
+
+    def _gathered_norm(self) -> float:
+        """Of the gradients of a caller's own loop, complete now. After an error none is left: a part is no gradient."""
+        try:
+            self.gradients.finish()
+            self.gradients.follow_caller()
+        except BaseException as error:
+            self.abort_step(error)
+            raise
+        return self.gradients.norm()
 
     def flush(self) -> None:
         """Return when all decided updates are in the weights. Raises IntegrityError where somebody has written into a
@@ -262,6 +287,7 @@ class Engine:
     def begin_step(self, lr: float | None) -> None:
         if lr is not None:
             check_learning_rate(lr)
+        self._updated.clear()
         self.store.check_addresses()
         self.structure.check()
         self.notice_writes()
@@ -310,6 +336,11 @@ class Engine:
 
     def decide_update(self, norm: float) -> bool:
         """Schedule the update of everything that has a gradient; False, with nothing changed, if norm is not finite."""
+        try:
+            self.weights.before_update()
+        except BaseException as error:
+            self.abort_step(error)
+            raise
         finite = norm < float("inf")
         self.last_touched = frozenset(self.gradients.squares)
         if finite and self.gradients.keep:
@@ -317,7 +348,6 @@ class Engine:
             for home, entries in sorted(self.gradients.touched().items()):
                 unit_scale = self._clip_scale(self.gradients.unit_norm(entries)) if scale is None else scale
                 self.updates.schedule(home, self._updates_of(entries, unit_scale))
-        self.weights.before_update()
         self.end_step()
         self.step_count += 1
         self.updates.start()
@@ -329,22 +359,31 @@ class Engine:
         self._clip_override = None
         self.executor.weights_changed()
 
-    def abort_step(self) -> None:
-        """The step ended in an exception: weights are as they were, and the engine is ready for another one."""
+    def abort_step(self, error: BaseException) -> None:
+        """The step ended in `error`: the engine is ready for another one. Weights are as they were, but for units that
+        were updated at once; then `error` says which."""
+        self.gradients.give_up()
         self.executor.abort_step()
         self.end_step()
+        if self._updated and not isinstance(error, NonFiniteGradientError):  # which says so itself
+            error.add_note(
+                f"step {self.step_count} is half done: {', '.join(self._updated)} had been updated before, other units"
+                " have not been. Go on from the last save, or use clip_norm with clip_scope='global', where an error"
+                " changes no weight"
+            )
 
     def _update_complete_unit(self, home: int, entries: list[SlotState]) -> None:
         """Without a global norm to wait for, a unit is updated as soon as its gradient is complete."""
         norm = self.gradients.unit_norm(entries)
+        name = (self.partition.units[home].name or "the model") if home >= 0 else "stray parameters"
         if not norm < float("inf"):
-            name = self.partition.units[home].name if home >= 0 else "stray parameters"
             raise NonFiniteGradientError(
                 f"step {self.step_count}: the gradient of {name} has norm {norm}; other units are already updated, so"
                 " the step cannot be skipped. Go on from the last save, or use clip_norm with clip_scope='global'"
             )
         scale = self._clip_scale(norm) if self.clip_norm is not None else 1.0
         self.updates.carry_out_now(home, self._updates_of(entries, scale))
+        self._updated.append(name)
 
     def _updates_of(self, entries: list[SlotState], scale: float) -> list[SlabUpdate]:
         return unit_updates(entries, self.optimizer.param_groups, scale, gradient_arrays(entries))
@@ -401,16 +440,18 @@ class Engine:
         """Weights and gradients where they lie, or on their way to a device with memory of its own and back."""
         store, part, device = self.store, self.partition, self.device
         self.weights: Weights
-        self._host_thread: HostThread | None = None
         gradient_stream = None
         if streams(device):
-            self._host_thread = HostThread("host-updates")
-            self.updates = PendingUpdates(store, part, device, self._host_thread)
+            self._closing.callback(device.close)
+            host_thread = HostThread("host-updates")
+            self._closing.callback(host_thread.close)
+            self.updates = PendingUpdates(store, part, device, host_thread)
             for slot in part.slots:
                 if slot.index not in store.slots:
                     device.pin(store.take_over_as_it_is(slot))
             self.weights = WeightStream(device, store, part, self.updates, slots or DEFAULT_SLOTS)
-            gradient_stream = GradientStream(device, self._host_thread, setup.largest_gradient_bytes(store))
+            self._closing.callback(self.weights.close)
+            gradient_stream = GradientStream(device, host_thread, setup.largest_gradient_bytes(store))
             for unit in store.units:
                 device.pin(store.unit_memory(unit))
                 for slab in store.units[unit].slabs:
@@ -422,6 +463,7 @@ class Engine:
         memory = GradientMemory(store, device, lends=not self.keeps_gradients)
         settle, complete = self.updates.settle, self._update_complete_unit
         self.gradients = GradientBook(store, part, memory, settle=settle, complete=complete, stream=gradient_stream)
+        self._closing.callback(self.gradients.close)
 
     @property
     def exposed_seconds(self) -> float:
@@ -429,21 +471,13 @@ class Engine:
         return self.updates.exposed_seconds + self.weights.exposed_seconds
 
     def close(self) -> None:
-        """Finish the updates and give the model its own forward back; its parameters keep their values."""
+        """Finish the updates and give the model its own forward back; its parameters keep their values. An error of an
+        update is raised when all is closed."""
         if not self._attached:
             return
         self._attached = False
-        self.updates.flush()
-        self.attachment.remove()
-        self._remove_kernels()
-        self.executor.hand_over.close()
-        self.gradients.close()
-        self.weights.close()
-        if self._host_thread is not None:
-            self._host_thread.close()
-        if streams(self.device):
-            self.device.close()
-        self.store.close()
+        with closing(self.store), self._closing:  # from the last to the first, whatever one of them raises
+            self.updates.flush()
 
     def __enter__(self) -> Self:
         return self

@@ -71,8 +71,11 @@ class GradientStream:
 
     def wait_for_all_but(self, count: int) -> None:
         """Return when at most `count` gradients are under way."""
-        while len(self._tickets) > count:
-            self._tickets.popleft().wait()
+        if len(self._tickets) <= count:
+            return
+        with self._device.waits.during("gradient_landed"):  # no computation is given to the device meanwhile
+            while len(self._tickets) > count:
+                self._tickets.popleft().wait()
 
     def finish(self) -> None:
         """Return when all have landed; raises the first error."""

@@ -46,6 +46,7 @@ class GradientBook:
         self._settle = settle
         self._complete = complete
         self.keep = True
+        self._given_up = False  # the step has failed: what still arrives is not applied
         self._sums: dict[int, Tensor] = {}
         self._owned: set[int] = set()  # slots whose sum is ours to add into
         self._open_calls: dict[int, int] = {}
@@ -203,11 +204,16 @@ class GradientBook:
         if not keep:
             self._memory.drop_kept()
 
+    def give_up(self) -> None:
+        """The step has failed: until `clear`, gradients that are still on their way complete no unit."""
+        self._given_up = True
+
     def clear(self) -> None:
         """Forget the step's gradients and calls; kept buffers stay allocated."""
         self.forget_gradients()
         self._open_calls.clear()
         self._holds = 0
+        self._given_up = False
         self.keep = self._shows = True  # a caller's own backward calls are kept until step()
 
     def forget_gradients(self) -> None:
@@ -290,7 +296,7 @@ class GradientBook:
         return {id(slab): buffer for slab, buffer in zip(slabs, self._memory.lend(home), strict=True)}
 
     def _written_home(self, home: int, entries: list[SlotState], lent: dict[int, Tensor]) -> None:
-        if self.keep:
+        if self.keep or self._given_up:
             return
         slabs = self._store.units[home].slabs
         try:

@@ -7,7 +7,6 @@ and come back one visit ahead of its backward.
 from collections import defaultdict
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from megatrain.device.base import Event, StreamingDevice
@@ -105,7 +104,8 @@ class SavedInputs:
             self.restore(unit)  # nobody has foreseen it
         assert kept.tensor is not None
         if kept.restored is not None:
-            self._device.wait("inputs_restored", kept.restored)
+            with self._device.waits.during("inputs_restored"):
+                self._device.wait("inputs_restored", kept.restored)
         if kept.host is not None:
             self._host_bytes -= self._device.host_memory_bytes(kept.host.nbytes)
         self._hold(-kept.tensor.nbytes)
@@ -127,10 +127,7 @@ class SavedInputs:
     def _bring_back(self, kept: SavedInput) -> None:
         assert kept.host is not None and kept.saved is not None
         self._hold(kept.host.nbytes)
-        kept.tensor = torch.empty_strided(
-            kept.host.size(), kept.host.stride(), dtype=kept.host.dtype, device=self._device.torch_device
-        )
-        # its memory may have been another tensor's, which computation still reads
+        kept.tensor = self._device.memory_for(kept.host)
         pairs, after = [(kept.tensor, kept.host)], [("inputs_saved", kept.saved)]
         kept.restored = self._device.up.copy(pairs, after, computed=True, label="inputs")
 

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ CLIP_SCOPES = ("global", "unit")
 _LOGITS_IN_CACHES_BYTES = 16 * 1024**2  # of one chunk in fp32
 _DEVICE_CHUNK_TOKENS = 4096
 SMALL_UNIT_SHARE = 64  # the state of units below this fraction of the largest is not worth a disk's time
+_CORES_OF_A_DEVICE = 2  # one launches computation, one issues copies
 _log = logging.getLogger(__name__)
 
 
@@ -189,6 +190,16 @@ def check_threads(threads: int | None) -> None:
     most = 4 * (os.cpu_count() or 1)
     if threads is not None and not (_is_whole(threads) and 1 <= threads <= most):
         raise ConfigError(f"engine.threads is {threads!r}; it must be a number from 1 to {most} on this machine")
+
+
+def optimizer_threads(setting: int | None, device: ComputeDevice) -> int:
+    """Threads of the optimizer's kernels. They work beside a streaming device, where the thread that launches
+    computation and the one that issues copies need a core each: a late launch leaves the device idle."""
+    if setting is not None:
+        return setting
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = torch.get_num_threads()
+    return max(1, min(most, cores - _CORES_OF_A_DEVICE)) if streams(device) else most
 
 
 def weight_dtypes(model: nn.Module, part: Partition, precision: str) -> dict[int, str]:
@@ -346,17 +357,23 @@ def keeps_gradients(clip_norm: float | None, clip_scope: str) -> bool:
     return clip_norm is not None and clip_scope == "global"
 
 
-def cast_buffers(model: nn.Module, dtypes: dict[int, str]) -> None:
+def cast_buffers(model: nn.Module, dtypes: dict[int, str]) -> Callable[[], None]:
     """With bf16 weights, persistent floating buffers follow, as `model.to(bfloat16)` would have them; tables that are
-    not saved (rotary frequencies) keep the precision they were computed in."""
-    if "bf16" not in dtypes.values():
-        return
+    not saved (rotary frequencies) keep the precision they were computed in. Returns what undoes it."""
     cast: dict[Tensor, Tensor] = {}  # a buffer that several modules hold stays one
-    for module in model.modules():
+    changed: list[tuple[nn.Module, str, Tensor]] = []
+    for module in model.modules() if "bf16" in dtypes.values() else ():
         for name, buffer in module._buffers.items():
             saved = name not in module._non_persistent_buffers_set
             if buffer is not None and saved and buffer.dtype == torch.float32 and _all_bf16(module):
+                changed.append((module, name, buffer))
                 module._buffers[name] = cast.setdefault(buffer, buffer.to(torch.bfloat16))
+
+    def undo() -> None:
+        for module, name, buffer in changed:
+            module._buffers[name] = buffer
+
+    return undo
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:

@@ -30,7 +30,8 @@ class StepStats:
     """What a step did. `loss` is the mean over the target tokens of all micro-batches (None where the caller ran the
     forward), `grad_norm` the L2 norm before clipping, `weight_passes` how often all weights were fetched. Computation
     stood still for the host's updates for `optimizer_exposed_seconds`, for copies of weights (that wait included) for
-    `weights_exposed_seconds`."""
+    `weights_exposed_seconds`, for saved inputs that leave or return for `inputs_exposed_seconds`, and for gradients on
+    their way to the host, the last of which nothing hides, for `gradients_exposed_seconds`."""
 
     loss: float | None
     grad_norm: float
@@ -43,6 +44,8 @@ class StepStats:
     device_peak_bytes: int
     optimizer_exposed_seconds: float
     weights_exposed_seconds: float
+    inputs_exposed_seconds: float
+    gradients_exposed_seconds: float
     host_peak_bytes: int
 
 
@@ -70,7 +73,7 @@ def train_step(engine: "Engine", batches: Sequence[Batch], lr: float | None) -> 
 
 def _attempt(engine: "Engine", work: Sequence[tuple[int, Batch, int]], total: int) -> list[LossParts]:
     """Run the micro-batches (number, batch, its targets) forward and backward; after an error the engine is as before,
-    but for buffers that the forward has updated."""
+    but for buffers that the forward has updated and units that were updated at once (see `Engine.abort_step`)."""
     engine.watch_attributes()
     elements = sum(batch["labels"].numel() for _, batch, _ in work)
     engine.choose_kept_graphs(elements)
@@ -82,8 +85,8 @@ def _attempt(engine: "Engine", work: Sequence[tuple[int, Batch, int]], total: in
     engine.executor.begin_step(elements)
     try:
         return _forward_and_backward(engine, bodies)
-    except BaseException:
-        engine.abort_step()
+    except BaseException as error:
+        engine.abort_step(error)
         raise
     finally:
         random.restore()
@@ -209,6 +212,11 @@ class StepClock:
 
     def stats(self, loss: float | None, norm: float, targets: int, skipped: bool) -> StepStats:
         fetched, up, down, exposed = (n - b for n, b in zip(self._counters(), self._before, strict=True))
+        waits = self._engine.weights.waited_seconds()
+
+        def waited(*names: str) -> float:
+            return sum(waits.get(name, 0.0) for name in names)
+
         return StepStats(
             loss=loss,
             grad_norm=norm,
@@ -220,6 +228,8 @@ class StepClock:
             d2h_bytes=int(down),
             device_peak_bytes=self._engine.device.peak_bytes(),
             optimizer_exposed_seconds=exposed,
-            weights_exposed_seconds=self._engine.weights.waited_seconds(),
+            weights_exposed_seconds=waited("weights_arrived", "weights_read"),
+            inputs_exposed_seconds=waited("inputs_restored", "inputs_saved"),
+            gradients_exposed_seconds=waited("staging_free", "gradient_landed"),
             host_peak_bytes=peak_resident_bytes(),
         )

@@ -14,6 +14,7 @@ import numpy as np
 
 from megatrain.device.base import ComputeDevice
 from megatrain.engine.host_thread import HostThread, Ticket
+from megatrain.errors import IntegrityError
 from megatrain.memory.layout import Place
 from megatrain.memory.store import HostStore, Slab, SlotState, bits
 from megatrain.model.partition import Partition, Unit
@@ -50,7 +51,10 @@ class SlabUpdate:
 
 
 class PendingUpdates:
-    """Updates by the unit that holds the state, and the wait for those that a unit depends on."""
+    """Updates by the unit that holds the state, and the wait for those that a unit depends on.
+
+    One that fails leaves weights of two steps beside each other for good: every wait after it raises IntegrityError.
+    """
 
     def __init__(
         self, store: HostStore, part: Partition, device: ComputeDevice, background: HostThread | None = None
@@ -63,6 +67,7 @@ class PendingUpdates:
         self._pending: dict[int, list[SlabUpdate]] = {}
         self._tickets: dict[int, Ticket] = {}
         self._order: list[int] = []  # in which units were updated as their gradients came
+        self._failed: tuple[str, BaseException] | None = None  # the unit, and what its update raised
         self.unseen = False  # updates have begun beside the caller, who has not waited for them since
         self.exposed_seconds = 0.0  # spent on updates while compute waited
         # a unit that reads a parameter homed elsewhere needs that unit's update too
@@ -99,7 +104,7 @@ class PendingUpdates:
 
     def wait_for(self, unit: Unit) -> None:
         """Return when all parameters that `unit` reads are up to date."""
-        if self._pending or self._tickets:
+        if self._pending or self._tickets or self._failed is not None:
             for home in self._needed[unit.index]:
                 self.settle(home)
 
@@ -107,6 +112,7 @@ class PendingUpdates:
         """Return when no update is pending."""
         for unit in sorted([*self._pending, *self._tickets]):
             self.settle(unit)
+        self._refuse_half_updated()
         self.unseen = False
 
     def settle(self, unit: int) -> None:
@@ -118,15 +124,29 @@ class PendingUpdates:
             started = time.perf_counter()
             self._carry_out(unit, self._pending.pop(unit))
             self.exposed_seconds += time.perf_counter() - started
+        self._refuse_half_updated()
 
     def _carry_out(self, unit: int, updates: list[SlabUpdate]) -> None:
-        started = time.perf_counter()
-        with self._store.state_of(unit):
-            for update in updates:
-                update.run(self._store.workers)
+        started, name = time.perf_counter(), self._names.get(unit, "stray parameters")
+        try:
+            with self._store.state_of(unit):
+                for update in updates:
+                    update.run(self._store.workers)
+        except BaseException as error:
+            self._failed = self._failed or (name, error)
+            if not isinstance(error, Exception):
+                raise
         if self._device.trace is not None:
-            name = self._names.get(unit, "stray parameters")
             self._device.trace.add("host", f"update of {name}", started, time.perf_counter())
+
+    def _refuse_half_updated(self) -> None:
+        if self._failed is None:
+            return
+        name, error = self._failed
+        raise IntegrityError(
+            f"the update of {name or 'the model'} failed ({type(error).__name__}: {error}): weights of two steps lie"
+            " beside each other, and nothing is trained or saved from here on; go on from the last save"
+        ) from error
 
 
 def unit_updates(

@@ -16,7 +16,6 @@ from time import perf_counter
 from torch import Tensor
 
 from megatrain.device.base import StreamingDevice
-from megatrain.device.trace import Mark
 from megatrain.engine.device_slots import DeviceSlot, Fetch, UnitImage
 from megatrain.engine.host_thread import HostThread
 from megatrain.engine.saved_inputs import SavedInputs
@@ -97,7 +96,6 @@ class WeightStream(Weights):
         self._walk = Walk("", None)
         self._pinned: Counter[int] = Counter()  # kept graphs by unit
         self._outer: list[Walk] = []
-        self._waits: list[tuple[Mark, Mark]] = []  # of computation, for weights: before and after
         self._told = False
         self._last_fetch: Fetch | None = None
 
@@ -115,6 +113,7 @@ class WeightStream(Weights):
         saves = {op.unit for op in schedule.operations if op.kind is Kind.SAVE} if schedule is not None else self._units
         self.inputs.staying = frozenset(self._units).difference(saves)
         self._walk = Walk(kind, schedule, elements)
+        self._device.waits.counting = kind in (STEP, FREE)  # nobody asks how long an evaluation waited
         self._forget_residents()
         order = self._orders.get(kind)
         for unit in order.small if order is not None else ():
@@ -136,6 +135,7 @@ class WeightStream(Weights):
         if walk.visits and (walk.schedule is None or walk.deviated):
             self._learn(walk)
         self._walk = self._outer.pop() if self._outer else Walk("", None)
+        self._device.waits.counting = self._walk.kind in (STEP, FREE)
         self._forget_residents()
 
     def _inputs_must_leave(self, kind: str, elements: int) -> bool:
@@ -155,6 +155,7 @@ class WeightStream(Weights):
         self._issuer.drain()
         with suppress(Exception):  # of the pass that is being given up
             self._device.drain()  # memory that copies still write to must not be freed
+        self._device.waits.forget()
         self._forget_residents()
 
     def forget(self) -> None:
@@ -207,9 +208,8 @@ class WeightStream(Weights):
     def before_update(self) -> None:
         fetch, self._last_fetch = self._last_fetch, None
         if fetch is not None:  # copies are carried out in order: the last one is over when all are
-            fetch.issued.wait()
-            if fetch.arrived is not None:
-                fetch.arrived.wait()
+            with self._device.waits.during("weights_read"):
+                self._device.host_wait("weights_read", fetch.wait_until_over)
 
     def changed(self) -> None:
         self._forget_residents()
@@ -356,7 +356,7 @@ class WeightStream(Weights):
                 for home in self._homes[unit]:
                     self._device.host_wait("update", partial(self._updates.settle, home))
                 if self._device.trace is not None:
-                    self._device.trace.add("waits of copies", "update", started, perf_counter())
+                    self._device.trace.add("waits of fetches", "update", started, perf_counter())
                 after = [("slot_free", free)] if free is not None else []
                 fetch.arrived = self._device.up.copy(image.pairs(slot.buffer), after, label=self._name(unit))
             except BaseException as error:
@@ -374,25 +374,22 @@ class WeightStream(Weights):
         assert fetch is not None
         if fetch.waited:
             return
-        before, started = self._device.mark(), perf_counter()
-        self._device.host_wait("weights_arrived", fetch.wait_until_issued)
-        self.exposed_seconds += perf_counter() - started
-        if fetch.error is not None:
-            raise fetch.error
-        if fetch.arrived is not None:
-            self._device.wait("weights_arrived", fetch.arrived)
-            fetch.waited = True
-        if self._walk.kind in (STEP, FREE):  # nobody asks how long an evaluation waited
-            self._waits.append((before, self._device.mark()))
+        try:
+            with self._device.waits.during("weights_arrived"):
+                started = perf_counter()
+                self._device.host_wait("weights_arrived", fetch.wait_until_issued)
+                self.exposed_seconds += perf_counter() - started
+                if fetch.error is not None:
+                    raise fetch.error
+                if fetch.arrived is not None:
+                    self._device.wait("weights_arrived", fetch.arrived)
+                    fetch.waited = True
+        except BaseException:
+            self._release(slot)  # a caller's own loop, whose pass goes on, may try again
+            raise
 
-    def waited_seconds(self) -> float:
-        """How long computation stood still for weights since the last call. It is over up to now."""
-        waits, self._waits = self._waits, []
-        seconds = self._device.seconds
-        if self._device.trace is not None:
-            for before, after in waits:
-                self._device.trace.add("waits of compute", "weights_arrived", before, after)
-        return sum(max(0.0, seconds(after) - seconds(before)) for before, after in waits)
+    def waited_seconds(self) -> dict[str, float]:
+        return self._device.waits.take(self._device.seconds, self._device.trace)
 
     def _forget_residents(self) -> None:
         """What lies in the slots may be old by the next fetch."""

@@ -66,9 +66,10 @@ class Weights:
         """Computation has so many bytes on the compute device meanwhile, besides what units leave there."""
         yield
 
-    def waited_seconds(self) -> float:
-        """How long computation stood still for weights since the last call."""
-        return 0.0
+    def waited_seconds(self) -> dict[str, float]:
+        """How long computation stood still for copies since the last call, by the name of the wait. It is over up to
+        now."""
+        return {}
 
     def close(self) -> None:
         """No pass comes after this."""

@@ -220,6 +220,12 @@ class HostStore:
             merge(self.workers, bits(weight.view(-1)), remainder, master.view(-1).numpy())
             return master
 
+    def give_back(self, dtypes: dict[int, torch.dtype]) -> None:
+        """Make every parameter again what it was before it was taken over, by its dtype: the exact master."""
+        for index, entry in self.slots.items():
+            if entry.slot.parameter.dtype != dtypes[index]:
+                entry.slot.parameter.data = self.read_master(index).to(dtypes[index])
+
     def reset_moments(self, slot: int) -> None:
         """Forget moments and step count; the master stays."""
         entry = self.slots[slot]

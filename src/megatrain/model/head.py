@@ -85,13 +85,17 @@ class ChunkedHead:
         self._loss_function: Callable[..., Any] = cast(Any, model.loss_function)
         self.base.forward = self._run_base  # type: ignore[assignment]
         model.loss_function = self._run_loss  # type: ignore[assignment]
-        self.reason = self._probe()
-        if self.reason is not None:
+        try:
+            self.reason = self._probe()
+            if self.reason is not None:
+                self.remove()
+                return
+            vocabulary: int = max(p.shape[0] for p in _output_embeddings(model).parameters())
+            self._token_bytes = _BYTES_PER_LOGIT * vocabulary
+            self.chunk_tokens = chunk_tokens(self._token_bytes, vocabulary)
+        except BaseException:
             self.remove()
-            return
-        vocabulary: int = max(p.shape[0] for p in _output_embeddings(model).parameters())
-        self._token_bytes = _BYTES_PER_LOGIT * vocabulary
-        self.chunk_tokens = chunk_tokens(self._token_bytes, vocabulary)
+            raise
 
     def fuse(self, loss: FusedLoss) -> str:
         """From here on compute head and loss by `loss`, where the model's head proves to be nothing more: why, or why

@@ -35,6 +35,10 @@ class StepStats(Protocol):
     @property
     def weights_exposed_seconds(self) -> float: ...
     @property
+    def inputs_exposed_seconds(self) -> float: ...
+    @property
+    def gradients_exposed_seconds(self) -> float: ...
+    @property
     def device_peak_bytes(self) -> int: ...
     @property
     def host_peak_bytes(self) -> int: ...
@@ -54,6 +58,8 @@ def metrics_line(step: int, lr: float, stats: StepStats) -> dict[str, Any]:
         "d2h_bytes": stats.d2h_bytes,
         "optimizer_exposed_seconds": stats.optimizer_exposed_seconds,
         "weights_exposed_seconds": stats.weights_exposed_seconds,
+        "inputs_exposed_seconds": stats.inputs_exposed_seconds,
+        "gradients_exposed_seconds": stats.gradients_exposed_seconds,
         "device_peak_bytes": stats.device_peak_bytes,
         "host_peak_bytes": stats.host_peak_bytes,
     }
