@@ -31,6 +31,7 @@ from test_engine_toys import (
 from torch import Tensor, nn
 
 import megatrain as mt
+from megatrain.device import lagged as lagged_device
 from megatrain.device.base import WAITS
 from megatrain.device.cpu import CpuDevice
 from megatrain.device.lagged import LaggedDevice, LaggedEvent
@@ -557,6 +558,37 @@ def test_a_copy_that_fails_in_a_callers_own_loop_can_be_tried_again(
         for e in (engine, host):
             e.model(**make_batch(step)).loss.backward()
         assert engine.step().grad_norm == host.step().grad_norm
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+    engine.close()
+    host.close()
+
+
+@pytest.mark.parametrize("own_loop", [False, True])
+@pytest.mark.parametrize("at", range(1, 20, 3))
+def test_an_error_on_a_copy_thread_is_raised_in_the_step(
+    at: int, own_loop: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plain = Net(count=5), Net(count=5)
+    engine, host = make_engine(model, device=lagged()), make_engine(plain)
+
+    def step(e: mt.Engine, number: int) -> float:
+        if not own_loop:
+            return e.train_step(batches_of(number, 1)).grad_norm
+        e.model(**make_batch(number)).loss.backward()
+        return e.step().grad_norm
+
+    for number in range(2):
+        assert step(engine, number) == step(host, number)
+    engine.flush()
+    before, calls, own = copy.deepcopy(model.state_dict()), count(1), lagged_device._copy
+    with monkeypatch.context() as patch:
+        patch.setattr(lagged_device, "_copy", lambda pairs: _raise() if next(calls) == at else own(pairs))
+        with pytest.raises(RuntimeError, match="somebody's bug"):
+            step(engine, 2)
+    model.zero_grad()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for number in range(3, 5):
+        assert step(engine, number) == step(host, number)
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
     engine.close()
     host.close()
