@@ -1,6 +1,7 @@
 """The lagged device: late copies, little memory, and the same bits as the host; and what each wait is for."""
 
 import copy
+import gc
 import json
 import random
 import threading
@@ -30,6 +31,7 @@ from test_engine_toys import (
 from torch import Tensor, nn
 
 import megatrain as mt
+from megatrain.device import lagged as lagged_device
 from megatrain.device.base import WAITS
 from megatrain.device.cpu import CpuDevice
 from megatrain.device.lagged import LaggedDevice, LaggedEvent
@@ -631,6 +633,71 @@ def test_a_copy_that_fails_in_a_callers_own_loop_can_be_tried_again(
             e.model(**make_batch(step)).loss.backward()
         assert engine.step().grad_norm == host.step().grad_norm
     assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+    engine.close()
+    host.close()
+
+
+@pytest.mark.parametrize("own_loop", [False, True])
+@pytest.mark.parametrize("at", range(1, 20, 3))
+def test_an_error_on_a_copy_thread_is_raised_in_the_step(
+    at: int, own_loop: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plain = Net(count=5), Net(count=5)
+    engine, host = make_engine(model, device=lagged()), make_engine(plain)
+
+    def step(e: mt.Engine, number: int) -> float:
+        if not own_loop:
+            return e.train_step(batches_of(number, 1)).grad_norm
+        e.model(**make_batch(number)).loss.backward()
+        return e.step().grad_norm
+
+    for number in range(2):
+        assert step(engine, number) == step(host, number)
+    engine.flush()
+    before, calls, own = copy.deepcopy(model.state_dict()), count(1), lagged_device._copy
+    with monkeypatch.context() as patch:
+        patch.setattr(lagged_device, "_copy", lambda pairs: _raise() if next(calls) == at else own(pairs))
+        with pytest.raises(RuntimeError, match="somebody's bug"):
+            step(engine, 2)
+    model.zero_grad()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for number in range(3, 5):
+        assert step(engine, number) == step(host, number)
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+    engine.close()
+    host.close()
+
+
+@pytest.mark.parametrize("leave", [False, True])
+@pytest.mark.parametrize("fail", ["forward", "backward", "no backward"])
+def test_forwards_that_failed_in_a_callers_own_loop_hold_no_memory(
+    fail: str, leave: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WeightStream, "_inputs_must_leave", lambda *_: leave)
+    model, plain = Failing(count=6), Net(count=6)
+    engine, host = make_engine(model, device=lagged(), keep_graphs="off"), make_engine(plain)
+    for step in range(2):
+        for e in (engine, host):
+            e.model(**make_batch(step, length=16)).loss.backward()
+        peak = (engine.step(), host.step())[0].device_peak_bytes
+    for e in (engine, host):  # one that stays, and counts
+        e.model(**make_batch(2, length=16)).loss.backward()
+    engine.device.memory_bytes = peak + 2000
+    on_host = engine.weights.inputs.host_bytes
+    model.fail = fail
+    for _ in range(30):
+        with suppress(RuntimeError):
+            result = [model(**make_batch(3, length=16)).loss]
+            if fail == "backward":
+                result.pop().backward()
+        result = []
+        gc.collect()
+    model.fail = ""
+    for e in (engine, host):
+        e.model(**make_batch(4, length=16)).loss.backward()
+    assert engine.weights.inputs.host_bytes <= 2 * on_host
+    if fail != "backward":  # of which some gradients had come
+        assert engine.step().grad_norm == host.step().grad_norm
     engine.close()
     host.close()
 

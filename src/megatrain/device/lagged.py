@@ -27,13 +27,23 @@ _OUR_REFERENCES = 2  # to the memory of a tensor that is let go: the tensor's ow
 
 
 class LaggedEvent:
+    """`wait` raises what went wrong before it happened, as a device that has failed does."""
+
     def __init__(self) -> None:
         self._happened = threading.Event()
+        self._error: BaseException | None = None
 
     def wait(self) -> None:
+        self.settle()
+        if self._error is not None:
+            raise self._error
+
+    def settle(self) -> None:
+        """Return when it has happened, or what should have come before it has failed."""
         self._happened.wait()
 
-    def set(self) -> None:
+    def set(self, error: BaseException | None = None) -> None:
+        self._error = error
         self._happened.set()
 
 
@@ -73,13 +83,14 @@ class LaggedStream:
         return self._last
 
     def wait_for_last(self) -> None:
-        """Return when all that was submitted is done."""
+        """Return when all that was submitted is done, or has failed."""
         if self._last is not None:
-            self._last.wait()
+            self._last.settle()
 
     def _serve(self) -> None:
         while (task := self._tasks.get()) is not None:
             run, after, label, done = task
+            failure: BaseException | None = None
             try:
                 for name, event in after:
                     if self._device.keeps(name):
@@ -90,10 +101,11 @@ class LaggedStream:
                     time.sleep(self._random.random() * self._longest_delay_seconds)
                     run()
             except BaseException as error:
+                failure = error
                 self._device.failed(error)
             del task, run, after
-            done.set()
-            del done
+            done.set(failure)
+            del done, failure
 
     def _waited(self, name: str, start: float, end: float) -> None:
         if self is self._device.queue:

@@ -95,6 +95,10 @@ class Executor:
         inputs = self._weights.inputs
         return {} if inputs is None else {n: inputs.take(unit.index, k) for n, k in kept.items()}
 
+    def drop_inputs(self, unit: Unit, kept: dict[int, SavedInput]) -> None:
+        if self._weights.inputs is not None:
+            self._weights.inputs.drop(unit.index, list(kept.values()))
+
     def computing(self) -> AbstractContextManager[Any]:
         return self._device.computing()
 

@@ -88,6 +88,8 @@ class GradientStream:
         """Return when nothing is under way any more, whatever came of it."""
         while self._tickets:
             self._tickets.popleft().settle()
+        for staging in self._staging:
+            staging.free = None  # a copy from it that failed is no reason for the next gradient's to fail
 
     def close(self) -> None:
         """Give the device's memory back."""

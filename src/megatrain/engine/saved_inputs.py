@@ -4,7 +4,7 @@ They are the one thing on the device that grows with the model's depth. A unit's
 and come back one visit ahead of its backward.
 """
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -23,6 +23,7 @@ class SavedInput:
     host: Tensor | None = None
     saved: Event | None = None
     restored: Event | None = None
+    over: bool = False  # taken or dropped
 
 
 class SavedInputs:
@@ -38,6 +39,7 @@ class SavedInputs:
         self._kept_bytes = 0
         self._away: dict[int, list[SavedInput]] = defaultdict(list)
         self._leaving: list[tuple[SavedInput, Tensor, int]] = []  # with its version counter
+        self._dropped: deque[tuple[int, SavedInput]] = deque()  # of calls that will have no backward
         self._held_bytes = 0
         self.host_bytes = 0  # the most that inputs took on the host at a time, in this pass
         self._host_bytes = 0  # that they take now
@@ -51,6 +53,7 @@ class SavedInputs:
         self.most_bytes = self._kept_bytes = 0
         self._away.clear()
         self._leaving.clear()
+        self._dropped.clear()
         # a pass without any gives the pool back
         self._pooled_bytes = max(self._pooled_bytes, self.host_bytes) if self.host_bytes else 0
         self.host_bytes = self._host_bytes = 0
@@ -91,6 +94,31 @@ class SavedInputs:
                     " while it was on its way to the host"
                 )
         self._leaving.clear()
+        while self._dropped:
+            self._forget(*self._dropped.popleft())
+
+    def drop(self, unit: int, kept: list[SavedInput]) -> None:
+        """Calls of `unit` will have no backward. Said by the garbage collector, on any thread: their memory is given
+        up where the next inputs come or go."""
+        self._dropped.extend((unit, one) for one in kept)
+
+    def _forget(self, unit: int, kept: SavedInput) -> None:
+        if kept.over:
+            return
+        if kept.restored is not None:  # nothing else may get the memory that a copy still writes to
+            self._device.wait("inputs_restored", kept.restored)
+        self._away[unit] = [one for one in self._away[unit] if one is not kept]
+        self._count_out(kept)
+
+    def _count_out(self, kept: SavedInput) -> None:
+        kept.over = True
+        there = kept.tensor if kept.tensor is not None else kept.host
+        assert there is not None
+        if kept.host is not None:
+            self._host_bytes -= self._device.host_memory_bytes(kept.host.nbytes)
+        if kept.tensor is not None:
+            self._hold(-kept.tensor.nbytes)
+        self._kept_bytes -= there.nbytes
 
     def restore(self, unit: int) -> None:
         """Bring the inputs of all calls of `unit` back to the device; returns at once."""
@@ -106,10 +134,7 @@ class SavedInputs:
         if kept.restored is not None:
             with self._device.waits.during("inputs_restored"):
                 self._device.wait("inputs_restored", kept.restored)
-        if kept.host is not None:
-            self._host_bytes -= self._device.host_memory_bytes(kept.host.nbytes)
-        self._hold(-kept.tensor.nbytes)
-        self._kept_bytes -= kept.tensor.nbytes
+        self._count_out(kept)
         return kept.tensor
 
     def _take_host_memory(self, n_bytes: int) -> None:

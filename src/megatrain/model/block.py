@@ -63,6 +63,9 @@ class UnitHost(Protocol):
     def take_inputs(self, unit: Unit, kept: dict[int, Any]) -> dict[int, Tensor]:
         """What `keep_inputs` was given, on the compute device, for the backward that has begun."""
 
+    def drop_inputs(self, unit: Unit, kept: dict[int, Any]) -> None:
+        """What `keep_inputs` was given, of a call that will have no backward. Any thread may say so."""
+
     def computing(self) -> AbstractContextManager[Any]:
         """Entered around a unit's run and its differentiation, for what the device needs."""
 
@@ -181,8 +184,12 @@ class UnitCall:
         self.digest: Digest | None = None  # of the first run's results, while the model is being learnt
 
     def __del__(self) -> None:
-        if self.open and self.generation == self.block.host.generation:
-            self.block.host.abandoned(self.block.unit)
+        kept = self.__dict__.get("kept_inputs")  # also of a call whose forward failed
+        if (self.open or kept) and self.generation == self.block.host.generation:
+            if self.open:
+                self.block.host.abandoned(self.block.unit)
+            if kept:
+                self.block.host.drop_inputs(self.block.unit, kept)
 
     def apply(self) -> Any:
         block = self.block
