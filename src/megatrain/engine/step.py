@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from megatrain.device.moves import moved
 from megatrain.engine.batches import Batch
 from megatrain.engine.executor import BACKWARD, HEAD, backward
 from megatrain.engine.targets import count_targets
@@ -168,7 +169,7 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
     ones = isinstance(mask, Tensor) and mask.device.type == "cpu" and mask.ndim == 2 and bool(mask.all())
     unmasked = ones and "position_ids" not in batch
     return {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        name: moved(value, device) if isinstance(value, Tensor) else value
         for name, value in batch.items()
         if not (unmasked and name == "attention_mask")
     }

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatrain.device.moves import moved
 from megatrain.errors import UnsupportedModelError
 from megatrain.model.foreign import ForeignTensorError
 from megatrain.model.stand_in import StandIn
@@ -81,7 +82,7 @@ class RootForward:
     def _moved(self, value: Any) -> Any:
         """An argument where the model computes: callers may leave their batches on the host."""
         away = isinstance(value, torch.Tensor) and value.device != self._device and self._device.type != "cpu"
-        return value.to(self._device, non_blocking=True) if away else value
+        return moved(value, self._device) if away else value
 
     def _call(self, args: Any, kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
