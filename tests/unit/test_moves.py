@@ -1,6 +1,7 @@
 """What a batch brings to a device of its own, on the host: how it is moved, and what is left out."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,8 +10,7 @@ from test_engine_random import tiny_llama
 from test_engine_toys import make_batch, make_engine
 from torch import Tensor, nn
 
-from megatrain.engine.step import on_device
-from megatrain.model.root import RootForward
+from megatrain.model.root import RootForward, on_device
 
 ELSEWHERE = torch.device("meta")  # a device without the host's memory, which is here everywhere
 
@@ -79,3 +79,31 @@ def test_a_mask_of_ones_stays_on_the_host_unless_it_means_something() -> None:
         for extra in ({}, {"attention_mask": ones})
     ]
     assert not torch.allclose(*outputs), "transformers treats both alike now: the mask can always be left out"
+
+
+class Looks(nn.Module):
+    """Says which arguments it got."""
+
+    def forward(self, input_ids: Tensor, **rest: Any) -> set[str]:
+        assert input_ids.device == ELSEWHERE
+        assert all(value.device == ELSEWHERE for value in rest.values() if isinstance(value, Tensor))
+        return set(rest)
+
+
+@pytest.mark.usefixtures("moves")
+@pytest.mark.parametrize("gradients", [False, True])
+def test_nor_does_it_go_along_in_a_callers_own_loop(gradients: bool) -> None:
+    """Of a model of transformers: another may use it for something else."""
+    ids, ones = torch.zeros(2, 6, dtype=torch.long), torch.ones(2, 6, dtype=torch.long)
+    some = ones.tril(4)
+    for config, left in ((SimpleNamespace(model_type="llama"), set()), (None, {"attention_mask"})):
+        model = Looks()
+        model.config = config
+        root = RootForward(model, lambda: None, lambda _elements: nullcontext(), device=ELSEWHERE)
+        with torch.set_grad_enabled(gradients):
+            assert root(ids, attention_mask=ones) == root(input_ids=ids, attention_mask=ones) == left
+            assert root(ids, attention_mask=some) == {"attention_mask"}
+            assert root(ids, attention_mask=ones, position_ids=ids) == {"attention_mask", "position_ids"}
+            assert root(ids, attention_mask=ones, position_ids=None) == {"position_ids", *left}
+            cached = root(ids, attention_mask=ones, past_key_values=object())
+            assert cached == {"attention_mask", "past_key_values"}
