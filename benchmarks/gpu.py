@@ -426,8 +426,8 @@ def config_of(model: Model) -> transformers.PretrainedConfig:
 def random_model(model: Model, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> nn.Module:
     """On the host, with normal numbers of standard deviation 0.02, ones for norms, zeros for biases.
 
-    All weights are views of one block of numbers, each from another place on: the engine copies them, so the state is
-    never held beside a second copy of the model.
+    All weights are copies of one block of numbers, each from another place on: quicker than to draw them. The engine
+    releases each as it takes it over.
     """
     config = config_of(model)
     made: Any = build_on_meta(config, dtype=dtype)
@@ -446,7 +446,7 @@ def random_model(model: Model, dtype: torch.dtype = torch.bfloat16, seed: int = 
                 continue
             if id(parameter) not in known:
                 start = step * len(known)
-                values = block[start : start + parameter.numel()].view(parameter.shape)
+                values = block[start : start + parameter.numel()].view(parameter.shape).clone()
                 if parameter.ndim < 2:
                     values = torch.zeros_like(values) if name == "bias" else torch.ones_like(values)
                 known[id(parameter)] = nn.Parameter(values)
