@@ -28,6 +28,7 @@ Not measured yet.
 import argparse
 import csv
 import gc
+import importlib.metadata
 import json
 import os
 import platform
@@ -200,9 +201,17 @@ def machine(options: argparse.Namespace) -> dict[str, str]:
                 f"cuda {torch.version.cuda}",
                 f"transformers {transformers.__version__}",
                 f"numba {numba.__version__}",
+                *(f"{name} {installed_version(name)}" for name in ("triton", "liger-kernel")),
             ]
         ),
     }
+
+
+def installed_version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def _output(command: list[str]) -> str:

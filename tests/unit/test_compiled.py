@@ -10,6 +10,7 @@ from test_engine_random import tiny_llama
 from test_engine_toys import make_engine
 
 from megatrain.device.lagged import LaggedDevice
+from megatrain.engine import compiled
 from megatrain.errors import ConfigError
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
@@ -56,6 +57,28 @@ def test_without_a_compiler_it_is_refused_before_anything_happens(monkeypatch: p
     monkeypatch.setattr(shutil, "which", lambda _name: None)
     with pytest.raises(ConfigError, match=r"engine\.compile is 'blocks', which needs a C\+\+ compiler"):
         make_engine(tiny_llama(), compile="blocks")
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("triton", "needs triton on cuda; install triton"),
+        ("gcc", "needs a C compiler on cuda, for triton; install gcc"),
+    ],
+)
+def test_so_it_is_on_a_gpu_where_its_compilers_are_missing(
+    missing: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    there = {"triton", "gcc"}
+    monkeypatch.setattr(compiled, "find_spec", lambda name: name if name in there else None)
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
+    cuda = torch.device("cuda")
+    compiled.check_compile("blocks", cuda)
+    there.remove(missing)
+    with pytest.raises(ConfigError, match=rf"^engine\.compile is 'blocks', which {message}, or use off$"):
+        compiled.check_compile("blocks", cuda)
+    compiled.check_compile("off", cuda)
 
 
 def test_a_wrong_setting_is_refused() -> None:

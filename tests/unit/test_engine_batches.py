@@ -13,7 +13,6 @@ from test_engine_toys import Block, Net, batches_of, make_batch, make_engine, pl
 from torch import Tensor, nn
 
 import megatrain as mt
-from megatrain.engine.step import on_device
 from megatrain.model.head import ChunkedHead
 
 
@@ -412,21 +411,3 @@ def test_train_step_takes_gradients_whatever_the_callers_mode(micro_batches: int
         stats = make_engine(Net()).train_step(batches_of(0, micro_batches))
         assert not torch.is_grad_enabled()
     assert (stats.loss, stats.grad_norm) == (expected.loss, expected.grad_norm)
-
-
-def test_a_mask_of_ones_stays_on_the_host_unless_it_means_something() -> None:
-    """Beside position_ids it says that they are one sequence each, however they are numbered."""
-    ones, positions = torch.ones(2, 6, dtype=torch.long), torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
-    some = ones.clone()
-    some[0, 5] = 0
-    batch = make_batch(0)
-    meta = torch.device("meta")
-    assert set(on_device(batch | {"attention_mask": ones}, meta)) == {"input_ids", "labels"}
-    for kept in ({"attention_mask": some}, {"attention_mask": ones, "position_ids": positions}):
-        assert set(on_device(batch | kept, meta)) == {"input_ids", "labels", *kept}
-    model = tiny_llama()
-    outputs = [
-        model(batch["input_ids"], position_ids=positions, use_cache=False, **extra).logits
-        for extra in ({}, {"attention_mask": ones})
-    ]
-    assert not torch.allclose(*outputs), "transformers treats both alike now: the mask can always be left out"

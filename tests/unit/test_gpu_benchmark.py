@@ -1,5 +1,6 @@
 """benchmarks/gpu.py: what it decides before it measures, what it writes, and a dry run on the host."""
 
+import argparse
 import csv
 import sys
 from pathlib import Path
@@ -97,6 +98,19 @@ def test_spans_that_overlap_count_once_and_computation_not_while_it_waits() -> N
         {"ph": "X", "tid": 2, "ts": 4.5e6, "dur": 1e6},  # half of it before one
     ]
     assert busy_seconds(events) == {"compute": 3.0, "up": 0.0, "waits of compute": 1.5}
+
+
+def test_versions_are_of_all_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"triton": "3.4.0"}
+
+    def version(name: str) -> str:
+        if name not in installed:
+            raise gpu.importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(gpu.importlib.metadata, "version", version)
+    options = argparse.Namespace(device="lagged", commit="abc")
+    assert gpu.machine(options)["versions"].endswith(" triton 3.4.0 liger-kernel none")
 
 
 def test_a_dry_run_measures_everything_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

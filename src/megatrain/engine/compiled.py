@@ -9,6 +9,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -25,8 +26,16 @@ def check_compile(setting: str, device: torch.device) -> None:
     """Raise ConfigError for a wrong setting, or where what it needs is missing."""
     if setting not in COMPILE:
         raise ConfigError(f"engine.compile is {setting!r}; it must be one of {', '.join(COMPILE)}")
-    if setting == "blocks" and device.type == "cpu" and _cpp_compiler() is None:
+    if setting != "blocks":
+        return
+    if device.type == "cpu" and not _found("CXX", "g++", "clang++"):
         raise ConfigError("engine.compile is 'blocks', which needs a C++ compiler on the cpu; install g++, or use off")
+    if device.type == "cuda" and find_spec("triton") is None:
+        raise ConfigError("engine.compile is 'blocks', which needs triton on cuda; install triton, or use off")
+    if device.type == "cuda" and not _found("CC", "gcc", "clang"):
+        raise ConfigError(
+            "engine.compile is 'blocks', which needs a C compiler on cuda, for triton; install gcc, or use off"
+        )
 
 
 def compile_blocks(blocks: list[UnitForward]) -> None:
@@ -46,5 +55,6 @@ def _run(compiled: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: 
     return compiled(module, *args, **kwargs)
 
 
-def _cpp_compiler() -> str | None:
-    return next((c for c in (os.environ.get("CXX"), "g++", "clang++") if c and shutil.which(c)), None)
+def _found(variable: str, *names: str) -> bool:
+    """Whether there is a compiler: what the environment variable says, or one of these."""
+    return any(shutil.which(name) for name in (os.environ.get(variable), *names) if name)

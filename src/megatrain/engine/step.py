@@ -17,6 +17,7 @@ from megatrain.memory.limits import peak_resident_bytes
 from megatrain.model.block import DirectLeaves
 from megatrain.model.head import IGNORED
 from megatrain.model.loss_terms import InseparableLossError
+from megatrain.model.root import on_device
 from megatrain.model.side_effects import RandomState
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def _take_weight_gradients(engine: "Engine", weights: DirectLeaves) -> None:
 def _run_whole(engine: "Engine", number: int, batch: Batch, count: int, total: int) -> LossParts:
     """One micro-batch through the model's own loss, a mean that counts by the micro-batch's share of targets."""
     engine.seed_micro_batch(number)
-    loss = loss_of(engine.model(**on_device(batch, engine.device.torch_device)))
+    loss = loss_of(engine.model(**batch))
     share = count / total
     engine.executor.enter_phase(BACKWARD)
     backward([loss], [torch.full_like(loss, share)])
@@ -163,22 +164,6 @@ def _value(parts: LossParts) -> float:
     for loss, factor in parts:
         value += loss.item() * factor
     return value
-
-
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    """`batch` where the model computes. A mask of ones is left out on a device of its own: attention is then causal and
-    nothing else, for which there are faster kernels; it is looked at here, on the host. Not beside position_ids, which
-    transformers takes for several sequences in one where they begin anew, if there is no mask."""
-    if device.type == "cpu":
-        return batch
-    mask = batch.get("attention_mask")
-    ones = isinstance(mask, Tensor) and mask.device.type == "cpu" and mask.ndim == 2 and bool(mask.all())
-    unmasked = ones and "position_ids" not in batch
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-        if not (unmasked and name == "attention_mask")
-    }
 
 
 def loss_of(result: Any) -> Tensor:

@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from megatrain.device.moves import moved
 from megatrain.errors import CapacityError, MegaTrainError
 from megatrain.model.block import DirectLeaves
 from megatrain.model.fused_loss import IGNORED as IGNORED
@@ -201,13 +202,13 @@ class ChunkedHead:
         tokens = shifted.numel()
         size = self.chunk_tokens
         if tokens <= size:
-            yield hidden, shifted.to(hidden.device, non_blocking=True), slice(0, tokens)
+            yield hidden, moved(shifted, hidden.device), slice(0, tokens)
             return
         flat, targets = hidden.reshape(1, tokens, -1), shifted.reshape(1, tokens)
         for start in range(0, tokens, size):
             part = slice(start, min(start + size, tokens))
             if bool((targets[:, part] != IGNORED).any()):
-                yield flat[:, part], targets[:, part].to(hidden.device, non_blocking=True), part
+                yield flat[:, part], moved(targets[:, part], hidden.device), part
 
     def logits_bytes(self, tokens: int) -> int:
         """What the logits of a chunk of so many tokens take while they are differentiated."""

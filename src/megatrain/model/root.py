@@ -1,18 +1,20 @@
 """What the engine changes about a model as a whole: caches under gradients, checkpointing, moves and casts."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from megatrain.device.moves import moved
 from megatrain.errors import UnsupportedModelError
 from megatrain.model.foreign import ForeignTensorError
 from megatrain.model.stand_in import StandIn
 from megatrain.model.trees import CacheError
 
 _HOST = torch.device("cpu")
+_CACHES = ("past_key_values", "cache_params")
 _CAPTURE_FLAGS = ("output_router_logits", "output_hidden_states", "output_attentions")
 
 
@@ -34,6 +36,22 @@ def configurations(model: nn.Module) -> list[Any]:
 def _elements(arguments: list[Any]) -> int:
     """Of the largest tensor among a forward's arguments: the measure of its size. 0 where there is none."""
     return max((value.numel() for value in arguments if isinstance(value, torch.Tensor)), default=0)
+
+
+def on_device(arguments: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Arguments of a transformers model where it computes. A mask of ones is left out on a device of its own: attention
+    is then causal and nothing else, for which there are faster kernels; it is looked at here, on the host. Not beside
+    position_ids, which transformers takes for several sequences in one where they begin anew, if there is no mask."""
+    mask = arguments.get("attention_mask")
+    looked_at = device.type != "cpu" and arguments.get("position_ids") is None
+    on_host = isinstance(mask, torch.Tensor) and mask.device.type == "cpu" and mask.ndim == 2
+    if looked_at and on_host and bool(torch.all(cast(torch.Tensor, mask))):
+        arguments = {name: value for name, value in arguments.items() if name != "attention_mask"}
+    return moved_arguments(arguments, device)
+
+
+def moved_arguments(arguments: Mapping[Any, Any], device: torch.device) -> dict[Any, Any]:
+    return {n: moved(value, device) if isinstance(value, torch.Tensor) else value for n, value in arguments.items()}
 
 
 class RootForward:
@@ -76,12 +94,16 @@ class RootForward:
             return self.forward(*args, **kwargs)
         self._flush()  # the model's own code may read any parameter, not only through the unit that owns it
         with self._forward_pass(_elements([*args, *kwargs.values()])), self._hiding():
-            return self._call(tuple(map(self._moved, args)), {name: self._moved(v) for name, v in kwargs.items()})
+            return self._call(*self._placed(args, kwargs))
 
-    def _moved(self, value: Any) -> Any:
-        """An argument where the model computes: callers may leave their batches on the host."""
-        away = isinstance(value, torch.Tensor) and value.device != self._device and self._device.type != "cpu"
-        return value.to(self._device, non_blocking=True) if away else value
+    def _placed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments where the model computes: callers may leave their batches on the host."""
+        if self._device.type == "cpu":
+            return args, kwargs
+        # other models may take a mask for something else, and a cache has its own idea of what a mask covers
+        left_out = self._configs and not any(kwargs.get(name) is not None for name in _CACHES)
+        place = on_device if left_out else moved_arguments
+        return tuple(moved_arguments(dict(enumerate(args)), self._device).values()), place(kwargs, self._device)
 
     def _call(self, args: Any, kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -90,7 +112,7 @@ class RootForward:
             try:
                 return self.forward(*args, **kwargs)
             except (CacheError, ForeignTensorError):  # or states that it keeps on its modules, for a cache
-                if any(kwargs.get(name) is not None for name in ("past_key_values", "cache_params")):
+                if any(kwargs.get(name) is not None for name in _CACHES):
                     raise  # the caller's own cache
                 self._caches_off = True
         if kwargs.get("use_cache"):
