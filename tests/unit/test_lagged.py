@@ -940,7 +940,8 @@ def test_a_trace_shows_every_unit_copy_update_and_wait(device: str, tmp_path: Pa
         assert seen["waits of fetches"] == {"update"}
         assert seen["waits of up"] == {"slot_free"} and seen["waits of down"] == {"gradient_packed"}
         assert seen["waits of queued compute"] == {"staging_free"}
-        assert seen["waits of compute"] == {"weights_arrived", "gradient_landed"}
+        # whether copies still read weights when they are about to change depends on time
+        assert seen["waits of compute"] - {"weights_read"} == {"weights_arrived", "gradient_landed"}
         assert seen["waits of host"] == {"gradient_landed"}
     for tid, track in tracks.items():
         spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["ph"] == "X" and e["tid"] == tid)
