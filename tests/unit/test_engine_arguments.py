@@ -11,7 +11,7 @@ from test_engine_toys import WIDTH, Net, batches_of, make_batch, make_engine
 from torch import nn
 
 import megatrain as mt
-from megatrain.engine.setup import device_memory_bytes
+from megatrain.engine.setup import memory_bytes
 from megatrain.errors import ConfigError
 
 NAN, INF = float("nan"), float("inf")
@@ -128,7 +128,11 @@ def test_devices_and_sizes_in_other_forms(caplog: pytest.LogCaptureFixture) -> N
     with make_engine(Net(), device=torch.device("cpu")) as engine:
         assert engine.device.torch_device == torch.device("cpu")
     assert not caplog.messages
-    assert (device_memory_bytes("1GB"), device_memory_bytes(7), device_memory_bytes(None)) == (10**9, 7, None)
+    assert (
+        memory_bytes("device_memory", "1GB"),
+        memory_bytes("device_memory", 7),
+        memory_bytes("device_memory", None),
+    ) == (10**9, 7, None)
     make_engine(Net(), device="cpu", device_memory="1GB").close()
     (message,) = caplog.messages
     assert message.startswith("engine.device_memory has no effect on cpu")
