@@ -22,12 +22,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from megatrain.device.moves import moved
 from megatrain.errors import CapacityError, MegaTrainError
 from megatrain.model.block import DirectLeaves
 from megatrain.model.fused_loss import IGNORED as IGNORED
 from megatrain.model.fused_loss import FusedHead, FusedLoss, fuse_head
 from megatrain.model.loss_terms import InseparableLossError, LossStandIn, zero_like_loss
+from megatrain.model.moves import moved
 from megatrain.model.root import RootForward
 from megatrain.model.side_effects import RandomState
 

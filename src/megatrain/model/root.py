@@ -7,9 +7,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from megatrain.device.moves import moved
 from megatrain.errors import UnsupportedModelError
 from megatrain.model.foreign import ForeignTensorError
+from megatrain.model.moves import moved
 from megatrain.model.stand_in import StandIn
 from megatrain.model.trees import CacheError
 
