@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 import weakref
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count, pairwise
@@ -668,6 +669,15 @@ def test_an_error_on_a_copy_thread_is_raised_in_the_step(
     host.close()
 
 
+@pytest.fixture
+def quick_collections() -> Iterator[None]:
+    """What all tests before have left is not gone through each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("quick_collections")
 @pytest.mark.parametrize("leave", [False, True])
 @pytest.mark.parametrize("fail", ["forward", "backward", "no backward"])
 def test_forwards_that_failed_in_a_callers_own_loop_hold_no_memory(
