@@ -11,7 +11,8 @@ from on_gpu import DRY, WHERE, make_device, needs_cuda, slow_device
 from reference import placed
 from test_engine_random import tiny_llama
 from test_engine_toys import Net, batches_of, make_batch, make_engine
-from test_lagged import Failing, Skipping, same, slow_updates, train
+from test_lagged import Skipping, same, slow_updates, train
+from test_lagged_failures import Failing, assert_an_exception_changes_nothing
 
 from megatrain.device.base import WAITS
 from megatrain.device.cuda import CudaStream
@@ -222,21 +223,7 @@ def test_an_exception_changes_nothing_and_training_goes_on(where: str, micro_bat
     model, untroubled = Failing(count=4), Net(count=4)
     engine = make_engine(model, device=slow_device(slow) if slow else make_device())
     other = make_engine(untroubled, device=make_device())
-    for step in range(2):
-        for one in (engine, other):
-            one.train_step(batches_of(step, micro_batches))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    model.fail = where
-    with pytest.raises(RuntimeError, match="somebody's bug"):
-        engine.train_step(batches_of(2, micro_batches))
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    model.fail = ""
-    for step in range(2, 4):
-        batches = batches_of(step, micro_batches)
-        assert engine.train_step(batches).loss == other.train_step(batches).loss
-    assert all(torch.equal(value, untroubled.state_dict()[name]) for name, value in model.state_dict().items())
-    engine.close()
-    other.close()
+    assert_an_exception_changes_nothing(engine, model, other, untroubled, where, micro_batches)
 
 
 def test_engines_leave_no_threads() -> None:

@@ -1,5 +1,7 @@
 """Moments of one byte: how near they stay, that averages move, and that nothing depends on threads."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -159,3 +161,25 @@ def test_least_squares_ends_where_fp32_moments_end(workers: Workers) -> None:
         losses[kind] = float((curvature * weight**2).sum())
     first = float((curvature * start**2).sum())
     assert losses["fp32"] < 1e-6 * first and losses["int8"] < 1e-5 * first, (losses, first)
+
+
+def test_no_step_waits_for_the_compiler() -> None:
+    """In a process of its own: here other tests have compiled what they use."""
+    code = """
+import numpy as np
+from megatrain.optim import int8_moments
+from megatrain.optim.adamw_kernels import Segment
+from megatrain.optim.compilation import compile_kernels
+from megatrain.optim.workers import Workers
+compile_kernels("int8")
+compiled = list(int8_moments._adamw.signatures)
+segments = [Segment(0, 128, 1e-3, 0.9, 0.99, 1e-8, 0.0, 1)]
+with Workers(1) as workers:
+    for grad in (np.ones(128, np.float32), np.ones(128, np.uint16)):
+        for weight, remainder in ((np.ones(128, np.float32), None), (np.ones(128, np.uint16), np.ones(128, np.int16))):
+            moments = int8_moments.Int8Moments.zeros(128)
+            int8_moments.adamw_int8(workers, weight, remainder, moments, grad, segments)
+assert len(compiled) == 4 and int8_moments._adamw.signatures == compiled
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr

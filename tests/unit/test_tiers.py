@@ -109,7 +109,7 @@ def test_as_few_units_as_it_takes(tmp_path: Path) -> None:
         make_engine(make_net(), **settings, host_memory=1000)
 
 
-def test_a_whole_language_model_on_disk_trains_like_plain(tmp_path: Path) -> None:
+def test_training_with_state_on_disk_is_like_plain(tmp_path: Path) -> None:
     """Against plain PyTorch, to the last bit."""
     assert_trains_like_plain(make_net(), micro_batches=2, nvme=tmp_path, host_memory=tight())
 

@@ -174,7 +174,7 @@ class Engine:
         """Move the model's parameters into the host store, unit by unit."""
         setup.drop_gradients(self.partition)
         keep_large_allocations_out_of_heap()
-        compile_kernels()
+        compile_kernels(self.store.moments)
         for unit, slabs in layouts.items():
             self.store.take_over(unit, slabs, {slot.index: slot for slot in self.partition.slots}, mapped=mapped)
         if self.keeps_gradients:

@@ -160,10 +160,11 @@ def _encode(
 
 
 @kernel
-def _adamw_split(
+def _adamw(
     start: int, stop: int, weight: Any, remainder: Any, avg: Any, sq: Any, avg_scale: Any, sq_scale: Any, grad: Any,
     scale: Any, bounds: Any, rows: Any, seed: Any,
 ) -> None:  # fmt: skip
+    """`remainder` None: numba compiles the one branch that its type leaves."""
     averages, squares, scales = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
     index = first_segment(bounds, start)
     while index < bounds.shape[0] and bounds[index, 0] < stop:
@@ -172,25 +173,10 @@ def _adamw_split(
             b = min(a + TILE, end)
             m, v, scratch = averages[: b - a], squares[: b - a], scales[: b - a]
             _decode(avg, sq, avg_scale, sq_scale, a, m, v, scratch)
-            update_split(weight[a:b], remainder[a:b], m, v, grad[a:b], scale, rows[index])
-            _encode(m, v, seed, a, avg, sq, avg_scale, sq_scale, scratch)
-        index += 1
-
-
-@kernel
-def _adamw_plain(
-    start: int, stop: int, weight: Any, avg: Any, sq: Any, avg_scale: Any, sq_scale: Any, grad: Any, scale: Any,
-    bounds: Any, rows: Any, seed: Any,
-) -> None:  # fmt: skip
-    averages, squares, scales = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(TILE, np.float32)
-    index = first_segment(bounds, start)
-    while index < bounds.shape[0] and bounds[index, 0] < stop:
-        end = min(stop, bounds[index, 1])
-        for a in range(max(start, bounds[index, 0]), end, TILE):
-            b = min(a + TILE, end)
-            m, v, scratch = averages[: b - a], squares[: b - a], scales[: b - a]
-            _decode(avg, sq, avg_scale, sq_scale, a, m, v, scratch)
-            update_plain(weight[a:b], m, v, grad[a:b], scale, rows[index])
+            if remainder is None:
+                update_plain(weight[a:b], m, v, grad[a:b], scale, rows[index])
+            else:
+                update_split(weight[a:b], remainder[a:b], m, v, grad[a:b], scale, rows[index])
             _encode(m, v, seed, a, avg, sq, avg_scale, sq_scale, scratch)
         index += 1
 
@@ -222,9 +208,8 @@ def adamw_int8(
     rest = (grad, np.float32(grad_scale), bounds, rows, np.uint32(seed * 0x9E3779B9 & 0xFFFFFFFF))
     if remainder is None:
         check_dtype(np.float32, weight=weight)
-        workers.run(_adamw_plain, weight.size, weight, *state, *rest, align=BLOCK)
     else:
         check_dtype(np.uint16, weight=weight)
         check_dtype(np.int16, remainder=remainder)
         check_lengths(weight=weight, remainder=remainder)
-        workers.run(_adamw_split, weight.size, weight, remainder, *state, *rest, align=BLOCK)
+    workers.run(_adamw, weight.size, weight, remainder, *state, *rest, align=BLOCK)
