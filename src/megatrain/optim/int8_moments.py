@@ -59,6 +59,11 @@ def blocks(count: int) -> int:
     return -(-count // BLOCK)
 
 
+def seed_bits(seed: int) -> int:
+    """The 32 bits that a step's `seed` gives to chance."""
+    return seed * 0x9E3779B9 & 0xFFFFFFFF
+
+
 @njit(nogil=True)
 def _spread(scales: Any, first: int, target: Any) -> None:
     """Every element's scale, from that of block `first` on: loops over many elements then need no second one."""
@@ -205,7 +210,7 @@ def adamw_int8(
     for bound in bounds[:, 0][bounds[:, 0] % BLOCK != 0]:
         raise ValueError(f"a segment begins at element {bound}; with moments of one byte, at multiples of {BLOCK}")
     state = (moments.exp_avg, moments.exp_avg_sq, moments.exp_avg_scale, moments.exp_avg_sq_scale)
-    rest = (grad, np.float32(grad_scale), bounds, rows, np.uint32(seed * 0x9E3779B9 & 0xFFFFFFFF))
+    rest = (grad, np.float32(grad_scale), bounds, rows, np.uint32(seed_bits(seed)))
     if remainder is None:
         check_dtype(np.float32, weight=weight)
     else:
