@@ -10,7 +10,9 @@ from torch import nn
 
 from megatrain.device.lagged import LaggedDevice
 from megatrain.errors import ConfigError
+from megatrain.memory import pieces
 from megatrain.memory.layout import ALIGNMENT_BYTES
+from megatrain.memory.pieces import buffer_bytes
 from megatrain.memory.spilled_states import BUFFERS
 from megatrain.model.loading import build_on_meta, initialise, load_config
 from megatrain.optim import int8_moments
@@ -54,6 +56,12 @@ def workload(precision: str = "bf16", seq_len: int = LENGTH, **entries: Any) -> 
     return build_workload(load_config(LLAMA | entries), precision=precision, seq_len=seq_len)
 
 
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As small beside these models as pieces are beside large ones."""
+    monkeypatch.setattr(pieces, "PIECE_ELEMENTS", 4096)
+
+
 def placed(work: Workload, tier: str = HOST, **settings: Any) -> Placement:
     return Placement({u.index: tier for u in work.homes}, **({"micro_batch": 1} | settings))
 
@@ -93,7 +101,7 @@ def test_tiers_hold_what_they_say() -> None:
     on_nvme = ledger(work, away, 1, in_host_memory=False, process=0)
     assert on_nvme[NVME] == {"remainders": 2 * PARAMETERS, "moments": 8 * PARAMETERS}
     assert on_nvme[HOST]["weights"] == 2 * PARAMETERS
-    assert on_nvme[HOST]["NVMe buffers"] == BUFFERS * max(state_bytes(u, away) for u in work.homes)
+    assert on_nvme[HOST]["NVMe buffers"] == BUFFERS * max(buffer_bytes(u.slabs, "fp32") for u in work.homes)
 
 
 def test_operations_of_a_unit() -> None:
@@ -249,11 +257,11 @@ def test_a_refusal_names_the_missing_bytes_and_what_fits() -> None:
     assert [r.change for r in short.remedies] == ["train.clip_scope unit"]
 
 
-def test_with_a_disk_the_engine_itself_spills() -> None:
+def test_with_a_disk_the_engine_itself_spills(small_pieces: None) -> None:
     """As few units as it takes, spread over the order of updates, also where a plan may hold nothing else."""
     work = workload()
     needed = sum(plan(work, machine()).ledger[HOST].values())
-    short = machine(host_memory=needed - 100_000)
+    short = machine(host_memory=needed - 1_000_000)
     found = plan(work, short, executable_only=True, nvme=10**9, clip_scope="global")
     away = found.placement.units_in(NVME)
     assert away and not found.placement.not_executable
@@ -274,7 +282,7 @@ def test_first_units_go_to_the_device_when_host_memory_is_short() -> None:
     assert not only.fits and not only.placement.not_executable
 
 
-def test_state_goes_to_nvme_only_where_that_is_allowed() -> None:
+def test_state_goes_to_nvme_only_where_that_is_allowed(small_pieces: None) -> None:
     work = workload(num_hidden_layers=12)
     # a device that has room for slots and a step, and none for units
     streaming = ledger(work, placed(work, slots=1, inputs_leave=True), 4, in_host_memory=False, process=0)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_planner import LENGTH, machine, placed, workload
 
+from megatrain.memory.spilled_states import BUFFERS
 from megatrain.planner.choose import Settings
 from megatrain.planner.durations import Durations, Measured, UnitTimes, durations, update_bytes
 from megatrain.planner.placement import DEVICE, HOST, NVME, Placement
@@ -23,7 +24,9 @@ WORK = workload(num_hidden_layers=6)
 SEQUENCES = 4
 
 
-def durations_of(placement: Placement, seconds: dict[str, float], h2d: float = 1e6, d2h: float = 1e6) -> Durations:
+def durations_of(
+    placement: Placement, seconds: dict[str, float], h2d: float = 1e6, d2h: float = 1e6, pieces: int = 1
+) -> Durations:
     """Each unit alike: what a forward, a backward and so on take."""
     every = [u.index for u in WORK.homes]
     return Durations(
@@ -33,6 +36,7 @@ def durations_of(placement: Placement, seconds: dict[str, float], h2d: float = 1
         nvme_read=1e6,
         nvme_write=1e6,
         nvme_bytes=dict.fromkeys(every, 10_000),
+        nvme_pieces=dict.fromkeys(every, pieces),
     )
 
 
@@ -51,7 +55,8 @@ def cases(draw: Any) -> tuple[Placement, Durations]:
         clip_scope=draw(st.sampled_from(["global", "unit"])),
     )
     seconds = {name: draw(st.floats(0.001, 0.1)) for name in SECONDS}
-    return placement, durations_of(placement, seconds, draw(st.floats(1e5, 1e8)), draw(st.floats(1e5, 1e8)))
+    bandwidths = st.floats(1e5, 1e8)
+    return placement, durations_of(placement, seconds, draw(bandwidths), draw(bandwidths), draw(st.integers(1, 9)))
 
 
 def play(placement: Placement, times: Durations, **options: Any) -> Simulation:
@@ -123,6 +128,21 @@ def test_state_on_nvme_is_read_and_written_each_step() -> None:
     placement = placed(WORK, NVME)
     found = play(placement, durations_of(placement, SECONDS))
     assert found.busy[NVME_WORK] == pytest.approx(2 * len(WORK.homes) * 0.01)
+
+
+def test_a_piece_is_updated_while_others_are_read_and_written() -> None:
+    """An update begins when its first piece is there; no more is read ahead than there are buffers for."""
+    placement = placed(WORK, NVME)
+
+    def step_seconds(update: float, pieces: int) -> float:
+        seconds = {"forward": 0.001, "backward": 0.001, "update": update, "land": 0.0, "pack": 0.0}
+        return play(placement, durations_of(placement, seconds, h2d=1e9, d2h=1e9, pieces=pieces)).step_seconds
+
+    assert step_seconds(0.1, 1) - step_seconds(0.1, 10) == pytest.approx(0.01 * (1 - 1 / 10), rel=0.01)
+    # small pieces, and as many of them as before: computation and the disk wait for each other
+    assert step_seconds(0.001, 1) < step_seconds(0.001, 10)
+    kinds = [t.label.split()[0] for t in play(placement, durations_of(placement, SECONDS, pieces=10)).tasks]
+    assert "".join(k[0] for k in kinds if k in ("read", "write")).count("r" * (BUFFERS + 1)) == 0
 
 
 def test_resident_units_need_no_copies() -> None:

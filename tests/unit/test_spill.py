@@ -16,10 +16,14 @@ import torch
 from torch import Tensor
 
 from megatrain.errors import CapacityError, ConfigError, IntegrityError
-from megatrain.memory import spill_file
+from megatrain.memory import pieces, spill_file
 from megatrain.memory.arena import allocate
-from megatrain.memory.spill_file import BLOCK_BYTES, SpillFile
-from megatrain.memory.spilled_states import BUFFERS, SpilledStates, buffer_bytes, file_bytes
+from megatrain.memory.layout import Request, SlabLayout, lay_out
+from megatrain.memory.pieces import Piece, buffer_bytes, cut, disk_bytes
+from megatrain.memory.slab_state import elements_bytes, state_bytes
+from megatrain.memory.spill_file import BLOCK_BYTES, SpillFile, round_up
+from megatrain.memory.spilled_states import BUFFERS, SpilledStates
+from megatrain.optim.int8_moments import BLOCK
 
 MIB = 1 << 20
 
@@ -126,37 +130,49 @@ def test_a_failing_disk_is_one_clear_line(
 # -- the states -------------------------------------------------------------------------------------------------
 
 
-def make(tmp_path: Path, sizes: dict[int, int]) -> SpilledStates:
-    return SpilledStates(SpillFile(tmp_path, file_bytes(sizes)), sizes)
+def piece(number: int) -> Piece:
+    return Piece(number // 4, 0, number, number + 1)
 
 
-def add_one(states: SpilledStates, unit: int) -> None:
-    states.take(unit).add_(1)
-    states.give_back(unit)
+PIECES = [piece(number) for number in range(BUFFERS + 3)]
+
+
+def make(tmp_path: Path, sizes: dict[Piece, int]) -> SpilledStates:
+    return SpilledStates(SpillFile(tmp_path, sum(-(-n // BLOCK_BYTES) * BLOCK_BYTES for n in sizes.values())), sizes)
+
+
+def add_one(states: SpilledStates, piece: Piece) -> None:
+    states.take(piece).add_(1)
+    states.give_back(piece)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_any_order_of_updates(tmp_path: Path, seed: int) -> None:
-    """Announced or not, in the order announced or another: each unit's state is as its last update left it."""
+    """Announced or not, in the order announced or another: each piece's state is as its last update left it, also
+    after somebody has only read it."""
     order = random.Random(seed)
-    sizes = {unit: order.randrange(1, 5) * 10_000 for unit in range(9)}
+    sizes = {piece: order.randrange(1, 5) * 10_000 for piece in PIECES}
     states = make(tmp_path, sizes)
     counts = dict.fromkeys(sizes, 0)
     for _ in range(30):
-        announced = order.sample(sorted(sizes), order.randrange(len(sizes) + 1))
+        announced = order.sample(PIECES, order.randrange(len(sizes) + 1))
         if order.random() < 0.8:
             states.expect(announced)
         if order.random() < 0.4:
             order.shuffle(announced)
-        for unit in announced[: order.randrange(len(announced) + 1)] if order.random() < 0.3 else announced:
+        for piece in announced[: order.randrange(len(announced) + 1)] if order.random() < 0.3 else announced:
             if order.random() < 0.2:
                 time.sleep(order.random() / 500)
-            add_one(states, unit)
-            counts[unit] += 1
-    for unit, n_bytes in sizes.items():
-        state = states.take(unit)
-        assert len(state) >= n_bytes and (state == counts[unit] % 256).all(), unit
-        states.give_back(unit)
+            if order.random() < 0.1:
+                states.take(piece).fill_(99)  # of no consequence
+                states.give_back(piece, changed=False)
+            else:
+                add_one(states, piece)
+                counts[piece] += 1
+    for piece, n_bytes in sizes.items():
+        state = states.take(piece)
+        assert len(state) >= n_bytes and (state == counts[piece] % 256).all(), piece
+        states.give_back(piece)
     states.flush()
     states.close()
 
@@ -186,8 +202,8 @@ class Recording:
         self.calls.append(("close", 0))
 
 
-def on(disk: Recording, units: int) -> SpilledStates:
-    return SpilledStates(disk, dict.fromkeys(range(units), BLOCK_BYTES))  # type: ignore[arg-type]
+def on(disk: Recording) -> SpilledStates:
+    return SpilledStates(disk, dict.fromkeys(PIECES, BLOCK_BYTES))  # type: ignore[arg-type]
 
 
 def wait_until(condition: Any) -> None:
@@ -197,68 +213,107 @@ def wait_until(condition: Any) -> None:
         time.sleep(0.001)
 
 
-def test_units_are_read_ahead_and_written_behind() -> None:
+def test_pieces_are_read_ahead_and_written_behind() -> None:
     disk = Recording()
-    states = on(disk, 6)
-    states.expect(range(6))
+    states = on(disk)
+    states.expect(PIECES)
     wait_until(lambda: len(disk.calls) == BUFFERS)  # before anyone asks: as many as there are buffers
-    states.take(0)
+    states.take(PIECES[0])
     disk.gate.clear()
-    states.give_back(0)  # does not wait for the disk
-    states.take(1)
+    states.give_back(PIECES[0])  # does not wait for the disk
+    states.take(PIECES[1])
     disk.gate.set()
-    wait_until(lambda: ("read", 3) in disk.calls)  # while unit 1 is being updated
-    assert disk.calls.index(("write", 0)) < disk.calls.index(("read", 3))
-    states.give_back(1)
+    wait_until(lambda: ("read", BUFFERS) in disk.calls)  # while the second piece is being updated
+    assert disk.calls.index(("write", 0)) < disk.calls.index(("read", BUFFERS))
+    states.give_back(PIECES[1])
     states.flush()
     states.close()
     assert disk.calls[-1] == ("close", 0)
 
 
-def test_a_unit_is_not_read_before_its_last_state_is_written() -> None:
+def test_a_piece_is_not_read_before_its_last_state_is_written() -> None:
     disk = Recording()
-    states = on(disk, 2)
-    states.take(0)
+    states = on(disk)
+    states.take(PIECES[0])
     disk.gate.clear()
-    states.give_back(0)
-    states.expect([0])
+    states.give_back(PIECES[0])
+    states.expect(PIECES[:1])
     threading.Timer(0.05, disk.gate.set).start()
-    states.take(0)
+    states.take(PIECES[0])
     assert disk.calls == [("read", 0), ("write", 0), ("read", 0)]
 
 
-def update_all(states: SpilledStates, units: Iterable[int]) -> None:
-    for unit in units:
-        states.take(unit)
-        states.give_back(unit)
+def test_what_was_only_read_is_not_written() -> None:
+    disk = Recording()
+    states = on(disk)
+    for piece in PIECES:  # more of them than buffers
+        states.take(piece)
+        states.give_back(piece, changed=False)
+    states.flush()
+    assert disk.calls == [("read", number) for number in range(len(PIECES))]
+
+
+def update_all(states: SpilledStates, pieces: Iterable[Piece]) -> None:
+    for piece in pieces:
+        states.take(piece)
+        states.give_back(piece)
     states.flush()
 
 
 @pytest.mark.parametrize("what", ["read", "write"])
 def test_a_failed_transfer_stops_everybody(what: str) -> None:
     disk = Recording()
-    states = on(disk, 6)
-    states.take(0)
+    states = on(disk)
+    states.take(PIECES[0])
     disk.failing = what
-    states.give_back(0)
-    states.expect(range(1, 6))
+    states.give_back(PIECES[0])
+    states.expect(PIECES[1:])
     with pytest.raises(IntegrityError, match=f"{what} failed"):
-        update_all(states, range(1, 6))
+        update_all(states, PIECES[1:])
     with pytest.raises(IntegrityError, match=f"{what} failed"):
-        states.take(0)
+        states.take(PIECES[0])
     with pytest.raises(IntegrityError, match=f"{what} failed"):
         states.flush()
     states.close()
 
 
 def test_closing_with_reads_outstanding() -> None:
-    states = on(Recording(), 6)
-    states.expect([*range(6), *range(6)])
-    states.take(0)
+    states = on(Recording())
+    states.expect([*PIECES, *PIECES])
+    states.take(PIECES[0])
     states.close()
 
 
-def test_bytes_are_counted_in_whole_blocks() -> None:
-    sizes = {0: 1, 1: BLOCK_BYTES, 2: BLOCK_BYTES + 1}
-    assert file_bytes(sizes) == 4 * BLOCK_BYTES and buffer_bytes(sizes) == 2 * BLOCK_BYTES
-    assert buffer_bytes({}) == file_bytes({}) == 0
+# -- what pieces there are --------------------------------------------------------------------------------------
+
+
+def layout(dtype: str, *counts: int) -> list[SlabLayout]:
+    return lay_out([Request(slot, (n,), dtype, 0, True) for slot, n in enumerate(counts)], whole_blocks=True)
+
+
+@pytest.mark.parametrize("moments", ["fp32", "int8"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_pieces_hold_every_element_once(monkeypatch: pytest.MonkeyPatch, dtype: str, moments: str) -> None:
+    """They take what is planned for them, in whole blocks of the disk; none takes more than a buffer."""
+    monkeypatch.setattr(pieces, "PIECE_ELEMENTS", 4096)
+    for counts in ((1,), (4096,), (64, 4096), (10_000, 3, 777)):
+        slabs = layout(dtype, *counts)
+        held = cut(7, slabs)
+        elements = [number for piece in held for number in range(piece.start, piece.stop)]
+        assert elements == list(range(slabs[0].state_count)) and {(p.unit, p.slab) for p in held} == {(7, 0)}
+        assert all(piece.start % BLOCK == 0 for piece in held)
+        sizes = [round_up(elements_bytes(piece.stop - piece.start, dtype, moments)) for piece in held]
+        assert sum(sizes) == disk_bytes(slabs, moments) and max(sizes) == buffer_bytes(slabs, moments)
+        for place in slabs[0].places:
+            found = [piece.overlap(place) for piece in held]
+            inside = [range(place.count)[there] for _, there in filter(None, found)]
+            assert [i for part in inside for i in part] == list(range(place.count))
+            starts = [p.start + o[0].start - o[1].start for p, o in zip(held, found, strict=True) if o is not None]
+            assert set(starts) == {place.start}
+
+
+def test_a_piece_is_small_beside_a_large_unit() -> None:
+    """An embedding of half a billion parameters goes through half a gigabyte, not through five."""
+    table = lay_out([Request(0, (128_256, 4096), "bf16", 0, True)])
+    assert BUFFERS * buffer_bytes(table, "fp32") < 600e6 < state_bytes(table[0], "fp32") / 8
+    assert buffer_bytes([], "fp32") == disk_bytes([], "fp32") == 0

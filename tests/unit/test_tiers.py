@@ -4,6 +4,7 @@ import copy
 import errno
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,19 @@ import megatrain as mt
 from megatrain import cli
 from megatrain.device.lagged import LaggedDevice
 from megatrain.errors import CapacityError, ConfigError, IntegrityError
+from megatrain.memory import pieces
 from megatrain.memory.placement import choose_spilled, spread
 from megatrain.memory.plan import MemoryPlan
 from megatrain.memory.spilled_states import BUFFERS
+from megatrain.optim.int8_moments import BLOCK
 
+PIECE_ELEMENTS = 43 * BLOCK  # of units of 33,000: pieces begin inside of parameters, and end there
 INT8 = mt.AdamW(lr=1e-2, moments="int8")
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "PIECE_ELEMENTS", PIECE_ELEMENTS)
 
 
 class Wide(Block):
@@ -48,8 +57,10 @@ def tight(some: bool = True, **settings: Any) -> int:
     engine = make_engine(make_net(), **settings)
     engine.close()
     state = sum(engine.plan.state[name] for name in ("remainders", "exp_avg", "exp_avg_sq"))
-    spilled = 4 if some else 6  # of the six large units; three buffers of this size stay
-    return engine.plan.total_bytes - (spilled - BUFFERS) * (state // 6) + 4 * 4096
+    spilled = 3 if some else 6  # of the six large units
+    layouts = [[slab.layout for slab in unit.slabs] for unit in engine.store.units.values()]
+    buffers = BUFFERS * max(pieces.buffer_bytes(slabs, engine.store.moments) for slabs in layouts)
+    return engine.plan.total_bytes - spilled * (state // 6) + buffers + 4 * 4096
 
 
 def trained(steps: int = 4, **settings: Any) -> tuple[list[Any], dict[str, torch.Tensor], dict[int, Any], int]:
@@ -129,8 +140,11 @@ def test_everything_that_reads_or_writes_state_goes_through_the_disk(tmp_path: P
         engine.flush()
         with torch.no_grad():
             engine.model.head.weight.mul_(1.5)
+            engine.model.blocks[1].wide.weight.mul_(1.5)
+        engine.model.blocks[2].wide.weight.data.mul_(1.5)  # past torch's version counter
         engine.train_step(batches_of(2, 2))
         engine.flush()
+        engine.model.blocks[3].wide.weight.data.mul_(1.5)
     for slot in on_disk.store.slots:
         assert torch.equal(on_disk.store.read_master(slot), in_memory.store.read_master(slot))
     for n, s in on_disk.optimizer_state().items():
@@ -230,6 +244,12 @@ def test_int8_state_is_given_and_taken_exactly() -> None:
     plain = make_engine(Net(count=3))
     with pytest.raises(ConfigError, match=r"optimizer.moments is fp32; the state given holds torch.int8"):
         plain.load_optimizer_state(engine.optimizer_state())
+    wrong = engine.optimizer_state()
+    for name, expected in (("exp_avg", "[29, 8]"), ("exp_avg_scale", "[4]")):
+        with pytest.raises(
+            ConfigError, match=rf"embed.weight: {name} has the shape \[1\]; it must be {re.escape(expected)}"
+        ):
+            resumed.load_optimizer_state({**wrong, 0: {**wrong[0], name: wrong[0][name].reshape(-1)[:1]}})
 
 
 # -- from the command line --------------------------------------------------------------------------------------------

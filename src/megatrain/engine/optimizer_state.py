@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatrain.errors import ConfigError
+from megatrain.memory.slab_state import MOMENTS
 from megatrain.memory.store import HostStore, SlotState
 from megatrain.model.partition import Partition
+from megatrain.optim.int8_moments import blocks
 
 
 class OptimizerState:
@@ -30,23 +31,27 @@ class OptimizerState:
             if number not in state:
                 self._store.reset_moments(entry.slot.index)
                 continue
-            with self._store.state_of(entry.unit):
-                moments = entry.moments
-                for name, view in moments.items():
-                    self._check(state[number], name, view)
-                entry.steps = int(state[number]["step"])
-                for name, view in moments.items():
-                    view.copy_(state[number][name])
+            for name, dtype in MOMENTS[self._store.moments].items():
+                self._check(state[number], name, dtype)
+                self._check_shape(entry, name, state[number][name])
+            entry.steps = int(state[number]["step"])
+            self._store.write_moments(entry.slot.index, state[number])
 
     def _state_of(self, entry: SlotState) -> dict[str, Any]:
-        with self._store.state_of(entry.unit):
-            moments = entry.moments
-            if self._store.spills(entry.unit):
-                moments = {name: part.clone() for name, part in moments.items()}  # the memory is lent
-        return {"step": torch.tensor(float(entry.steps), device="cpu")} | moments
+        step = torch.tensor(float(entry.steps), device="cpu")
+        return {"step": step} | self._store.read_moments(entry.slot.index)
 
-    def _check(self, given: Mapping[str, Any], name: str, view: Tensor) -> None:
-        same_kind = name in given and given[name].is_floating_point() == view.is_floating_point()
-        if not same_kind or not (view.is_floating_point() or given[name].dtype == view.dtype):
+    def _check(self, given: Mapping[str, Any], name: str, dtype: torch.dtype) -> None:
+        same_kind = name in given and given[name].is_floating_point() == dtype.is_floating_point
+        if not same_kind or not (dtype.is_floating_point or given[name].dtype == dtype):
             held = given["exp_avg"].dtype
             raise ConfigError(f"optimizer.moments is {self._store.moments}; the state given holds {held}")
+
+    def _check_shape(self, entry: SlotState, name: str, given: torch.Tensor) -> None:
+        place = entry.place
+        expected = (blocks(place.count),) if name.endswith("scale") else place.shape
+        if tuple(given.shape) != expected:
+            raise ConfigError(
+                f"optimizer state of {entry.slot.name}: {name} has the shape {list(given.shape)}; it must be"
+                f" {list(expected)}"
+            )

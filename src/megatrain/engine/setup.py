@@ -19,9 +19,10 @@ from megatrain.engine.kept_graphs import check_keep_graphs
 from megatrain.errors import ConfigError
 from megatrain.memory.layout import BYTES, Request, SlabLayout, lay_out
 from megatrain.memory.limits import host_memory_limits
+from megatrain.memory.pieces import cut
 from megatrain.memory.placement import choose_spilled
 from megatrain.memory.plan import MemoryPlan, plan_memory, require_fit
-from megatrain.memory.slab_state import unit_state_bytes
+from megatrain.memory.slab_state import elements_bytes, unit_state_bytes
 from megatrain.memory.spill_file import SpillFile
 from megatrain.memory.spilled_states import SpilledStates
 from megatrain.memory.store import HostStore, home_layouts
@@ -344,12 +345,19 @@ def plan_for(
     return plan
 
 
-def open_spill(plan: MemoryPlan, nvme: str | Path | None) -> SpilledStates | None:
+def open_spill(
+    plan: MemoryPlan, layouts: dict[int, list[SlabLayout]], moments: str, nvme: str | Path | None
+) -> SpilledStates | None:
     """What holds the planned units' optimizer state on disk; None where the plan has none there."""
     if not plan.spilled:
         return None
     assert nvme is not None
-    return SpilledStates(SpillFile(Path(nvme), plan.disk_bytes), plan.spilled)
+    pieces = {
+        piece: elements_bytes(piece.stop - piece.start, layouts[unit][piece.slab].dtype, moments)
+        for unit in plan.spilled
+        for piece in cut(unit, layouts[unit])
+    }
+    return SpilledStates(SpillFile(Path(nvme), plan.disk_bytes), pieces)
 
 
 def keeps_gradients(clip_norm: float | None, clip_scope: str) -> bool:

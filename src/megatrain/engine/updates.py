@@ -16,6 +16,8 @@ from megatrain.device.base import ComputeDevice
 from megatrain.engine.host_thread import HostThread, Ticket
 from megatrain.errors import IntegrityError
 from megatrain.memory.layout import Place
+from megatrain.memory.pieces import Piece
+from megatrain.memory.slab_state import SlabState
 from megatrain.memory.store import HostStore, Slab, SlotState, bits
 from megatrain.model.partition import Partition, Unit
 from megatrain.optim.adamw import group_hyper_parameters
@@ -35,19 +37,22 @@ class SlabUpdate:
     gradient_scale: float
     seed: int  # of rounding to moments of one byte
 
-    def run(self, workers: Workers) -> None:
-        """While the unit's state is in host memory."""
-        state = self.slab.state
-        assert state is not None
-        for entry in self.entries:
-            entry.drop_old_remainder()
-        weight, rest = self.slab.weight_bits, (self.gradient, self.segments, self.gradient_scale)
+    def run(self, workers: Workers, piece: Piece, state: SlabState) -> None:
+        """Of the elements in `piece`, whose state is in host memory."""
+        here = slice(piece.start, piece.stop)
+        weight, rest = self.slab.weight_bits[here], (self.gradient[here], self._within(piece), self.gradient_scale)
         if isinstance(state.moments, Int8Moments):
-            adamw_int8(workers, weight, state.remainder, state.moments, *rest, seed=self.seed)
+            adamw_int8(workers, weight, state.remainder, state.moments, *rest, seed=self.seed, first=piece.start)
         else:
             adamw(workers, weight, state.remainder, state.moments.exp_avg, state.moments.exp_avg_sq, *rest)
-        for entry in self.entries:
-            entry.written()
+
+    def _within(self, piece: Piece) -> list[Segment]:
+        """The segments that reach into a piece, cut, counted from its first element."""
+        return [
+            replace(s, start=max(s.start, piece.start) - piece.start, stop=min(s.stop, piece.stop) - piece.start)
+            for s in self.segments
+            if s.start < piece.stop and s.stop > piece.start
+        ]
 
 
 class PendingUpdates:
@@ -80,8 +85,7 @@ class PendingUpdates:
     def start(self) -> None:
         """All updates of a step are scheduled: the host thread begins; without one they are carried out here."""
         order = sorted(self._pending, key=lambda u: (u not in self.first, u))
-        if self._store.spilled is not None:
-            self._store.spilled.expect(order)
+        self._store.expect(order)
         if self._background is None:
             self.flush()
             return
@@ -96,7 +100,7 @@ class PendingUpdates:
         if self._store.spilled is not None:
             if unit in self._order:
                 later = self._order[self._order.index(unit) + 1 :]
-                self._store.spilled.expect(later)
+                self._store.expect(later)
                 self._order = []
             self._order.append(unit)
         self.schedule(unit, updates)
@@ -129,15 +133,26 @@ class PendingUpdates:
     def _carry_out(self, unit: int, updates: list[SlabUpdate]) -> None:
         started, name = time.perf_counter(), self._names.get(unit, "stray parameters")
         try:
-            with self._store.state_of(unit):
-                for update in updates:
-                    update.run(self._store.workers)
+            self._update(unit, updates)
         except BaseException as error:
             self._failed = self._failed or (name, error)
             if not isinstance(error, Exception):
                 raise
         if self._device.trace is not None:
             self._device.trace.add("host", f"update of {name}", started, time.perf_counter())
+
+    def _update(self, unit: int, updates: list[SlabUpdate]) -> None:
+        entries = [entry for update in updates for entry in update.entries]
+        for entry in entries:
+            self._store.notice_silent_write(entry)
+        state = self._store.units[unit]
+        for piece in state.pieces:
+            with self._store.state_of(piece) as held:
+                for update in updates:
+                    if update.slab is state.slabs[piece.slab]:
+                        update.run(self._store.workers, piece, held)
+        for entry in entries:
+            entry.written()
 
     def _refuse_half_updated(self) -> None:
         if self._failed is None:

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 
 from megatrain.errors import CapacityError
 from megatrain.memory.layout import SlabLayout
-from megatrain.memory.slab_state import moment_bytes, unit_state_bytes
-from megatrain.memory.spilled_states import BUFFERS, buffer_bytes, file_bytes
+from megatrain.memory.pieces import buffer_bytes, disk_bytes
+from megatrain.memory.slab_state import moment_bytes
+from megatrain.memory.spilled_states import BUFFERS
 from megatrain.sizes import format_bytes
 
 ARRIVING_UNITS = 2  # gradients that come from a device and have no place of their own: one arrives, one is used
@@ -25,7 +26,7 @@ class MemoryPlan:
 
     @property
     def disk_bytes(self) -> int:
-        return file_bytes(self.spilled)
+        return sum(self.spilled.values())
 
     @property
     def total_bytes(self) -> int:
@@ -58,7 +59,7 @@ def plan_memory(
     otherwise one unit's at a time. `streaming`: units compute on a device with memory of its own. `moments`: fp32 or
     int8. `spilled`: units whose optimizer state is on disk."""
     slabs = [slab for unit in units.values() for slab in unit]
-    on_disk = {unit: unit_state_bytes(slabs, moments) for unit, slabs in units.items() if unit in spilled}
+    on_disk = {unit: disk_bytes(slabs, moments) for unit, slabs in units.items() if unit in spilled}
     held = [slab for unit, slabs in units.items() if unit not in on_disk for slab in slabs]
     gradient_bytes = [sum(slab.gradient_bytes for slab in unit) for unit in units.values()]
     largest_gradient = max(gradient_bytes, default=0)
@@ -70,7 +71,7 @@ def plan_memory(
         "gradients": sum(gradient_bytes) if keep_gradients else largest_gradient,
     }
     if on_disk:
-        state["disk buffers"] = BUFFERS * buffer_bytes(on_disk)
+        state["disk buffers"] = BUFFERS * max(buffer_bytes(units[unit], moments) for unit in on_disk)
     parameters = sum(place.count for slab in slabs for place in slab.places)
     if streaming:  # gradients add up on the device; a further one of a step, of a caller's own loop, is added here
         arriving = ARRIVING_UNITS * largest_gradient

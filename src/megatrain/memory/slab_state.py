@@ -3,10 +3,11 @@
     fp32   remainder 2 (bf16 slabs) | exp_avg 4 | exp_avg_sq 4
     int8   remainder 2 (bf16 slabs) | exp_avg 1 | exp_avg_sq 1 | scales of blocks of 64: 4 + 4
 
-bytes per element. One stretch can be read from a disk, or written there, in one go.
+bytes per element. One stretch can be read from a disk, or written there, in one go; so can a piece of a slab
+(`memory/pieces.py`), which is laid out like a slab of as many elements.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatrain.memory.layout import Place, SlabLayout
+from megatrain.memory.layout import SlabLayout
 from megatrain.optim.int8_moments import BLOCK, Int8Moments, blocks
+
+# what a parameter's moments are called, and hold: of each element, or of each block
+MOMENTS: Mapping[str, Mapping[str, torch.dtype]] = {
+    "fp32": {"exp_avg": torch.float32, "exp_avg_sq": torch.float32},
+    "int8": {
+        "exp_avg": torch.int8,
+        "exp_avg_sq": torch.uint8,
+        "exp_avg_scale": torch.float32,
+        "exp_avg_sq_scale": torch.float32,
+    },
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,35 +40,38 @@ class Fp32Moments:
 
 @dataclass(frozen=True, slots=True)
 class SlabState:
-    """Views of the stretch. remainder int16 (state_count), None for fp32 slabs."""
+    """Views of the stretch. remainder int16 (n), None for fp32 slabs."""
 
     remainder: np.ndarray | None
     moments: Fp32Moments | Int8Moments
 
     @classmethod
-    def within(cls, memory: Tensor, layout: SlabLayout, moments: str) -> "SlabState":
-        """Of the first `state_bytes(layout, moments)` bytes of `memory` (uint8), whatever they hold."""
+    def within(cls, memory: Tensor, count: int, dtype: str, moments: str) -> "SlabState":
+        """Of `count` elements of a slab of `dtype`: the first bytes of `memory` (uint8), whatever they hold."""
         parts, start = [], 0
-        for dtype, count in _sections(layout, moments):
-            n_bytes = count * np.dtype(dtype).itemsize
-            parts.append(memory[start : start + n_bytes].numpy().view(dtype))
+        for kind, length in _sections(count, dtype, moments):
+            n_bytes = length * np.dtype(kind).itemsize
+            parts.append(memory[start : start + n_bytes].numpy().view(kind))
             start += n_bytes
-        remainder = parts.pop(0) if layout.dtype == "bf16" else None
+        remainder = parts.pop(0) if dtype == "bf16" else None
         return cls(remainder, Fp32Moments(*parts) if moments == "fp32" else Int8Moments(*parts))
 
-    def of_place(self, place: Place) -> dict[str, Tensor]:
-        """A parameter's moments by name, views: in its shape, scales of its blocks 1-D."""
-        elements, shared = slice(place.start, place.start + place.count), blocks(place.count)
-        held: dict[str, Any] = {
-            "exp_avg": self.moments.exp_avg[elements],
-            "exp_avg_sq": self.moments.exp_avg_sq[elements],
-        }
-        named = {name: torch.from_numpy(array).view(place.shape) for name, array in held.items()}
-        if isinstance(self.moments, Int8Moments):
-            scales = slice(place.start // BLOCK, place.start // BLOCK + shared)
-            named["exp_avg_scale"] = torch.from_numpy(self.moments.exp_avg_scale[scales])
-            named["exp_avg_sq_scale"] = torch.from_numpy(self.moments.exp_avg_sq_scale[scales])
-        return named
+    def moments_of(self, elements: slice) -> dict[str, Tensor]:
+        """By name, 1-D views. `elements` begin a block."""
+        kind = "fp32" if isinstance(self.moments, Fp32Moments) else "int8"
+        held: dict[str, Any] = {name: getattr(self.moments, name) for name in MOMENTS[kind]}
+        return {name: torch.from_numpy(array[where(name, elements)]) for name, array in held.items()}
+
+
+def where(name: str, elements: slice) -> slice:
+    """Of the moment `name`, what belongs to `elements`: a scale belongs to a block."""
+    return slice(elements.start // BLOCK, blocks(elements.stop)) if name.endswith("scale") else elements
+
+
+def empty_moments(count: int, moments: str) -> dict[str, Tensor]:
+    """By name, 1-D, of a parameter of `count` elements; whatever they hold."""
+    held = MOMENTS[moments].items()
+    return {n: torch.empty(where(n, slice(0, count)).stop, dtype=dtype, device="cpu") for n, dtype in held}
 
 
 def moment_bytes(layout: SlabLayout, moments: str) -> int:
@@ -66,7 +81,12 @@ def moment_bytes(layout: SlabLayout, moments: str) -> int:
 
 
 def state_bytes(layout: SlabLayout, moments: str) -> int:
-    return layout.remainder_bytes + 2 * moment_bytes(layout, moments)
+    return elements_bytes(layout.state_count, layout.dtype, moments)
+
+
+def elements_bytes(count: int, dtype: str, moments: str) -> int:
+    """Of `count` elements' state in a slab of `dtype`."""
+    return sum(length * np.dtype(kind).itemsize for kind, length in _sections(count, dtype, moments))
 
 
 def unit_state_bytes(slabs: Iterable[SlabLayout], moments: str) -> int:
@@ -74,9 +94,9 @@ def unit_state_bytes(slabs: Iterable[SlabLayout], moments: str) -> int:
     return sum(state_bytes(layout, moments) for layout in slabs)
 
 
-def _sections(layout: SlabLayout, moments: str) -> list[tuple[Any, int]]:
-    n = layout.state_count
-    remainder: list[tuple[Any, int]] = [(np.int16, n)] if layout.dtype == "bf16" else []
+def _sections(count: int, dtype: str, moments: str) -> list[tuple[Any, int]]:
+    remainder: list[tuple[Any, int]] = [(np.int16, count)] if dtype == "bf16" else []
     if moments == "fp32":
-        return [*remainder, (np.float32, n), (np.float32, n)]
-    return [*remainder, (np.int8, n), (np.uint8, n), (np.float32, blocks(n)), (np.float32, blocks(n))]
+        return [*remainder, (np.float32, count), (np.float32, count)]
+    scales = blocks(count)
+    return [*remainder, (np.int8, count), (np.uint8, count), (np.float32, scales), (np.float32, scales)]

@@ -1,8 +1,8 @@
-"""Optimizer state of some units on disk: read ahead of their updates, written behind them.
+"""Optimizer state on disk, piece by piece: read ahead of the updates, written behind them.
 
-Three buffers, each as large as the largest state, go round: one is read into, one is updated, one is written. Whoever
-updates takes a unit's state and gives it back; the order in which units will be taken is announced, and only decides
-how early they are read.
+Some buffers, each as large as the largest piece, go round: one is updated, one is written, the others are read into.
+Whoever updates takes a piece's state and gives it back; the order in which pieces will be taken is announced, and only
+decides how early they are read.
 """
 
 from collections import deque
@@ -13,78 +13,84 @@ from threading import Condition
 from torch import Tensor
 
 from megatrain.memory.arena import allocate
+from megatrain.memory.pieces import Piece
 from megatrain.memory.spill_file import SpillFile, round_up
 from megatrain.threads import KeptThread
 
-BUFFERS = 3
+BUFFERS = 6  # four pieces ahead of the update, which bridge those of units whose state is in memory
 
 
 class SpilledStates:
-    """`state_bytes` by unit; `file` has room for them all (`file_bytes`). New states are zero."""
+    """`piece_bytes`: of state by piece; `file` has room for them, each in whole blocks. New states are zero."""
 
-    def __init__(self, file: SpillFile, state_bytes: Mapping[int, int]) -> None:
+    def __init__(self, file: SpillFile, piece_bytes: Mapping[Piece, int]) -> None:
         self._file = file
-        self._places: dict[int, tuple[int, int]] = {}  # (offset, length) by unit
+        self._places: dict[Piece, tuple[int, int]] = {}  # (offset, length)
         offset = 0
-        for unit, n_bytes in state_bytes.items():
-            self._places[unit] = (offset, round_up(n_bytes))
+        for piece, n_bytes in piece_bytes.items():
+            self._places[piece] = (offset, round_up(n_bytes))
             offset += round_up(n_bytes)
+        self._units = {piece.unit for piece in piece_bytes}
+        self._buffer_bytes = max((length for _, length in self._places.values()), default=0)
         self._changed = Condition()
-        self._free = [allocate(buffer_bytes(state_bytes)) for _ in range(BUFFERS)]
-        self._read: dict[int, Tensor] = {}  # ahead, in this order
-        self._reading: set[int] = set()
-        self._taken: dict[int, Tensor] = {}
-        self._writing: set[int] = set()
-        self._expected: deque[int] = deque()
+        self._free = [allocate(self._buffer_bytes) for _ in range(BUFFERS)]
+        self._read: dict[Piece, Tensor] = {}  # ahead, in this order
+        self._reading: set[Piece] = set()
+        self._taken: dict[Piece, Tensor] = {}
+        self._writing: set[Piece] = set()
+        self._expected: deque[Piece] = deque()
         self._error: BaseException | None = None
         self._reader, self._writer = KeptThread("megatrain-spill-reader"), KeptThread("megatrain-spill-writer")
 
     @property
     def buffers_bytes(self) -> int:
         """In host memory."""
-        return BUFFERS * max((length for _, length in self._places.values()), default=0)
+        return BUFFERS * self._buffer_bytes
 
     def __contains__(self, unit: int) -> bool:
-        return unit in self._places
+        return unit in self._units
 
-    def expect(self, units: Iterable[int]) -> None:
-        """`units` will be taken next, in this order; what was said before no longer holds."""
-        units = [unit for unit in units if unit in self._places]
+    def expect(self, pieces: Iterable[Piece]) -> None:
+        """`pieces`, those of them that are on disk, will be taken next, in this order; what was said before no longer
+        holds."""
         with self._changed:
-            self._expected = deque(units)
+            self._expected = deque(piece for piece in pieces if piece in self._places)
             self._changed.notify_all()
-        for _ in units:
-            self._reader.start(self._read_next, self._note)
+        self._reader.start(self._read_ahead, self._note)
 
-    def take(self, unit: int) -> Tensor:
-        """The unit's state in memory (uint8, as long as it is), to be changed and given back.
+    def take(self, piece: Piece) -> Tensor:
+        """The piece's state in memory (uint8, as long as it is), to be given back.
 
-        One thread takes one unit at a time. Raises IntegrityError where a transfer, also an earlier one, has failed.
+        One thread takes one piece at a time. Raises IntegrityError where a transfer, also an earlier one, has failed.
         """
         with self._changed:
             while True:
                 self._raise()
-                if unit in self._read:
-                    self._taken[unit] = self._read.pop(unit)
-                    return self._taken[unit][: self._places[unit][1]]
-                if unit not in self._reading | self._writing:
-                    if unit in self._expected:
-                        self._expected.remove(unit)
+                if piece in self._read:
+                    self._taken[piece] = self._read.pop(piece)
+                    return self._taken[piece][: self._places[piece][1]]
+                if piece not in self._reading | self._writing:
+                    if piece in self._expected:
+                        self._expected.remove(piece)
                     if not self._free and self._read:  # read ahead for others: their turn comes again
                         self._free.append(self._read.popitem()[1])
                     if self._free:
                         break
                 self._changed.wait()
-            buffer = self._begin(unit)
-        self._finish(unit, buffer)
-        return self.take(unit)
+            buffer = self._begin(piece)
+        self._finish(piece, buffer)
+        return self.take(piece)
 
-    def give_back(self, unit: int) -> None:
-        """Its state has changed, and goes to disk behind the caller's back."""
+    def give_back(self, piece: Piece, *, changed: bool = True) -> None:
+        """What has `changed` goes to disk behind the caller's back."""
         with self._changed:
-            buffer = self._taken.pop(unit)
-            self._writing.add(unit)
-        self._writer.start(partial(self._write, unit, buffer), self._note)
+            buffer = self._taken.pop(piece)
+            if not changed:
+                self._free.append(buffer)
+                self._changed.notify_all()
+                return
+            self._writing.add(piece)
+        self._writer.start(partial(self._write, piece, buffer), self._note)
 
     def flush(self) -> None:
         """Return when everything given back is written. Raises IntegrityError where something could not be."""
@@ -104,44 +110,47 @@ class SpilledStates:
 
     # -- the two threads --------------------------------------------------------------------------------------
 
-    def _read_next(self) -> None:
+    def _read_ahead(self) -> None:
+        """Until nothing is expected."""
+        while (found := self._next_expected()) is not None:
+            self._finish(*found)
+
+    def _next_expected(self) -> tuple[Piece, Tensor] | None:
+        """The next piece and the buffer to read it into, once there is one; None where nothing is expected."""
         with self._changed:
             while self._expected and self._error is None:
-                unit = self._expected[0]
-                known = unit in self._read or unit in self._reading
-                if known or (self._free and unit not in self._writing and unit not in self._taken):
+                piece = self._expected[0]
+                if piece in self._read or piece in self._reading:
                     self._expected.popleft()
-                    break
-                self._changed.wait()
-            else:
-                return
-            if known:
-                return
-            buffer = self._begin(unit)
-        self._finish(unit, buffer)
+                elif self._free and piece not in self._writing and piece not in self._taken:
+                    self._expected.popleft()
+                    return piece, self._begin(piece)
+                else:
+                    self._changed.wait()
+        return None
 
-    def _write(self, unit: int, buffer: Tensor) -> None:
-        offset, length = self._places[unit]
+    def _write(self, piece: Piece, buffer: Tensor) -> None:
+        offset, length = self._places[piece]
         self._file.write(offset, buffer[:length])
         with self._changed:
-            self._writing.discard(unit)
+            self._writing.discard(piece)
             self._free.append(buffer)
             self._changed.notify_all()
 
-    def _begin(self, unit: int) -> Tensor:
-        self._reading.add(unit)
+    def _begin(self, piece: Piece) -> Tensor:
+        self._reading.add(piece)
         return self._free.pop()
 
-    def _finish(self, unit: int, buffer: Tensor) -> None:
-        offset, length = self._places[unit]
+    def _finish(self, piece: Piece, buffer: Tensor) -> None:
+        offset, length = self._places[piece]
         try:
             self._file.read(offset, buffer[:length])
         except BaseException as error:
             self._note(error)
             raise
         with self._changed:
-            self._reading.discard(unit)
-            self._read[unit] = buffer
+            self._reading.discard(piece)
+            self._read[piece] = buffer
             self._changed.notify_all()
 
     def _note(self, error: BaseException | None) -> None:
@@ -154,12 +163,3 @@ class SpilledStates:
     def _raise(self) -> None:
         if self._error is not None:
             raise self._error
-
-
-def buffer_bytes(state_bytes: Mapping[int, int]) -> int:
-    """Of one of the buffers in host memory."""
-    return max((round_up(n) for n in state_bytes.values()), default=0)
-
-
-def file_bytes(state_bytes: Mapping[int, int]) -> int:
-    return sum(round_up(n) for n in state_bytes.values())

@@ -5,7 +5,7 @@ Each unit's weights are one contiguous page-aligned buffer, and the model's own 
 half of its fp32 master; `remainder` holds the rest (2 + 2 + 4 + 4 = 12 bytes per parameter with both moments).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from megatrain.errors import IntegrityError
 from megatrain.memory.arena import allocate, allocate_elements, discard_pages
 from megatrain.memory.layout import Place, SlabLayout
-from megatrain.memory.slab_state import SlabState, moment_bytes, state_bytes, unit_state_bytes
+from megatrain.memory.pieces import Piece, cut, whole
+from megatrain.memory.slab_state import SlabState, empty_moments, moment_bytes, state_bytes, unit_state_bytes, where
 from megatrain.memory.spilled_states import SpilledStates
 from megatrain.memory.witness import Witness
 from megatrain.model.partition import ParameterSlot, Partition
@@ -31,7 +32,7 @@ ALL_UNITS_STRAY = -1
 class Slab:
     """Host arrays of one dtype's parameters of a unit, all 1-D views of page-aligned buffers.
 
-    weight (count), bf16 or fp32; state (of state_count elements), or None while it is not in host memory; gradient
+    weight (count), bf16 or fp32; state (of state_count elements), or None where it is not in host memory; gradient
     (state_count), of the weight's dtype, or None while none is held; accumulated fp32 or None.
     """
 
@@ -52,9 +53,11 @@ class Slab:
 
 @dataclass(slots=True)
 class UnitState:
-    """Everything the host holds for one unit."""
+    """Everything the host holds for one unit. `pieces`: its optimizer state, as much of each as is in host memory at a
+    time."""
 
     slabs: list[Slab]
+    pieces: list[Piece]
 
 
 @dataclass(slots=True)
@@ -81,35 +84,18 @@ class SlotState:
 
     @property
     def carries_remainder(self) -> bool:
+        """Whether there is a rest of the master; else the weight is all there is: fp32, or frozen."""
         return self.slab.layout.dtype == "bf16" and self.place.trainable
-
-    @property
-    def remainder(self) -> np.ndarray | None:
-        """The rest of the master, int16 (count); None where the weight is all there is: fp32, or frozen. While the
-        unit's state is in host memory (`HostStore.state_of`)."""
-        if not self.carries_remainder:
-            return None
-        assert self.slab.state is not None and self.slab.state.remainder is not None
-        return self.slab.state.remainder[self.slab.range_of(self.place)]
-
-    @property
-    def moments(self) -> dict[str, Tensor]:
-        """By name, on the same terms; views."""
-        assert self.slab.state is not None
-        return self.slab.state.of_place(self.place)
 
     def written(self) -> None:
         """The engine has written weight and remainder."""
         if self.witness is not None:
             self.witness.look(self._weight_bits)
 
-    def drop_old_remainder(self) -> None:
-        """Low bits of the master go where somebody has written the weight past torch's version counter."""
-        if self.witness is not None and not self.witness.recognises(self._weight_bits):
-            remainder = self.remainder
-            assert remainder is not None
-            remainder[:] = 0
-            self.written()
+    @property
+    def remainder_is_old(self) -> bool:
+        """Somebody has written the weight past torch's version counter: low bits of the master have to go."""
+        return self.witness is not None and not self.witness.recognises(self._weight_bits)
 
     @property
     def _weight_bits(self) -> np.ndarray:
@@ -136,7 +122,8 @@ class HostStore:
         parameter. fp32 and fp16 sources become exact masters. `mapped`: sources are pages of a checkpoint's file that
         nobody else reads; they are given back one by one, since the mapping itself goes only with its last tensor.
         """
-        state = UnitState([Slab(layout, weight) for layout, weight in _weight_views(slabs)])
+        pieces = cut(unit, slabs) if self.spills(unit) else whole(unit, slabs)
+        state = UnitState([Slab(layout, weight) for layout, weight in _weight_views(slabs)], pieces)
         self.units[unit] = state
         if not self.spills(unit):
             self._bind(unit, allocate(unit_state_bytes(slabs, self.moments)))
@@ -145,10 +132,9 @@ class HostStore:
                 self.slots[place.slot] = entry = SlotState(slots[place.slot], unit, slab, place)
                 if entry.carries_remainder:
                     entry.witness = Witness(place.shape)
-        with self.state_of(unit):
-            for slab in state.slabs:
-                for place in slab.layout.places:
-                    self._take_parameter(self.slots[place.slot], mapped)
+        for slab in state.slabs:
+            for place in slab.layout.places:
+                self._take_parameter(self.slots[place.slot], mapped)
 
     def _take_parameter(self, entry: SlotState, mapped: bool) -> None:
         parameter = entry.slot.parameter
@@ -160,22 +146,34 @@ class HostStore:
             discard_pages(source)
 
     @contextmanager
-    def state_of(self, unit: int) -> Iterator[None]:
-        """The unit's optimizer state is in host memory while this is entered, and what is changed of it is kept.
+    def state_of(self, piece: Piece, *, changes: bool = True) -> Iterator[SlabState]:
+        """The optimizer state of a piece, in host memory while this is entered; what is changed of it is kept.
 
         Raises IntegrityError where a disk fails.
         """
-        if not self.spills(unit) or any(slab.state is not None for slab in self.units[unit].slabs):
-            yield
+        slab = self.units[piece.unit].slabs[piece.slab]
+        if slab.state is not None:
+            yield slab.state
             return
         assert self.spilled is not None
-        self._bind(unit, self.spilled.take(unit))
+        memory = self.spilled.take(piece)
         try:
-            yield
+            yield SlabState.within(memory, piece.stop - piece.start, slab.layout.dtype, self.moments)
         finally:
-            for slab in self.units[unit].slabs:
-                slab.state = None
-            self.spilled.give_back(unit)
+            self.spilled.give_back(piece, changed=changes)
+
+    def parts_of(self, entry: SlotState) -> Iterator[tuple[Piece, slice, slice]]:
+        """The pieces in which a parameter's state lies: where in the piece, and where in the parameter."""
+        unit = self.units[entry.unit]
+        for piece in unit.pieces:
+            overlap = piece.overlap(entry.place) if unit.slabs[piece.slab] is entry.slab else None
+            if overlap is not None:
+                yield piece, *overlap
+
+    def expect(self, units: Iterable[int]) -> None:
+        """The state of `units` will be taken next, in this order."""
+        if self.spilled is not None:
+            self.spilled.expect(piece for unit in units for piece in self.units[unit].pieces)
 
     def spills(self, unit: int) -> bool:
         """Whether the unit's optimizer state is on disk."""
@@ -183,7 +181,7 @@ class HostStore:
 
     def _bind(self, unit: int, memory: Tensor) -> None:
         for slab in self.units[unit].slabs:
-            slab.state = SlabState.within(memory, slab.layout, self.moments)
+            slab.state = SlabState.within(memory, slab.layout.state_count, slab.layout.dtype, self.moments)
             memory = memory[state_bytes(slab.layout, self.moments) :]
 
     def take_over_as_it_is(self, slot: ParameterSlot) -> Tensor:
@@ -197,28 +195,53 @@ class HostStore:
 
     def write_master(self, slot: int, source: Tensor) -> None:
         """Set a parameter's master from `source` (any float dtype, the parameter's shape); steps and moments stay."""
-        with self.state_of(self.slots[slot].unit):
-            weight, remainder = self.slots[slot].weight, self.slots[slot].remainder
-            if remainder is None:
-                weight.copy_(source)
-            elif source.dtype == torch.bfloat16:
-                weight.copy_(source)
-                remainder[:] = 0
-            else:
-                master = source.detach().to(torch.float32).contiguous().view(-1).numpy()
-                split(self.workers, master, bits(weight.view(-1)), remainder)
-        self.slots[slot].written()
+        entry = self.slots[slot]
+        if not entry.carries_remainder or source.dtype == torch.bfloat16:
+            entry.weight.copy_(source)
+            self._drop_remainder(entry)
+            return
+        masters, weights = source.detach().to(torch.float32).contiguous().view(-1).numpy(), bits(entry.weight.view(-1))
+        for piece, here, there in self.parts_of(entry):
+            with self.state_of(piece) as state:
+                assert state.remainder is not None
+                split(self.workers, masters[there], weights[there], state.remainder[here])
+        entry.written()
 
     def read_master(self, slot: int) -> Tensor:
         """A parameter's exact master as a new fp32 tensor in its own shape (frozen: its weight in fp32)."""
-        with self.state_of(self.slots[slot].unit):
-            self.slots[slot].drop_old_remainder()
-            weight, remainder = self.slots[slot].weight, self.slots[slot].remainder
-            if remainder is None:
-                return weight.detach().to(torch.float32, copy=True)
-            master = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
-            merge(self.workers, bits(weight.view(-1)), remainder, master.view(-1).numpy())
-            return master
+        entry = self.slots[slot]
+        if not entry.carries_remainder:
+            return entry.weight.detach().to(torch.float32, copy=True)
+        self.notice_silent_write(entry)
+        master = torch.empty(entry.place.shape, dtype=torch.float32, device="cpu")
+        masters, weights = master.view(-1).numpy(), bits(entry.weight.view(-1))
+        for piece, here, there in self.parts_of(entry):
+            with self.state_of(piece, changes=False) as state:
+                assert state.remainder is not None
+                merge(self.workers, weights[there], state.remainder[here], masters[there])
+        return master
+
+    def read_moments(self, slot: int) -> dict[str, Tensor]:
+        """A parameter's moments by name, in its shape (scales of its blocks: 1-D): views of host memory, or copies of
+        what is on disk."""
+        entry = self.slots[slot]
+        state = entry.slab.state
+        if state is not None:
+            found = state.moments_of(entry.slab.range_of(entry.place))
+        else:
+            found = empty_moments(entry.place.count, self.moments)
+            for piece, here, there in self.parts_of(entry):
+                with self.state_of(piece, changes=False) as held:
+                    for name, part in held.moments_of(here).items():
+                        found[name][where(name, there)] = part
+        return {n: moment if n.endswith("scale") else moment.view(entry.place.shape) for n, moment in found.items()}
+
+    def write_moments(self, slot: int, moments: Mapping[str, Tensor]) -> None:
+        """Set them from tensors as `read_moments` gives them, of any floating dtype where they are fp32."""
+        for piece, here, there in self.parts_of(self.slots[slot]):
+            with self.state_of(piece) as state:
+                for name, part in state.moments_of(here).items():
+                    part.copy_(moments[name].reshape(-1)[where(name, there)])
 
     def give_back(self, dtypes: dict[int, torch.dtype]) -> None:
         """Make every parameter again what it was before it was taken over, by its dtype: the exact master."""
@@ -230,9 +253,9 @@ class HostStore:
         """Forget moments and step count; the master stays."""
         entry = self.slots[slot]
         entry.steps = 0
-        if entry.place.trainable:
-            with self.state_of(entry.unit):
-                for part in entry.moments.values():
+        for piece, here, _ in self.parts_of(entry):
+            with self.state_of(piece) as state:
+                for part in state.moments_of(here).values():
                     part.zero_()
 
     def notice_writes(self) -> None:
@@ -243,12 +266,20 @@ class HostStore:
         """
         for entry in self._written():
             entry.version = entry.slot.parameter._version
-            if entry.carries_remainder:
-                with self.state_of(entry.unit):
-                    remainder = entry.remainder
-                    assert remainder is not None
-                    remainder[:] = 0
-                entry.written()
+            self._drop_remainder(entry)
+
+    def notice_silent_write(self, entry: SlotState) -> None:
+        """Likewise where somebody has written the weight past torch's version counter."""
+        if entry.remainder_is_old:
+            self._drop_remainder(entry)
+
+    def _drop_remainder(self, entry: SlotState) -> None:
+        """The weight has been written: it is the master."""
+        for piece, here, _ in self.parts_of(entry) if entry.carries_remainder else ():
+            with self.state_of(piece) as state:
+                assert state.remainder is not None
+                state.remainder[here] = 0
+        entry.written()
 
     def refuse_writes(self) -> None:
         """Raise IntegrityError where someone has written a parameter since `notice_writes`."""

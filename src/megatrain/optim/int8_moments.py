@@ -195,8 +195,10 @@ def adamw_int8(
     segments: Sequence[Segment],
     grad_scale: float = 1.0,
     seed: int = 0,
+    first: int = 0,
 ) -> None:
-    """As `adamw_kernels.adamw`, with `moments` of one byte each. `seed` is to differ from step to step.
+    """As `adamw_kernels.adamw`, with `moments` of one byte each. `seed` is to differ from step to step. Chance counts
+    elements from `first`, which is where a piece of a longer array begins.
 
     Segments begin at multiples of `BLOCK` elements, and a block belongs to one segment. Raises ValueError for
     lengths and segments, TypeError for dtypes.
@@ -210,7 +212,9 @@ def adamw_int8(
     for bound in bounds[:, 0][bounds[:, 0] % BLOCK != 0]:
         raise ValueError(f"a segment begins at element {bound}; with moments of one byte, at multiples of {BLOCK}")
     state = (moments.exp_avg, moments.exp_avg_sq, moments.exp_avg_scale, moments.exp_avg_sq_scale)
-    rest = (grad, np.float32(grad_scale), bounds, rows, np.uint32(seed_bits(seed)))
+    # chance takes the sum of an element's number and this
+    start = np.uint32((seed_bits(seed) + first) & 0xFFFFFFFF)
+    rest = (grad, np.float32(grad_scale), bounds, rows, start)
     if remainder is None:
         check_dtype(np.float32, weight=weight)
     else:

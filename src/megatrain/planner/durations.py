@@ -3,9 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from megatrain.memory.pieces import cut
 from megatrain.planner.hardware import Hardware
 from megatrain.planner.placement import DEVICE, NVME, Placement, StepShape, state_bytes
 from megatrain.planner.workload import UnitWork, Workload
+
+_MOST_PIECES = 32  # of a unit's state on NVMe that are told apart: more would take long to play, and change little
 
 # passes over what a graph holds, beside products: written and read going forward, twice that going back
 _FORWARD_PASSES, _BACKWARD_PASSES = 2, 4
@@ -33,8 +36,8 @@ class Measured:
 class Durations:
     """Seconds of a step by unit, over all micro-batches: `forward` and `backward` without repetition; `update` of its
     state, where that is; `land`: the host reads the gradient that has arrived; `pack`: the device rounds it and lays it
-    out. Bytes per second of copies; bytes of state that NVMe has to read and to write by unit. `overhead`: of a step,
-    beside all this."""
+    out. Bytes per second of copies; bytes of state that NVMe has to read and to write by unit, and in how many pieces.
+    `overhead`: of a step, beside all this."""
 
     forward: Mapping[int, float]
     backward: Mapping[int, float]
@@ -46,6 +49,7 @@ class Durations:
     nvme_read: float
     nvme_write: float
     nvme_bytes: Mapping[int, int]
+    nvme_pieces: Mapping[int, int]
     overhead: float = 0.0
 
 
@@ -66,6 +70,7 @@ def durations(
     for unit in workload.units:  # each further micro-batch adds its gradient to an fp32 sum: read two, write one
         added = unit.link_gradient_bytes + 2 * unit.sum_bytes
         backward[unit.index] += several * added / hardware.device_bandwidth
+    on_nvme = [u for u in workload.homes if placement.tiers[u.index] == NVME]
     return Durations(
         forward=forward,
         backward=backward,
@@ -76,7 +81,8 @@ def durations(
         d2h_bandwidth=hardware.d2h_bandwidth,
         nvme_read=hardware.nvme_read,
         nvme_write=hardware.nvme_write,
-        nvme_bytes={u.index: state_bytes(u, placement) for u in workload.homes if placement.tiers[u.index] == NVME},
+        nvme_bytes={u.index: state_bytes(u, placement) for u in on_nvme},
+        nvme_pieces={u.index: min(_MOST_PIECES, len(cut(u.index, u.slabs))) for u in on_nvme},
         overhead=measured.overhead_seconds if measured is not None else 0.0,
     )
 

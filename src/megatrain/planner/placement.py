@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from megatrain.engine.gradient_stream import STAGING_BUFFERS
 from megatrain.memory import slab_state
 from megatrain.memory.plan import plan_memory
-from megatrain.memory.spilled_states import BUFFERS
 from megatrain.planner.visits import gradient_sums, planned_visits, saved_inputs, streamed_units
 from megatrain.planner.workload import UnitWork, Workload
 from megatrain.schedule.build import build_schedule
@@ -30,7 +29,6 @@ THREAD_BYTES = (
 )  # of each micro-batch's thread but the first: stacks and buffers of the math library (measured)
 HEAP_GAPS = 0.2  # of kept graphs in the C heap, between what stays and what has gone (measured: 0 to 0.3)
 _MOST_THREADS = 8  # for which that was measured; an allowance must not refuse a run of many small micro-batches
-NVME_UNITS_IN_FLIGHT = BUFFERS
 # what the engine carries out today; the rest is planned only
 EXECUTABLE_TIERS = frozenset({HOST, NVME})
 EXECUTABLE_MOMENTS = frozenset({"fp32", "int8"})
@@ -167,17 +165,19 @@ def ledger(
 def _host_state(workload: Workload, placement: Placement) -> dict[str, int]:
     """What the host holds for good of units that are not in device memory."""
     at_home = {u: slabs for u, slabs in workload.layouts.items() if placement.tiers[u] != DEVICE}
-    plan = plan_memory(at_home, keep_gradients=placement.keeps_gradients)
-    away = [u for u in workload.homes if placement.tiers[u.index] == NVME]
-    held = [u for u in workload.homes if placement.tiers[u.index] == HOST]
-    host = {
+    plan = plan_memory(
+        at_home,
+        keep_gradients=placement.keeps_gradients,
+        moments=placement.moments,
+        spilled=placement.units_in(NVME),
+    )
+    return {
         "weights": plan.state["weights"],
-        "remainders": plan.state["remainders"] - sum(u.remainder_bytes for u in away),
-        "moments": sum(moment_bytes(u, placement.moments) for u in held),
+        "remainders": plan.state["remainders"],
+        "moments": plan.state["exp_avg"] + plan.state["exp_avg_sq"],
         "gradients": plan.state["gradients"],
+        "NVMe buffers": plan.state.get("disk buffers", 0),
     }
-    host["NVMe buffers"] = NVME_UNITS_IN_FLIGHT * max((state_bytes(u, placement) for u in away), default=0)
-    return host
 
 
 def _device_bytes(workload: Workload, placement: Placement, sequences: int) -> dict[str, int]:

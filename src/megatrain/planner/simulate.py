@@ -12,9 +12,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from megatrain.engine.gradient_stream import STAGING_BUFFERS
+from megatrain.memory.spilled_states import BUFFERS
 from megatrain.memory.store import ALL_UNITS_STRAY
 from megatrain.planner.durations import Durations
-from megatrain.planner.placement import DEVICE, NVME, NVME_UNITS_IN_FLIGHT, Placement, step_schedule
+from megatrain.planner.placement import DEVICE, NVME, Placement, step_schedule
 from megatrain.planner.visits import planned_visits
 from megatrain.planner.workload import Workload
 from megatrain.schedule.operations import Kind, Operation, Schedule
@@ -246,6 +247,10 @@ class _StreamPlayer(_Player):
         self.consumed: list[Task] = []
         self.landed: list[Task] = []
         self.offloaded: list[int] = []
+        self.away: list[int] = []  # the unit of each piece on NVMe, in the order of updates
+        if not self.placement.keeps_gradients:
+            leaving = [op.unit for op in self.schedule.operations if op.kind is Kind.OFFLOAD]
+            self._expect([*leaving, ALL_UNITS_STRAY])
         if self.workload.strays is not None and self.workload.strays in self.own_memory:
             self._copy_up(self.workload.strays.index, ())
         apply = {
@@ -276,22 +281,44 @@ class _StreamPlayer(_Player):
         return self.ended
 
     def _update_all(self, homes: Iterable[int]) -> None:
-        """On the host thread; state on NVMe is read ahead of it and written behind it."""
+        """On the host thread."""
         ordered = sorted(homes)
-        reads: dict[int, Task] = {}
-        written: list[Task] = []
-        for position, home in enumerate(ordered):
-            for ahead in ordered[position : position + NVME_UNITS_IN_FLIGHT]:
-                if ahead not in reads and self.placement.tiers[ahead] == NVME:
-                    # into the buffer of the unit before the last one, which has to be on its way
-                    free = written[len(reads) - NVME_UNITS_IN_FLIGHT] if len(reads) >= NVME_UNITS_IN_FLIGHT else None
-                    reads[ahead] = self._nvme(ahead, "read", self.durations.nvme_read, (self.ended, free))
-            done = self.host_update(home, HOST_WORK, (self.ended, reads.get(home)))
-            if home in reads:
-                written.append(self._nvme(home, "write", self.durations.nvme_write, (done,)))
+        self._expect(ordered)
+        for home in ordered:
+            self._stored_update(home, self.ended)
+
+    def _expect(self, homes: Iterable[int]) -> None:
+        """The order in which state on NVMe will be asked for."""
+        pieces = self.durations.nvme_pieces
+        on_disk = [home for home in homes if self.placement.tiers.get(home) == NVME]
+        self.away = [home for home in on_disk for _ in range(pieces[home])]
+        self.pieces_read: list[Task] = []
+        self.pieces_written: list[Task] = []
+
+    def _stored_update(self, home: int, after: Task | None) -> Task:
+        """State on NVMe is read ahead of the update and written behind it, piece by piece."""
+        self._read_ahead(after)
+        if self.placement.tiers[home] != NVME:
+            return self.host_update(home, HOST_WORK, (after,))
+        count = self.durations.nvme_pieces[home]
+        for _ in range(count):
+            self._read_ahead(after)
+            read = self.pieces_read[len(self.pieces_written)]
+            seconds = self.durations.update[home] / count
+            done = self.clock.add(HOST_WORK, f"update of {self.names[home]}", seconds, (after, read))
+            self.pieces_written.append(self._nvme(home, "write", self.durations.nvme_write, (done,)))
+        self.updated[home] = done
+        return done
+
+    def _read_ahead(self, after: Task | None) -> None:
+        """As many pieces as there are buffers: into those of pieces that have been written."""
+        while len(self.pieces_read) < min(len(self.away), len(self.pieces_written) + BUFFERS):
+            number = len(self.pieces_read)
+            free = self.pieces_written[number - BUFFERS] if number >= BUFFERS else after
+            self.pieces_read.append(self._nvme(self.away[number], "read", self.durations.nvme_read, (free,)))
 
     def _nvme(self, home: int, what: str, bandwidth: float, after: Iterable[Task | None]) -> Task:
-        seconds = self.durations.nvme_bytes[home] / bandwidth
+        seconds = self.durations.nvme_bytes[home] / self.durations.nvme_pieces[home] / bandwidth
         return self.clock.add(NVME_WORK, f"{what} state of {self.names[home]}", seconds, after)
 
     def _copy_up(self, unit: int, after: Iterable[Task | None]) -> Task:
@@ -351,16 +378,5 @@ class _StreamPlayer(_Player):
         self.landed.append(landed)
         self.offloaded.append(home)
         if not self.placement.keeps_gradients:
-            self.consumed.append(self._update_now(home, landed))
+            self.consumed.append(self._stored_update(home, landed))
             self.landed[-1] = self.consumed[-1]
-
-    def _update_now(self, home: int, landed: Task) -> Task:
-        read = None
-        if self.placement.tiers[home] == NVME:
-            # the order of gradients is known: what comes next is read ahead
-            after = self.consumed[-NVME_UNITS_IN_FLIGHT:][:1]
-            read = self._nvme(home, "read", self.durations.nvme_read, after)
-        done = self.host_update(home, HOST_WORK, (landed, read))
-        if read is not None:
-            self._nvme(home, "write", self.durations.nvme_write, (done,))
-        return done
