@@ -88,10 +88,10 @@ def everything(engine: mt.Engine) -> dict[str, Any]:
         state[f"weight {index}"] = slab.weight[where].clone()
         state[f"master {index}"] = engine.store.read_master(index)
         state[f"steps {index}"] = torch.tensor(entry.steps)
-        state[f"exp_avg {index}"] = torch.from_numpy(slab.state.moments.exp_avg[where].copy())
-        state[f"exp_avg_sq {index}"] = torch.from_numpy(slab.state.moments.exp_avg_sq[where].copy())
+        state[f"exp_avg {index}"] = slab.state.moments["exp_avg"][where].clone()
+        state[f"exp_avg_sq {index}"] = slab.state.moments["exp_avg_sq"][where].clone()
         if slab.state.remainder is not None:
-            state[f"remainder {index}"] = torch.from_numpy(slab.state.remainder[where].copy())
+            state[f"remainder {index}"] = slab.state.remainder[where].clone()
     return state
 
 

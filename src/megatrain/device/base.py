@@ -23,6 +23,8 @@ WAITS = {
     "staging_free": "a gradient is packed only when the last one has left the staging buffer",
     "gradient_packed": "a gradient leaves the device only when it is packed",
     "gradient_landed": "the host reads a gradient only when it has arrived",
+    "squares_summed": "the host reads the norm of gradients that stay on the device only when they are written there",
+    "state_updated": "the host reads state in the device's memory only when its update there is done",
     "inputs_saved": "saved inputs leave the device's memory only when the host has them",
     "inputs_restored": "recomputation waits for the inputs",
     "computed": "a copy waits for the computation before it, which writes what leaves or still uses its target",

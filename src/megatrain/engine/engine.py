@@ -25,9 +25,10 @@ from megatrain.engine.host_thread import HostThread
 from megatrain.engine.kept_graphs import KeepGraphs, KeptGraphs
 from megatrain.engine.optimizer_state import OptimizerState
 from megatrain.engine.random_streams import stream_seed
+from megatrain.engine.resident_gradients import ResidentGradients
 from megatrain.engine.step import StepClock, StepStats, train_step
 from megatrain.engine.structure import Structure
-from megatrain.engine.updates import PendingUpdates, SlabUpdate, gradient_arrays, unit_updates
+from megatrain.engine.updates import PendingUpdates, SlabUpdate, held_gradients, unit_updates
 from megatrain.engine.weight_stream import DEFAULT_SLOTS, WeightStream
 from megatrain.engine.weights import HostWeights, Weights
 from megatrain.errors import ConfigError, NonFiniteGradientError
@@ -67,6 +68,10 @@ class Engine:
     host_memory:   bytes of host memory to plan with at most, or a size such as '100GiB'; None: what is free.
     nvme:          folder on a local disk for the optimizer state that host memory has no room for (10 of 12 bytes per
                    parameter, of as many units as it takes); None: what does not fit is refused.
+    resident_units: so many of the first units lie in a streaming device's memory for good, with their optimizer state
+                   (14 bytes per parameter in bf16, gradients included), and are updated there: nothing of them crosses
+                   the link, and the host holds none of them until `close()`. Units that share parameters with others
+                   are passed over.
     head_chunk_tokens: tokens whose logits exist at once where the head runs in chunks; None: as many as suit the
                    device. Sums over tokens are added up chunk by chunk, so the last bits depend on it.
     kernels:       'torch': the model's own code; 'liger': Liger's kernels in place of parts of it, and for the head,
@@ -94,6 +99,7 @@ class Engine:
         kernels: str = "auto",
         host_memory: int | str | None = None,
         nvme: str | Path | None = None,
+        resident_units: int = 0,
         *,
         _mapped: bool = False,
     ) -> None:
@@ -101,7 +107,7 @@ class Engine:
         settings = {"clip_norm": clip_norm, "clip_scope": clip_scope, "device_memory": device_memory, "seed": seed}
         settings |= {"threads": threads, "keep_graphs": keep_graphs, "slots": slots}
         settings |= {"head_chunk_tokens": head_chunk_tokens, "host_memory": host_memory}
-        setup.check_arguments(optimizer, {**settings, "nvme": nvme})
+        setup.check_arguments(optimizer, {**settings, "nvme": nvme, "resident_units": resident_units})
         self.model, optimizer = model, optimizer or AdamW()
         self.precision = setup.resolve_precision(precision, setup.make_device(device))
         self.device = setup.make_device(device, self.precision, setup.memory_bytes("device_memory", device_memory))
@@ -123,7 +129,8 @@ class Engine:
         layouts = setup.lay_out_units(self.partition, dtypes, group_of, optimizer.moments)
         setup.refuse_meta(model)
         setup.refuse_shared_memory(self.partition)
-        self.plan = self._plan_memory(layouts, optimizer.moments, nvme, host_memory)
+        resident = setup.choose_resident(self.partition, layouts, resident_units, self.device, optimizer.moments)
+        self.plan = self._plan_memory(layouts, optimizer.moments, nvme, host_memory, resident)
         self._closing, unmade = ExitStack(), ExitStack()  # what `close` undoes; what is undone if this fails
         try:
             self.kernels, remove_kernels = install_kernels(chosen, model, required=kernels == "liger")
@@ -158,6 +165,7 @@ class Engine:
         moments: str,
         nvme: str | Path | None,
         host_memory: int | str | None,
+        resident: Mapping[int, int],
     ) -> MemoryPlan:
         """Raises CapacityError where the host has no room for it all."""
         held = sum(slot.parameter.nbytes for slot in self.partition.slots)
@@ -168,6 +176,7 @@ class Engine:
             moments=moments,
             nvme=nvme,
             host_memory=host_memory,
+            resident=resident,
             available_bytes=host_memory_limits().free_bytes + held,
         )
 
@@ -176,11 +185,16 @@ class Engine:
         setup.drop_gradients(self.partition)
         keep_large_allocations_out_of_heap()
         compile_kernels(self.store.moments)
+        slots = {slot.index: slot for slot in self.partition.slots}
         for unit, slabs in layouts.items():
-            self.store.take_over(unit, slabs, {slot.index: slot for slot in self.partition.slots}, mapped=mapped)
+            there = None
+            if unit in self.plan.resident and streams(self.device):
+                there = self.device.allocate(self.plan.resident[unit], "units that stay on the device")
+            self.store.take_over(unit, slabs, slots, mapped=mapped, device_memory=there)
         if self.keeps_gradients:
-            for state in self.store.units.values():
-                for slab, buffer in zip(state.slabs, gradient_buffers(state.slabs), strict=True):
+            for unit in self.store.units.keys() - self.store.on_device:
+                slabs_held = self.store.units[unit].slabs
+                for slab, buffer in zip(slabs_held, gradient_buffers(slabs_held), strict=True):
                     slab.gradient = buffer
 
     @classmethod
@@ -387,7 +401,7 @@ class Engine:
         self._updated.append(name)
 
     def _updates_of(self, entries: list[SlotState], scale: float) -> list[SlabUpdate]:
-        return unit_updates(entries, self.optimizer.param_groups, scale, gradient_arrays(entries))
+        return unit_updates(entries, self.optimizer.param_groups, scale, held_gradients(entries))
 
     @property
     def _scope(self) -> str:
@@ -441,7 +455,7 @@ class Engine:
         """Weights and gradients where they lie, or on their way to a device with memory of its own and back."""
         store, part, device = self.store, self.partition, self.device
         self.weights: Weights
-        gradient_stream = None
+        gradient_stream = resident = None
         if streams(device):
             self._closing.callback(device.close)
             host_thread = HostThread("host-updates")
@@ -453,7 +467,8 @@ class Engine:
             self.weights = WeightStream(device, store, part, self.updates, slots or DEFAULT_SLOTS)
             self._closing.callback(self.weights.close)
             gradient_stream = GradientStream(device, host_thread, setup.largest_gradient_bytes(store))
-            for unit in store.units:
+            resident = ResidentGradients(device) if store.on_device else None
+            for unit in store.units.keys() - store.on_device:
                 device.pin(store.unit_memory(unit))
                 for slab in store.units[unit].slabs:
                     if slab.gradient is not None:
@@ -463,7 +478,9 @@ class Engine:
             self.weights = HostWeights(part, self.updates)
         memory = GradientMemory(store, device, lends=not self.keeps_gradients)
         settle, complete = self.updates.settle, self._update_complete_unit
-        self.gradients = GradientBook(store, part, memory, settle=settle, complete=complete, stream=gradient_stream)
+        self.gradients = GradientBook(
+            store, part, memory, settle=settle, complete=complete, stream=gradient_stream, resident=resident
+        )
         self._closing.callback(self.gradients.close)
 
     @property
@@ -478,7 +495,10 @@ class Engine:
             return
         self._attached = False
         with closing(self.store), self._closing:  # from the last to the first, whatever one of them raises
-            self.updates.flush()
+            try:
+                self.updates.flush()
+            finally:
+                self.store.bring_home()
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,5 @@
-"""Where gradients lie on the host. What a streaming device copies them to is page-locked as long as it is held."""
+"""Where gradients lie. What a streaming device copies them to on the host is page-locked as long as it is held; those
+of units whose state lies in the device's memory have a place there for good."""
 
 from collections import deque
 
@@ -28,29 +29,34 @@ class GradientMemory:
                 slab.gradient = self._allocate(slab.layout.state_count, TORCH_DTYPE[slab.layout.dtype])
 
     def keep_sum(self, slab: Slab) -> Tensor:
-        """The slab's gradient as an fp32 sum, which takes its place."""
+        """The slab's gradient as an fp32 sum, which takes its place. On a device there is only room for it: what the
+        sum begins with has to be copied in the order of computation."""
         if slab.accumulated is None and slab.layout.dtype == "fp32":
             assert slab.gradient is not None
             return slab.gradient
         if slab.accumulated is None:
             assert slab.gradient is not None
-            slab.accumulated = self._allocate(slab.layout.state_count, torch.float32)
-            slab.accumulated.copy_(slab.gradient)
-            self._drop(slab.gradient)
-            slab.gradient = None
+            slab.accumulated = self._allocate_sum(slab)
+            if not slab.on_device:
+                slab.accumulated.copy_(slab.gradient)
+                self._drop(slab.gradient)
+                slab.gradient = None
         return slab.accumulated
 
     def drop_sums(self) -> None:
-        """Nothing adds up on the host any more."""
+        """Nothing adds up over several backward calls any more."""
         for unit in self._store.units.values():
             for slab in unit.slabs:
-                self._drop(slab.accumulated)
+                if slab.on_device and slab.accumulated is not None and self._device is not None:
+                    self._device.hold(-slab.accumulated.nbytes)
+                elif not slab.on_device:
+                    self._drop(slab.accumulated)
                 slab.accumulated = None
 
     def drop_kept(self) -> None:
         """No gradient is kept: a caller's own loop, which does keep them, is over."""
-        for unit in self._store.units.values():
-            for slab in unit.slabs:
+        for index, unit in self._store.units.items():
+            for slab in unit.slabs if index not in self._store.on_device else ():
                 self._drop(slab.gradient)
                 slab.gradient = None
 
@@ -71,10 +77,17 @@ class GradientMemory:
         return buffers
 
     def _allocate_arriving(self) -> None:
-        units = self._store.units.values()
-        largest_bytes = max(sum(slab.layout.gradient_bytes for slab in unit.slabs) for unit in units)
+        units = [unit for index, unit in self._store.units.items() if index not in self._store.on_device]
+        largest_bytes = max((sum(s.layout.gradient_bytes for s in unit.slabs) for unit in units), default=0)
         for _ in range(ARRIVING_UNITS):
             self._arriving.append(self._allocate(largest_bytes, torch.uint8))
+
+    def _allocate_sum(self, slab: Slab) -> Tensor:
+        if not slab.on_device:
+            return self._allocate(slab.layout.state_count, torch.float32)
+        assert self._device is not None
+        self._device.hold(slab.layout.state_count * 4)
+        return torch.empty(slab.layout.state_count, dtype=torch.float32, device=self._device.torch_device)
 
     def _allocate(self, count: int, dtype: torch.dtype) -> Tensor:
         memory = allocate_elements(count, dtype)

@@ -3,7 +3,8 @@
 Contributions to a parameter (micro-batches, chunks of the head, units that share it) add up in fp32 in the order in
 which they come. When the last backward call of every unit that reads it is done, the sum is rounded once to the
 gradient's dtype and written to the host, with its sum of squares taken in the same pass. From a streaming device it
-travels there beside computation, and the host thread takes the sum of squares when it has arrived.
+travels there beside computation, and the host thread takes the sum of squares when it has arrived. Where a unit's
+state lies in the device's memory its gradient stays there, until the step ends, and so does its sum of squares.
 """
 
 import math
@@ -15,10 +16,12 @@ from torch import Tensor
 
 from megatrain.engine.gradient_memory import GradientMemory
 from megatrain.engine.gradient_stream import GradientStream
+from megatrain.engine.resident_gradients import ResidentGradients
 from megatrain.engine.shown_gradients import HeldGradient
 from megatrain.memory.plan import ARRIVING_UNITS
 from megatrain.memory.store import HostStore, SlotState, bits
 from megatrain.model.partition import Partition, Unit
+from megatrain.optim import device_kernels
 from megatrain.optim.gradient_kernels import accumulate, copy_with_square_sum, round_to_bf16, square_sum
 
 
@@ -39,10 +42,12 @@ class GradientBook:
         settle: Callable[[int], None],
         complete: Callable[[int, list[SlotState]], None],
         stream: GradientStream | None = None,
+        resident: ResidentGradients | None = None,
     ) -> None:
         self._store = store
         self._memory = memory
         self._stream = stream
+        self._resident = resident
         self._settle = settle
         self._complete = complete
         self.keep = True
@@ -132,7 +137,8 @@ class GradientBook:
         for slot in self._shown:
             self._follow(slot)
         for slot in self._looked_at:
-            self.squares[slot] = square_sum(self._store.workers, bits(_place_in({}, self._store.slots[slot])))
+            entry = self._store.slots[slot]
+            self.squares[slot] = _square_of(self._store, entry, _place_in({}, entry))
 
     def hide(self, slot: int) -> None:
         """Autograd is about to add to what it finds as the parameter's `.grad`, which only stands for a gradient."""
@@ -158,11 +164,14 @@ class GradientBook:
             self._settle(entry.unit)
             self._memory.keep(entry.unit)
             self._written.add(slot)
-            self.squares[slot] = _store_gradient(self._store, _place_in({}, entry), gradient)
+            self.squares[slot] = _store_gradient(self._store, entry, _place_in({}, entry), gradient)
 
     def _drop(self, slot: int) -> None:
         if self._stream is not None:
             self._stream.finish()  # it may be on its way
+        if self._resident is not None:
+            self._resident.settle()
+            self._resident.drop(slot)
         held = self._sums.pop(slot, None)
         self._hold(0 if held is None else -held.nbytes)
         for slots in (self._owned, self._written, self._looked_at):
@@ -179,6 +188,16 @@ class GradientBook:
             self._write(home)
         if self._stream is not None:
             self._stream.finish()
+        if self._resident is not None:
+            self._finish_resident(self._resident)
+
+    def _finish_resident(self, resident: ResidentGradients) -> None:
+        self.squares.update(resident.squares())
+        if self.keep:
+            return
+        for home, entries in sorted(self.touched().items()):
+            if home in self._store.on_device:
+                self._complete(home, entries)
 
     def norm(self) -> float:
         """L2 norm over all gradients of the step; exact sum of the per-parameter squares, so order does not matter."""
@@ -223,6 +242,8 @@ class GradientBook:
         self._owned.clear()
         if self._stream is not None:
             self._stream.settle()
+        if self._resident is not None:
+            self._resident.forget()
         self._written.clear()
         self.squares.clear()
         self._looked_at.clear()
@@ -249,14 +270,19 @@ class GradientBook:
         entries = [self._store.slots[s] for s in sorted(self._sums) if self._store.slots[s].unit == home]
         if not entries:
             return
-        self._settle(home)
+        stays = home in self._store.on_device
+        if not stays:  # on the device, the order of computation keeps an update before what is written after it
+            self._settle(home)
         again = [self.keep and e.slot.index in self._written for e in entries]
         self._written.update(e.slot.index for e in entries)
         gradients = [self._sums.pop(e.slot.index) for e in entries]
         self._owned.difference_update(e.slot.index for e in entries)
         if self.keep:
             self._memory.keep(home)
-        if self._stream is None:
+        if stays and self._resident is not None:
+            begun = self._begin_sums_on_device([e for e, is_further in zip(entries, again, strict=True) if is_further])
+            self._resident.write(entries, gradients, again, [_place_in({}, e) for e in entries], begun)
+        elif self._stream is None:
             lent = {} if self.keep else self._lend(home)
             for entry, gradient, is_further in zip(entries, gradients, again, strict=True):
                 self.squares[entry.slot.index] = self._write_gradient(entry, gradient, is_further, lent)
@@ -280,7 +306,7 @@ class GradientBook:
                 if is_further:
                     square = self._accumulate(entry, target)
                 else:
-                    square = square_sum(self._store.workers, bits(target))
+                    square = _square_of(self._store, entry, target)
                     if is_lent and self.keep:
                         _place_in({}, entry).copy_(target)
                 self.squares[entry.slot.index] = square
@@ -289,6 +315,17 @@ class GradientBook:
         stream.send(gradients, targets, land, label=self._names.get(home, "stray parameters"))
         if self.keep and lent:
             stream.finish()  # the place of a first gradient changes when a further one has been added
+
+    def _begin_sums_on_device(self, entries: list[SlotState]) -> list[tuple[Tensor, Tensor]]:
+        """Room for fp32 sums, and what they begin with."""
+        begun = []
+        for slab in (entry.slab for entry in entries):
+            before = slab.accumulated if slab.accumulated is not None else slab.gradient
+            assert before is not None
+            total = self._memory.keep_sum(slab)
+            if total is not before:
+                begun.append((total, before))
+        return begun
 
     def _lend(self, home: int) -> dict[int, Tensor]:
         """Buffers for the unit's slabs, by their ids."""
@@ -315,7 +352,7 @@ class GradientBook:
         """Bring a complete gradient to the host; returns its sum of squares (float64)."""
         if is_further:
             return self._accumulate(entry, gradient)
-        return _store_gradient(self._store, _place_in(lent, entry), gradient)
+        return _store_gradient(self._store, entry, _place_in(lent, entry), gradient)
 
     def _accumulate(self, entry: SlotState, gradient: Tensor) -> float:
         """A further backward call of the same step: from here on the slab's gradient is an fp32 sum on the host."""
@@ -343,19 +380,27 @@ def _place_in(lent: dict[int, Tensor], entry: SlotState) -> Tensor:
     return held[slab.range_of(entry.place)]
 
 
-def _store_gradient(store: HostStore, target: Tensor, gradient: Tensor) -> float:
+def _store_gradient(store: HostStore, entry: SlotState, target: Tensor, gradient: Tensor) -> float:
     """Write `gradient` into the flat `target` (bf16 or fp32), rounding once; returns the sum of squares of what was
     written."""
     flat = gradient.detach()
     if not flat.is_contiguous():
         flat = flat.contiguous()
     flat = flat.view(-1)
-    if flat.dtype == target.dtype:
-        return copy_with_square_sum(store.workers, bits(flat), bits(target))
-    if flat.dtype == torch.float32:
-        return round_to_bf16(store.workers, bits(flat), bits(target))
+    if not entry.slab.on_device:
+        if flat.dtype == target.dtype:
+            return copy_with_square_sum(store.workers, bits(flat), bits(target))
+        if flat.dtype == torch.float32:
+            return round_to_bf16(store.workers, bits(flat), bits(target))
     target.copy_(flat)
-    return square_sum(store.workers, bits(target))
+    return _square_of(store, entry, target)
+
+
+def _square_of(store: HostStore, entry: SlotState, values: Tensor) -> float:
+    """The sum of squares of a parameter's gradient, where it lies."""
+    if entry.slab.on_device:
+        return float(device_kernels.square_sum(values))
+    return square_sum(store.workers, bits(values))
 
 
 def _readers_of_home(part: Partition, unit: Unit) -> list[int]:

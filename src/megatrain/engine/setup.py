@@ -16,21 +16,21 @@ from megatrain.device.cuda import CudaDevice
 from megatrain.device.lagged import LaggedDevice
 from megatrain.engine.gradient_stream import largest_staging_bytes
 from megatrain.engine.kept_graphs import check_keep_graphs
-from megatrain.errors import ConfigError
+from megatrain.errors import CapacityError, ConfigError
 from megatrain.memory.layout import BYTES, Request, SlabLayout, lay_out
 from megatrain.memory.limits import host_memory_limits
 from megatrain.memory.pieces import cut
-from megatrain.memory.placement import choose_spilled
+from megatrain.memory.placement import choose_spilled, movable_units
 from megatrain.memory.plan import MemoryPlan, plan_memory, require_fit
 from megatrain.memory.slab_state import elements_bytes, unit_state_bytes
 from megatrain.memory.spill_file import SpillFile
 from megatrain.memory.spilled_states import SpilledStates
-from megatrain.memory.store import HostStore, home_layouts
+from megatrain.memory.store import HostStore, home_layouts, resident_bytes
 from megatrain.model.block import UnitForward
 from megatrain.model.kernels import choose_kernels
 from megatrain.model.partition import ParameterSlot, Partition, partition
 from megatrain.optim.adamw import AdamW
-from megatrain.sizes import parse_bytes
+from megatrain.sizes import format_bytes, parse_bytes
 
 PRECISIONS = ("auto", "bf16", "fp32")
 CLIP_SCOPES = ("global", "unit")
@@ -65,6 +65,8 @@ def check_arguments(optimizer: AdamW | None, settings: Mapping[str, Any]) -> Non
     check_keep_graphs(settings.get("keep_graphs", "auto"))
     for name in ("device_memory", "host_memory"):
         memory_bytes(name, settings.get(name))
+    if not _is_whole(resident := settings.get("resident_units", 0)) or resident < 0:
+        raise ConfigError(f"engine.resident_units is {resident!r}; it must be a number of units, 0 for none")
     nvme = settings.get("nvme")
     if nvme is not None and not (isinstance(nvme, (str, Path)) and Path(nvme).is_dir()):
         raise ConfigError(f"engine.nvme is {str(nvme)!r}; it must be a folder that exists, on a local disk")
@@ -136,7 +138,7 @@ def largest_gradient_bytes(store: HostStore) -> int:
     """Of all units, as gradients are packed to leave a device."""
     units: dict[int, list[tuple[int, int]]] = {}
     for entry in store.slots.values():
-        if entry.place.trainable:
+        if entry.place.trainable and not entry.slab.on_device:
             units.setdefault(entry.unit, []).append((entry.place.count, BYTES[entry.slab.layout.dtype]))
     return largest_staging_bytes(list(units.values()))
 
@@ -321,28 +323,60 @@ def plan_for(
     moments: str = "fp32",
     nvme: str | Path | None = None,
     host_memory: int | str | None = None,
+    resident: Mapping[int, int] | None = None,
     available_bytes: int | None = None,
 ) -> MemoryPlan:
-    """The host's memory. With `nvme`, the optimizer state of as many units goes there as the rest needs in order to
-    fit into `available_bytes` and `host_memory`.
+    """The host's memory. `resident`: units in the device's, with their bytes there. With `nvme`, the optimizer state of
+    as many units goes to disk as the rest needs in order to fit into `available_bytes` and `host_memory`.
 
     Raises CapacityError where the plan does not fit all the same; without `available_bytes` nothing is held against it.
     """
 
     def plan_of(spilled: Collection[int]) -> MemoryPlan:
         return plan_memory(
-            layouts, keep_gradients=keep_gradients, streaming=streaming, moments=moments, spilled=spilled
+            layouts,
+            keep_gradients=keep_gradients,
+            streaming=streaming,
+            moments=moments,
+            spilled=spilled,
+            resident=resident,
         )
 
     if available_bytes is None:
         return plan_of(())
     most = memory_bytes("host_memory", host_memory)
     room = available_bytes if most is None else min(most, available_bytes)
-    sizes = {unit: unit_state_bytes(slabs, moments) for unit, slabs in layouts.items()}
+    here = {unit: slabs for unit, slabs in layouts.items() if unit not in (resident or {})}
+    sizes = {unit: unit_state_bytes(slabs, moments) for unit, slabs in here.items()}
     movable = [unit for unit, n in sizes.items() if n * SMALL_UNIT_SHARE > max(sizes.values())]
     plan = plan_of(choose_spilled(movable, plan_of, room) if nvme is not None else ())
     require_fit(plan, available_bytes, most)
     return plan
+
+
+def choose_resident(
+    part: Partition, layouts: dict[int, list[SlabLayout]], count: int, device: ComputeDevice, moments: str
+) -> dict[int, int]:
+    """The first `count` units that can lie in the device's memory, with the bytes that they take there. Raises
+    ConfigError for a device without memory of its own, CapacityError where that has no room for them."""
+    if not count:
+        return {}
+    if not streams(device):
+        raise ConfigError(
+            f"engine.resident_units is {count}; it must be 0 on {device.name}, which has no memory of its own for units"
+            " to stay in"
+        )
+    fixed = {unit.index for unit in part.units if any(not s.parameter.is_floating_point() for s in unit.slots)}
+    movable = movable_units({u.index: {slot.units[0] for slot in u.slots} for u in part.units if u.slots})
+    chosen = [unit for unit in movable if unit in layouts and unit not in fixed][:count]
+    sizes = {unit: resident_bytes(layouts[unit], moments) for unit in chosen}
+    missing = sum(sizes.values()) - (device.memory_bytes if device.memory_bytes is not None else sum(sizes.values()))
+    if missing > 0:
+        raise CapacityError(
+            f"device memory: {format_bytes(missing)} missing: engine.resident_units is {count}, and these units take"
+            f" {format_bytes(sum(sizes.values()))} of {format_bytes(device.memory_bytes or 0)}"
+        )
+    return sizes
 
 
 def open_spill(
@@ -407,12 +441,14 @@ def check_plan(model: nn.Module, optimizer: AdamW | None, settings: Mapping[str,
     device = make_device(settings.get("device", "auto"))
     choose_kernels(settings.get("kernels", "auto"), model, device.torch_device)
     precision = resolve_precision(settings.get("precision", "auto"), device)
+    layouts = lay_out_units(part, weight_dtypes(model, part, precision), group_of, optimizer.moments)
     plan_for(
-        lay_out_units(part, weight_dtypes(model, part, precision), group_of, optimizer.moments),
+        layouts,
         keep_gradients=keeps_gradients(settings.get("clip_norm", 1.0), settings.get("clip_scope", "global")),
         streaming=streams(device),
         moments=optimizer.moments,
         nvme=settings.get("nvme"),
         host_memory=settings.get("host_memory"),
+        resident=choose_resident(part, layouts, settings.get("resident_units", 0), device, optimizer.moments),
         available_bytes=host_memory_limits().free_bytes,
     )

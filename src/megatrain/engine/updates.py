@@ -2,7 +2,8 @@
 
 With exact global clipping no unit can be updated before the norm is known, which is when backward ends. The updates
 are then carried out in forward order: on the host as device at once, since there is nothing to hide them behind; beside
-a streaming device by a host thread, while the next forward already runs.
+a streaming device by a host thread, while the next forward already runs. Units whose state lies in the device's memory
+are updated there, in the order of computation.
 """
 
 import time
@@ -10,9 +11,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
+import torch
+from torch import Tensor
 
-from megatrain.device.base import ComputeDevice
+from megatrain.device.base import ComputeDevice, Event, StreamingDevice, streams
 from megatrain.engine.host_thread import HostThread, Ticket
 from megatrain.errors import IntegrityError
 from megatrain.memory.layout import Place
@@ -20,6 +22,7 @@ from megatrain.memory.pieces import Piece
 from megatrain.memory.slab_state import SlabState
 from megatrain.memory.store import HostStore, Slab, SlotState, bits
 from megatrain.model.partition import Partition, Unit
+from megatrain.optim import device_kernels
 from megatrain.optim.adamw import group_hyper_parameters
 from megatrain.optim.adamw_kernels import Segment, adamw
 from megatrain.optim.int8_moments import Int8Moments, adamw_int8
@@ -32,19 +35,27 @@ class SlabUpdate:
 
     entries: list[SlotState]
     slab: Slab
-    gradient: np.ndarray
+    gradient: Tensor
     segments: list[Segment]
     gradient_scale: float
     seed: int  # of rounding to moments of one byte
 
     def run(self, workers: Workers, piece: Piece, state: SlabState) -> None:
-        """Of the elements in `piece`, whose state is in host memory."""
+        """Of the elements in `piece`, whose state is in memory: on the device in the order of computation."""
+        if self.slab.on_device:
+            weight = self.slab.weight[: self.slab.layout.state_count]
+            rest = (self.gradient, self.segments, self.gradient_scale, self.seed)
+            device_kernels.adamw(weight, state.remainder, state.moments, *rest)
+            return
         here = slice(piece.start, piece.stop)
-        weight, rest = self.slab.weight_bits[here], (self.gradient[here], self._within(piece), self.gradient_scale)
-        if isinstance(state.moments, Int8Moments):
-            adamw_int8(workers, weight, state.remainder, state.moments, *rest, seed=self.seed, first=piece.start)
+        remainder = None if state.remainder is None else state.remainder.numpy()
+        held = {name: part.numpy() for name, part in state.moments.items()}
+        arrays, update = (self.slab.weight_bits[here], remainder), (bits(self.gradient[here]), self._within(piece))
+        if "exp_avg_scale" in held:
+            moments = Int8Moments(**held)
+            adamw_int8(workers, *arrays, moments, *update, self.gradient_scale, seed=self.seed, first=piece.start)
         else:
-            adamw(workers, weight, state.remainder, state.moments.exp_avg, state.moments.exp_avg_sq, *rest)
+            adamw(workers, *arrays, **held, grad=update[0], segments=update[1], grad_scale=self.gradient_scale)
 
     def _within(self, piece: Piece) -> list[Segment]:
         """The segments that reach into a piece, cut, counted from its first element."""
@@ -71,6 +82,7 @@ class PendingUpdates:
         self.first: frozenset[int] = frozenset()  # carried out before the others: small, and fetched ahead of them
         self._pending: dict[int, list[SlabUpdate]] = {}
         self._tickets: dict[int, Ticket] = {}
+        self._on_device: Event | None = None  # the last update there
         self._order: list[int] = []  # in which units were updated as their gradients came
         self._failed: tuple[str, BaseException] | None = None  # the unit, and what its update raised
         self.unseen = False  # updates have begun beside the caller, who has not waited for them since
@@ -84,6 +96,8 @@ class PendingUpdates:
 
     def start(self) -> None:
         """All updates of a step are scheduled: the host thread begins; without one they are carried out here."""
+        for unit in sorted(self._store.on_device.intersection(self._pending)):
+            self._update_on_device(unit, self._pending.pop(unit))
         order = sorted(self._pending, key=lambda u: (u not in self.first, u))
         self._store.expect(order)
         if self._background is None:
@@ -97,6 +111,9 @@ class PendingUpdates:
     def carry_out_now(self, unit: int, updates: list[SlabUpdate]) -> None:
         """The unit's gradient is complete and waits for no other: updates come in the order of backward, which is that
         of the step before."""
+        if unit in self._store.on_device:
+            self._update_on_device(unit, updates)
+            return
         if self._store.spilled is not None:
             if unit in self._order:
                 later = self._order[self._order.index(unit) + 1 :]
@@ -116,6 +133,9 @@ class PendingUpdates:
         """Return when no update is pending."""
         for unit in sorted([*self._pending, *self._tickets]):
             self.settle(unit)
+        if self._on_device is not None:
+            last, self._on_device = self._on_device, None
+            self._streaming.host_wait("state_updated", last.wait)
         self._refuse_half_updated()
         self.unseen = False
 
@@ -129,6 +149,21 @@ class PendingUpdates:
             self._carry_out(unit, self._pending.pop(unit))
             self.exposed_seconds += time.perf_counter() - started
         self._refuse_half_updated()
+
+    def _update_on_device(self, unit: int, updates: list[SlabUpdate]) -> None:
+        """Computation that comes after it finds new weights; the host has to wait (`flush`)."""
+        self.unseen = True
+
+        def run() -> None:
+            with torch.no_grad():
+                self._carry_out(unit, updates)
+
+        self._on_device = self._streaming.compute(run, ())
+
+    @property
+    def _streaming(self) -> StreamingDevice:
+        assert streams(self._device)
+        return self._device
 
     def _carry_out(self, unit: int, updates: list[SlabUpdate]) -> None:
         started, name = time.perf_counter(), self._names.get(unit, "stray parameters")
@@ -168,11 +203,11 @@ def unit_updates(
     entries: list[SlotState],
     groups: list[dict[str, Any]],
     gradient_scale: float,
-    gradients: dict[int, np.ndarray],
+    gradients: dict[int, Tensor],
 ) -> list[SlabUpdate]:
     """The updates of one unit for the parameters in `entries` (those that got a gradient), counting a step for each.
 
-    `gradients`: by id of slab, the flat array to read. Neighbours with equal hyper-parameters and step count become
+    `gradients`: by id of slab, the flat tensor to read. Neighbours with equal hyper-parameters and step count become
     one segment; what got no gradient is left out, so it sees no decay, no moment and no step.
     """
     by_slab: dict[int, list[SlotState]] = {}
@@ -199,12 +234,12 @@ def _segment(place: Place, step: int, group: dict[str, Any]) -> Segment:
     return Segment(start=place.start, stop=place.start + place.count, step=step, **group_hyper_parameters(group))
 
 
-def gradient_arrays(entries: list[SlotState]) -> dict[int, np.ndarray]:
-    """The kept gradient of each slab: the fp32 sum over several backward calls where there is one."""
-    arrays = {}
+def held_gradients(entries: list[SlotState]) -> dict[int, Tensor]:
+    """The kept gradient of each slab, by its id: the fp32 sum over several backward calls where there is one."""
+    gradients = {}
     for entry in entries:
         slab = entry.slab
         held = slab.accumulated if slab.accumulated is not None else slab.gradient
         assert held is not None
-        arrays[id(slab)] = bits(held)
-    return arrays
+        gradients[id(slab)] = held
+    return gradients

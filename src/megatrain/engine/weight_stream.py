@@ -35,7 +35,7 @@ _SMALL_UNIT_SHARE = 64  # units below this fraction of the largest have device m
 
 def small_units(unit_bytes: Mapping[int, int]) -> set[int]:
     """Units that have device memory of their own: what they take is nothing beside a slot of the largest."""
-    largest = max(unit_bytes.values())
+    largest = max(unit_bytes.values(), default=0)
     return {u for u, n in unit_bytes.items() if n * _SMALL_UNIT_SHARE <= largest}
 
 
@@ -72,7 +72,14 @@ class WeightStream(Weights):
         self._per_class = slots_per_class
         self.inputs: SavedInputs = SavedInputs(device)
         self._units = {unit.index: unit for unit in part.units}
-        self._images = {unit.index: UnitImage.of(unit.index, unit.slots, store) for unit in part.units}
+        # weights that are on the device for good
+        self._residents = {
+            u.index: {slot.index: slot.parameter.detach() for slot in u.slots}
+            for u in part.units
+            if u.index in store.on_device
+        }
+        streamed_units = [unit for unit in part.units if unit.index not in self._residents]
+        self._images = {unit.index: UnitImage.of(unit.index, unit.slots, store) for unit in streamed_units}
         self.unit_bytes = {u: image.n_bytes for u, image in self._images.items()}
         self._homes = {unit.index: sorted({slot.units[0] for slot in unit.slots}) for unit in part.units}
         self._small = small_units(self.unit_bytes)
@@ -114,7 +121,7 @@ class WeightStream(Weights):
         self.inputs.staying = frozenset(self._units).difference(saves)
         self._walk = Walk(kind, schedule, elements)
         self._device.waits.counting = kind in (STEP, FREE)  # nobody asks how long an evaluation waited
-        self._forget_residents()
+        self._forget_slots()
         order = self._orders.get(kind)
         for unit in order.small if order is not None else ():
             self._issue(unit, self._own[unit])  # on demand they would come behind large units that are copied ahead
@@ -136,7 +143,7 @@ class WeightStream(Weights):
             self._learn(walk)
         self._walk = self._outer.pop() if self._outer else Walk("", None)
         self._device.waits.counting = self._walk.kind in (STEP, FREE)
-        self._forget_residents()
+        self._forget_slots()
 
     def _inputs_must_leave(self, kind: str, elements: int) -> bool:
         """Whether a pass of this size might not fit if the units' inputs stayed on the device."""
@@ -156,7 +163,7 @@ class WeightStream(Weights):
         with suppress(Exception):  # of the pass that is being given up
             self._device.drain()  # memory that copies still write to must not be freed
         self._device.waits.forget()
-        self._forget_residents()
+        self._forget_slots()
 
     def forget(self) -> None:
         self._orders.clear()
@@ -165,6 +172,8 @@ class WeightStream(Weights):
     def fetch(self, unit: Unit, *, backward: bool, together: bool) -> dict[int, Tensor]:
         if not self._walk.kind:
             self._updates.flush()  # called outside the model's forward, by code that may read other weights itself
+        if unit.index in self._residents:
+            return self._residents[unit.index]
         if unit.index in self._small:
             slot = self._own[unit.index]
             self._walk.use_small(unit.index)
@@ -188,7 +197,8 @@ class WeightStream(Weights):
         walk = self._walk
         # in a caller's own loop an evaluation may come in between
         followed = walk.kind == STEP and walk.schedule is not None and not walk.deviated
-        return walk.schedule.held if followed and walk.schedule is not None else frozenset()
+        held = walk.schedule.held if followed and walk.schedule is not None else frozenset()
+        return held.union(self._residents)
 
     @contextmanager
     def holding(self, n_bytes: int) -> Iterator[None]:
@@ -212,12 +222,13 @@ class WeightStream(Weights):
                 self._device.host_wait("weights_read", fetch.wait_until_over)
 
     def changed(self) -> None:
-        self._forget_residents()
+        self._forget_slots()
         if self._strays is not None and self._strays.fetch is not None:
             self._release(self._strays)
 
     def close(self) -> None:
         self._issuer.close()
+        self._residents = {}
         self._slots, self._own, self._strays = [], {}, None  # the engine may be held for its optimizer's state
         self._walk = Walk("", None)
         self.inputs.begin()
@@ -391,7 +402,7 @@ class WeightStream(Weights):
     def waited_seconds(self) -> dict[str, float]:
         return self._device.waits.take(self._device.seconds, self._device.trace)
 
-    def _forget_residents(self) -> None:
+    def _forget_slots(self) -> None:
         """What lies in the slots may be old by the next fetch."""
         self._pinned.clear()
         for slot in [*self._own.values(), *(slot for group in self._slots for slot in group)]:

@@ -1,6 +1,6 @@
-"""Which units' optimizer state goes to disk, when host memory does not hold all. Pure arithmetic."""
+"""Which units lie in a device's memory for good, and whose optimizer state goes to disk. Pure arithmetic."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from megatrain.memory.plan import MemoryPlan
 
@@ -22,3 +22,10 @@ def choose_spilled(
 def spread(units: Sequence[int], count: int) -> frozenset[int]:
     """`count` of `units`, at even distances."""
     return frozenset(units[(2 * i + 1) * len(units) // (2 * count)] for i in range(count))
+
+
+def movable_units(reads: Mapping[int, Collection[int]]) -> list[int]:
+    """Units that can lie in a device's memory, in order: they share no parameter. `reads`: by unit, the units in which
+    the parameters that it reads are at home."""
+    shared = {home for unit, homes in reads.items() for home in homes if home != unit}
+    return sorted(unit for unit, homes in reads.items() if set(homes) == {unit} and unit not in shared)

@@ -23,6 +23,7 @@ class MemoryPlan:
     transient: dict[str, int]
     page_locked: tuple[str, ...] = ()
     spilled: Mapping[int, int] = field(default_factory=dict)  # bytes of optimizer state on disk, by unit
+    resident: Mapping[int, int] = field(default_factory=dict)  # bytes in a device's memory, by unit
 
     @property
     def disk_bytes(self) -> int:
@@ -44,6 +45,8 @@ class MemoryPlan:
             rows.append(("page-locked", self.page_locked_bytes))
         if self.disk_bytes:
             rows.append(("on disk", self.disk_bytes))
+        if self.resident:
+            rows.append(("on device", sum(self.resident.values())))
         return [f"{name:<12} {format_bytes(n):>10}  {n / self.parameters:6.2f} B/parameter" for name, n in rows]
 
 
@@ -54,10 +57,15 @@ def plan_memory(
     streaming: bool = False,
     moments: str = "fp32",
     spilled: Collection[int] = (),
+    resident: Mapping[int, int] | None = None,
 ) -> MemoryPlan:
     """Plan for slab layouts by unit. `keep_gradients`: all gradients stay on the host until the global norm is known;
     otherwise one unit's at a time. `streaming`: units compute on a device with memory of its own. `moments`: fp32 or
-    int8. `spilled`: units whose optimizer state is on disk."""
+    int8. `spilled`: units whose optimizer state is on disk. `resident`: bytes by unit that lies in the device's memory.
+    """
+    parameters = sum(place.count for unit in units.values() for slab in unit for place in slab.places)
+    resident = resident or {}
+    units = {unit: slabs for unit, slabs in units.items() if unit not in resident}
     slabs = [slab for unit in units.values() for slab in unit]
     on_disk = {unit: disk_bytes(slabs, moments) for unit, slabs in units.items() if unit in spilled}
     held = [slab for unit, slabs in units.items() if unit not in on_disk for slab in slabs]
@@ -72,12 +80,11 @@ def plan_memory(
     }
     if on_disk:
         state["disk buffers"] = BUFFERS * max(buffer_bytes(units[unit], moments) for unit in on_disk)
-    parameters = sum(place.count for slab in slabs for place in slab.places)
     if streaming:  # gradients add up on the device; a further one of a step, of a caller's own loop, is added here
         arriving = ARRIVING_UNITS * largest_gradient
         state["gradients"] = sum(gradient_bytes) if keep_gradients else arriving
         transient = {"arriving gradients": arriving} if keep_gradients else {}
-        return MemoryPlan(parameters, state, transient, ("weights", "gradients", *transient), on_disk)
+        return MemoryPlan(parameters, state, transient, ("weights", "gradients", *transient), on_disk, resident)
     # while a unit is differentiated: its fp32 sum over micro-batches, and one gradient in its own dtype
     largest = max((sum(s.moment_bytes + s.gradient_bytes for s in unit) for unit in units.values()), default=0)
     return MemoryPlan(parameters, state, {"gradient sum": largest}, spilled=on_disk)

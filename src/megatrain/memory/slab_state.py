@@ -7,16 +7,14 @@ bytes per element. One stretch can be read from a disk, or written there, in one
 (`memory/pieces.py`), which is laid out like a slab of as many elements.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from megatrain.memory.layout import SlabLayout
-from megatrain.optim.int8_moments import BLOCK, Int8Moments, blocks
+from megatrain.optim.int8_moments import BLOCK, blocks
 
 # what a parameter's moments are called, and hold: of each element, or of each block
 MOMENTS: Mapping[str, Mapping[str, torch.dtype]] = {
@@ -31,36 +29,25 @@ MOMENTS: Mapping[str, Mapping[str, torch.dtype]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Fp32Moments:
-    """Both moments of n elements, float32 (n)."""
-
-    exp_avg: np.ndarray
-    exp_avg_sq: np.ndarray
-
-
-@dataclass(frozen=True, slots=True)
 class SlabState:
-    """Views of the stretch. remainder int16 (n), None for fp32 slabs."""
+    """Views of the stretch, 1-D. remainder int16 (n), None for fp32 slabs; moments by name, as MOMENTS has them."""
 
-    remainder: np.ndarray | None
-    moments: Fp32Moments | Int8Moments
+    remainder: Tensor | None
+    moments: dict[str, Tensor]
 
     @classmethod
     def within(cls, memory: Tensor, count: int, dtype: str, moments: str) -> "SlabState":
         """Of `count` elements of a slab of `dtype`: the first bytes of `memory` (uint8), whatever they hold."""
-        parts, start = [], 0
-        for kind, length in _sections(count, dtype, moments):
-            n_bytes = length * np.dtype(kind).itemsize
-            parts.append(memory[start : start + n_bytes].numpy().view(kind))
+        parts, start = {}, 0
+        for name, kind, length in _sections(count, dtype, moments):
+            n_bytes = length * kind.itemsize
+            parts[name] = memory[start : start + n_bytes].view(kind)
             start += n_bytes
-        remainder = parts.pop(0) if dtype == "bf16" else None
-        return cls(remainder, Fp32Moments(*parts) if moments == "fp32" else Int8Moments(*parts))
+        return cls(parts.pop("remainder", None), parts)
 
     def moments_of(self, elements: slice) -> dict[str, Tensor]:
         """By name, 1-D views. `elements` begin a block."""
-        kind = "fp32" if isinstance(self.moments, Fp32Moments) else "int8"
-        held: dict[str, Any] = {name: getattr(self.moments, name) for name in MOMENTS[kind]}
-        return {name: torch.from_numpy(array[where(name, elements)]) for name, array in held.items()}
+        return {name: part[where(name, elements)] for name, part in self.moments.items()}
 
 
 def where(name: str, elements: slice) -> slice:
@@ -86,7 +73,7 @@ def state_bytes(layout: SlabLayout, moments: str) -> int:
 
 def elements_bytes(count: int, dtype: str, moments: str) -> int:
     """Of `count` elements' state in a slab of `dtype`."""
-    return sum(length * np.dtype(kind).itemsize for kind, length in _sections(count, dtype, moments))
+    return sum(length * kind.itemsize for _, kind, length in _sections(count, dtype, moments))
 
 
 def unit_state_bytes(slabs: Iterable[SlabLayout], moments: str) -> int:
@@ -94,9 +81,9 @@ def unit_state_bytes(slabs: Iterable[SlabLayout], moments: str) -> int:
     return sum(state_bytes(layout, moments) for layout in slabs)
 
 
-def _sections(count: int, dtype: str, moments: str) -> list[tuple[Any, int]]:
-    remainder: list[tuple[Any, int]] = [(np.int16, count)] if dtype == "bf16" else []
-    if moments == "fp32":
-        return [*remainder, (np.float32, count), (np.float32, count)]
-    scales = blocks(count)
-    return [*remainder, (np.int8, count), (np.uint8, count), (np.float32, scales), (np.float32, scales)]
+def _sections(count: int, dtype: str, moments: str) -> Iterator[tuple[str, torch.dtype, int]]:
+    """(name, dtype, elements), in the order in which they lie."""
+    if dtype == "bf16":
+        yield "remainder", torch.int16, count
+    for name, kind in MOMENTS[moments].items():
+        yield name, kind, where(name, slice(0, count)).stop

@@ -1,6 +1,7 @@
-"""The host store: weights, remainders, moments and gradients of every unit, exactly as large as they must be.
+"""The store: weights, remainders, moments and gradients of every unit, exactly as large as they must be.
 
-Each unit's weights are one contiguous page-aligned buffer, and the model's own `nn.Parameter`s are views of it, so
+They lie in host memory, but for units that have their place in a compute device's memory. Each unit's weights are one
+contiguous buffer (page-aligned on the host), and the model's own `nn.Parameter`s are views of it, so
 `named_parameters`, `state_dict` and saving keep working and nothing is held twice. A bf16 weight is the rounded upper
 half of its fp32 master; `remainder` holds the rest (2 + 2 + 4 + 4 = 12 bytes per parameter with both moments).
 """
@@ -21,6 +22,7 @@ from megatrain.memory.slab_state import SlabState, empty_moments, moment_bytes, 
 from megatrain.memory.spilled_states import SpilledStates
 from megatrain.memory.witness import Witness
 from megatrain.model.partition import ParameterSlot, Partition
+from megatrain.optim import device_kernels
 from megatrain.optim.split_master import merge, split
 from megatrain.optim.workers import Workers
 
@@ -30,10 +32,11 @@ ALL_UNITS_STRAY = -1
 
 @dataclass(slots=True)
 class Slab:
-    """Host arrays of one dtype's parameters of a unit, all 1-D views of page-aligned buffers.
+    """Arrays of one dtype's parameters of a unit, all 1-D views of page-aligned buffers in host memory, or of a compute
+    device's memory (`on_device`).
 
-    weight (count), bf16 or fp32; state (of state_count elements), or None where it is not in host memory; gradient
-    (state_count), of the weight's dtype, or None while none is held; accumulated fp32 or None.
+    weight (count), bf16 or fp32; state (of state_count elements), or None where it is on disk; gradient (state_count),
+    of the weight's dtype, or None while none is held; accumulated fp32 or None.
     """
 
     layout: SlabLayout
@@ -41,6 +44,7 @@ class Slab:
     state: SlabState | None = None
     gradient: Tensor | None = None
     accumulated: Tensor | None = None
+    on_device: bool = False
 
     @property
     def weight_bits(self) -> np.ndarray:
@@ -53,8 +57,7 @@ class Slab:
 
 @dataclass(slots=True)
 class UnitState:
-    """Everything the host holds for one unit. `pieces`: its optimizer state, as much of each as is in host memory at a
-    time."""
+    """All that is held for one unit. `pieces`: its optimizer state, as much of each as is in memory at a time."""
 
     slabs: list[Slab]
     pieces: list[Piece]
@@ -93,48 +96,71 @@ class SlotState:
             self.witness.look(self._weight_bits)
 
     @property
-    def remainder_is_old(self) -> bool:
-        """Somebody has written the weight past torch's version counter: low bits of the master have to go."""
-        return self.witness is not None and not self.witness.recognises(self._weight_bits)
+    def remainder_is_valid(self) -> Tensor | None:
+        """Whether nobody has written the weight past torch's version counter, since which low bits of the master would
+        have to go: a bool of no dimension where the weight is; None where there is no remainder."""
+        return None if self.witness is None else self.witness.recognises(self._weight_bits)
 
     @property
-    def _weight_bits(self) -> np.ndarray:
-        return bits(self.slab.weight[self.slab.range_of(self.place)])
+    def _weight_bits(self) -> Tensor:
+        return self.slab.weight[self.slab.range_of(self.place)].view(torch.int16)
 
 
 @dataclass(slots=True)
 class HostStore:
     """States by unit index (stray: -1) and by slot index. `moments`: fp32 or int8; `spilled`: holds the optimizer state
-    of some units on disk."""
+    of some units on disk; `on_device`: units of which all is in a compute device's memory."""
 
     workers: Workers
     moments: str = "fp32"
     spilled: SpilledStates | None = None
     units: dict[int, UnitState] = field(default_factory=dict)
     slots: dict[int, SlotState] = field(default_factory=dict)
+    on_device: set[int] = field(default_factory=set)
 
     def take_over(
-        self, unit: int, slabs: list[SlabLayout], slots: dict[int, ParameterSlot], *, mapped: bool = False
+        self,
+        unit: int,
+        slabs: list[SlabLayout],
+        slots: dict[int, ParameterSlot],
+        *,
+        mapped: bool = False,
+        device_memory: Tensor | None = None,
     ) -> None:
         """Allocate the unit's buffers, copy its parameters in and make them views of the buffers.
 
         Each source tensor is released as soon as it is copied, so the peak is the larger of the two states plus one
         parameter. fp32 and fp16 sources become exact masters. `mapped`: sources are pages of a checkpoint's file that
         nobody else reads; they are given back one by one, since the mapping itself goes only with its last tensor.
+        `device_memory`: where the unit lies for good, in place of host memory: `resident_bytes`, uint8.
         """
-        pieces = cut(unit, slabs) if self.spills(unit) else whole(unit, slabs)
-        state = UnitState([Slab(layout, weight) for layout, weight in _weight_views(slabs)], pieces)
-        self.units[unit] = state
-        if not self.spills(unit):
-            self._bind(unit, allocate(unit_state_bytes(slabs, self.moments)))
+        state = self._place_unit(unit, slabs, device_memory)
         for slab in state.slabs:
             for place in slab.layout.places:
                 self.slots[place.slot] = entry = SlotState(slots[place.slot], unit, slab, place)
                 if entry.carries_remainder:
-                    entry.witness = Witness(place.shape)
+                    entry.witness = Witness(place.shape, slab.weight.device)
         for slab in state.slabs:
             for place in slab.layout.places:
                 self._take_parameter(self.slots[place.slot], mapped)
+
+    def _place_unit(self, unit: int, slabs: list[SlabLayout], device_memory: Tensor | None) -> UnitState:
+        pieces = cut(unit, slabs) if self.spills(unit) else whole(unit, slabs)
+        n_bytes, on_device = sum(layout.weight_bytes for layout in slabs), device_memory is not None
+        weights = allocate(n_bytes) if device_memory is None else device_memory
+        held = [Slab(layout, weight, on_device=on_device) for layout, weight in _weight_views(slabs, weights)]
+        self.units[unit] = state = UnitState(held, pieces)
+        if device_memory is not None:
+            self.on_device.add(unit)
+            rest = device_memory[n_bytes:].zero_()
+            self._bind(unit, rest)
+            rest = rest[unit_state_bytes(slabs, self.moments) :]
+            for slab in state.slabs:
+                slab.gradient = rest[: slab.layout.gradient_bytes].view(TORCH_DTYPE[slab.layout.dtype])
+                rest = rest[slab.layout.gradient_bytes :]
+        elif not self.spills(unit):
+            self._bind(unit, allocate(unit_state_bytes(slabs, self.moments)))
+        return state
 
     def _take_parameter(self, entry: SlotState, mapped: bool) -> None:
         parameter = entry.slot.parameter
@@ -147,7 +173,7 @@ class HostStore:
 
     @contextmanager
     def state_of(self, piece: Piece, *, changes: bool = True) -> Iterator[SlabState]:
-        """The optimizer state of a piece, in host memory while this is entered; what is changed of it is kept.
+        """The optimizer state of a piece, in memory while this is entered; what is changed of it is kept.
 
         Raises IntegrityError where a disk fails.
         """
@@ -200,34 +226,44 @@ class HostStore:
             entry.weight.copy_(source)
             self._drop_remainder(entry)
             return
-        masters, weights = source.detach().to(torch.float32).contiguous().view(-1).numpy(), bits(entry.weight.view(-1))
+        masters, weights = source.detach().to(torch.float32).contiguous().view(-1), entry.weight.view(-1)
         for piece, here, there in self.parts_of(entry):
             with self.state_of(piece) as state:
                 assert state.remainder is not None
-                split(self.workers, masters[there], weights[there], state.remainder[here])
+                parts = (weights[there], state.remainder[here])
+                if entry.slab.on_device:
+                    device_kernels.split(masters[there], *parts)
+                else:
+                    split(self.workers, masters[there].numpy(), bits(parts[0]), parts[1].numpy())
         entry.written()
 
     def read_master(self, slot: int) -> Tensor:
-        """A parameter's exact master as a new fp32 tensor in its own shape (frozen: its weight in fp32)."""
+        """A parameter's exact master as a new fp32 tensor in its own shape, in host memory (frozen: its weight)."""
         entry = self.slots[slot]
         if not entry.carries_remainder:
-            return entry.weight.detach().to(torch.float32, copy=True)
+            return entry.weight.detach().to("cpu", torch.float32, copy=True)
         self.notice_silent_write(entry)
         master = torch.empty(entry.place.shape, dtype=torch.float32, device="cpu")
-        masters, weights = master.view(-1).numpy(), bits(entry.weight.view(-1))
+        masters, weights = master.view(-1), entry.weight.view(-1)
         for piece, here, there in self.parts_of(entry):
             with self.state_of(piece, changes=False) as state:
                 assert state.remainder is not None
-                merge(self.workers, weights[there], state.remainder[here], masters[there])
+                parts = (weights[there], state.remainder[here])
+                if entry.slab.on_device:
+                    device_kernels.merge(*parts, masters[there])
+                else:
+                    merge(self.workers, bits(parts[0]), parts[1].numpy(), masters[there].numpy())
         return master
 
     def read_moments(self, slot: int) -> dict[str, Tensor]:
         """A parameter's moments by name, in its shape (scales of its blocks: 1-D): views of host memory, or copies of
-        what is on disk."""
+        what lies elsewhere."""
         entry = self.slots[slot]
         state = entry.slab.state
         if state is not None:
             found = state.moments_of(entry.slab.range_of(entry.place))
+            if entry.slab.on_device:
+                found = {name: part.to("cpu", copy=True) for name, part in found.items()}
         else:
             found = empty_moments(entry.place.count, self.moments)
             for piece, here, there in self.parts_of(entry):
@@ -246,7 +282,7 @@ class HostStore:
     def give_back(self, dtypes: dict[int, torch.dtype]) -> None:
         """Make every parameter again what it was before it was taken over, by its dtype: the exact master."""
         for index, entry in self.slots.items():
-            if entry.slot.parameter.dtype != dtypes[index]:
+            if entry.slot.parameter.dtype != dtypes[index] or entry.slab.on_device:
                 entry.slot.parameter.data = self.read_master(index).to(dtypes[index])
 
     def reset_moments(self, slot: int) -> None:
@@ -270,7 +306,13 @@ class HostStore:
 
     def notice_silent_write(self, entry: SlotState) -> None:
         """Likewise where somebody has written the weight past torch's version counter."""
-        if entry.remainder_is_old:
+        valid = entry.remainder_is_valid
+        if valid is None:
+            return
+        if entry.slab.on_device:
+            assert entry.slab.state is not None and entry.slab.state.remainder is not None
+            entry.slab.state.remainder[entry.slab.range_of(entry.place)] *= valid
+        elif not valid:
             self._drop_remainder(entry)
 
     def _drop_remainder(self, entry: SlotState) -> None:
@@ -301,12 +343,12 @@ class HostStore:
         return memory.set_(storage, slabs[0].weight.storage_offset(), (n_bytes,), (1,))
 
     def bytes_by_category(self) -> dict[str, int]:
-        """Bytes held now, by category; the plan's counterpart."""
+        """Bytes of host memory held now, by category; the plan's counterpart."""
         held = dict.fromkeys(("weights", "remainders", "exp_avg", "exp_avg_sq", "gradients", "accumulated"), 0)
         if self.spilled is not None:
             held["disk buffers"] = self.spilled.buffers_bytes
         for unit, state in self.units.items():
-            for slab in state.slabs:
+            for slab in state.slabs if unit not in self.on_device else ():
                 held["weights"] += slab.layout.weight_bytes
                 if not self.spills(unit):
                     held["remainders"] += slab.layout.remainder_bytes
@@ -315,6 +357,14 @@ class HostStore:
                 held["gradients"] += 0 if slab.gradient is None else slab.layout.gradient_bytes
                 held["accumulated"] += 0 if slab.accumulated is None else slab.layout.moment_bytes
         return held
+
+    def bring_home(self) -> None:
+        """Weights in a device's memory become the host's, unit by unit. The rest of what lies there is gone."""
+        for unit in self.on_device:
+            for entry in (e for e in self.slots.values() if e.unit == unit):
+                entry.slot.parameter.data = entry.weight.to("cpu", copy=True)
+            for slab in self.units[unit].slabs:
+                slab.weight, slab.state, slab.gradient, slab.accumulated = slab.weight[:0].cpu(), None, None, None
 
     def close(self) -> None:
         """Weights stay; state on disk is gone."""
@@ -360,9 +410,13 @@ def bits(tensor: Tensor) -> np.ndarray:
     return array
 
 
-def _weight_views(slabs: list[SlabLayout]) -> Iterator[tuple[SlabLayout, Tensor]]:
+def resident_bytes(slabs: list[SlabLayout], moments: str) -> int:
+    """Of a unit that lies in a compute device's memory: weights, state and gradients, one behind the other."""
+    return sum(s.weight_bytes + s.gradient_bytes for s in slabs) + unit_state_bytes(slabs, moments)
+
+
+def _weight_views(slabs: list[SlabLayout], buffer: Tensor) -> Iterator[tuple[SlabLayout, Tensor]]:
     """One buffer for all of a unit's weights, cut into its slabs (their sizes are aligned)."""
-    buffer = allocate(sum(layout.weight_bytes for layout in slabs))
     start = 0
     for layout in slabs:
         yield layout, buffer[start : start + layout.weight_bytes].view(TORCH_DTYPE[layout.dtype])

@@ -4,26 +4,31 @@ The low bits of a master belong to the weight that the engine wrote. With anothe
 they can make a NaN.
 """
 
-import numpy as np
-from numpy.typing import NDArray
+from math import prod
 
-Bits = NDArray[np.uint16]
+import torch
+from torch import Tensor
 
 
 class Witness:
     """What some of a parameter's weights were when the engine left them: one at least in every row and every column, so
-    that a write into whole rows, columns or most of the parameter does not escape it. One into single elements may."""
+    that a write into whole rows, columns or most of the parameter does not escape it. One into single elements may.
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
+    Weights are given as the whole parameter, 1-D, int16 bits of bf16, on `device`."""
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
         columns = shape[-1] if shape else 1
-        rows = int(np.prod(shape)) // columns if columns else 0
-        number = np.arange(max(rows, columns) if rows else 0)
+        rows = prod(shape) // columns if columns else 0
+        number = torch.arange(max(rows, columns) if rows else 0, device=device)
         self._where = number % max(1, rows) * columns + number % max(1, columns)
-        self._seen: Bits | None = None
+        self._seen: Tensor | None = None
 
-    def look(self, weights: Bits) -> None:
-        """The engine has written `weights`, the whole parameter, 1-D."""
+    def look(self, weights: Tensor) -> None:
+        """The engine has written `weights`."""
         self._seen = weights[self._where]
 
-    def recognises(self, weights: Bits) -> bool:
-        return self._seen is None or np.array_equal(weights[self._where], self._seen)
+    def recognises(self, weights: Tensor) -> Tensor:
+        """Bool of no dimension, where the weights are: nothing waits for a device here."""
+        if self._seen is None:
+            return torch.ones((), dtype=torch.bool, device=weights.device)
+        return (weights[self._where] == self._seen).all()

@@ -38,7 +38,7 @@ def adamw(
         for start in range(first, last, PIECE):
             here = slice(start, min(start + PIECE, last))
             m, v = _read_moments(moments, here)
-            p = weight[here] if remainder is None else merged(weight[here], remainder[here])
+            p = weight[here] if remainder is None else _merged(weight[here], remainder[here])
             p, m, v = _updated(p, m, v, grad[here].float() * grad_scale, row)
             if remainder is None:
                 weight[here] = p
@@ -66,14 +66,22 @@ def _root(x: Tensor) -> Tensor:
 
 
 def split(master: Tensor, weight: Tensor, remainder: Tensor) -> None:
-    """As `split_master.split`: float32 `master` into bfloat16 `weight` and int16 `remainder`, 1-D."""
-    words = master.view(torch.int32)
-    weight.view(torch.int16).copy_((words + 0x8000) >> 16)  # a conversion to fewer bits keeps the low ones
-    remainder.copy_(words)
+    """As `split_master.split`: float32 `master`, from anywhere, into bfloat16 `weight` and int16 `remainder`."""
+    for start in range(0, weight.numel(), PIECE):
+        here = slice(start, start + PIECE)
+        words = master[here].to(weight.device).view(torch.int32)
+        weight.view(torch.int16)[here] = (words + 0x8000) >> 16  # a conversion to fewer bits keeps the low ones
+        remainder[here] = words
 
 
-def merged(weight: Tensor, remainder: Tensor) -> Tensor:
-    """The exact float32 masters of bfloat16 `weight` and int16 `remainder`, 1-D."""
+def merge(weight: Tensor, remainder: Tensor, master: Tensor) -> None:
+    """As `split_master.merge`: writes the exact float32 `master`, anywhere."""
+    for start in range(0, weight.numel(), PIECE):
+        here = slice(start, start + PIECE)
+        master[here] = _merged(weight[here], remainder[here])
+
+
+def _merged(weight: Tensor, remainder: Tensor) -> Tensor:
     return (weight.view(torch.int16).int() * 0x10000).add_(remainder).view(torch.float32)
 
 
