@@ -213,6 +213,13 @@ class EngineConfig:
         default=None,
         metadata=_about(or_null(whole(1)), "units (layers) whose weights may be on a GPU at once; null: 2"),
     )
+    resident_units: int | str = field(
+        default="auto",
+        metadata=_about(
+            either(choice("auto"), whole(0)),
+            "first units (layers) that stay in a GPU's memory, with their optimizer state; auto: as planned",
+        ),
+    )
     threads: int | None = field(
         default=None,
         metadata=_about(or_null(whole(1)), "host threads of the optimizer; null: all cores, or all but 2 beside a GPU"),

@@ -88,7 +88,7 @@ def test_settings_of_a_run_count_and_overrides_come_over_them(
                 "model": {"config": LLAMA},
                 "data": {"seq_len": 32},
                 "train": {"tokens_per_step": 128, "clip_scope": "unit"},
-                "engine": {"micro_batch": 2},
+                "engine": {"micro_batch": 2, "resident_units": 0},
             }
         )
     )

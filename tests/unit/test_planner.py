@@ -238,33 +238,48 @@ def plan(work: Workload, hardware: Hardware, **settings: Any) -> Plan:
     return make_plan(work, hardware, Settings(**({"sequences": 4, "process_bytes": 0} | settings)))
 
 
-def test_what_fits_stays_in_host_memory() -> None:
-    found = plan(workload(), machine())
-    assert found.fits and not found.placement.not_executable
+def test_what_fits_stays_in_host_memory_where_the_device_is_full() -> None:
+    work = workload()
+    device = sum(ledger(work, placed(work), 4, in_host_memory=False, process=0)[DEVICE].values())
+    found = plan(work, machine(), device_memory=device, micro_batch=1)
+    assert found.fits
     assert found.placement.units_in(HOST) == [u.index for u in found.workload.homes]
+
+
+def test_device_memory_that_is_left_over_holds_the_first_units() -> None:
+    """All that fit, where that is faster; as many as are asked for; none where units share parameters."""
+    work = workload()
+    found = plan(work, machine())
+    assert found.placement.units_in(DEVICE) == [u.index for u in work.homes]
+    assert found.simulation.h2d_bytes == found.simulation.d2h_bytes == 0
+    assert found.simulation.step_seconds < plan(work, machine(), resident=0).simulation.step_seconds
+    two = plan(work, machine(), resident=2)
+    assert two.placement.units_in(DEVICE) == [0, 1]
+    tied = plan(workload(tie_word_embeddings=True), machine())
+    assert 0 not in tied.placement.units_in(DEVICE) and 1 in tied.placement.units_in(DEVICE)
 
 
 def test_a_refusal_names_the_missing_bytes_and_what_fits() -> None:
     work = workload()
-    needed = sum(plan(work, machine()).ledger[HOST].values())
-    short = plan(work, machine(host_memory=needed - 1000), executable_only=True)
+    needed = sum(plan(work, machine(), resident=0).ledger[HOST].values())
+    short = plan(work, machine(host_memory=needed - 1000), resident=0)
     assert not short.fits and short.missing_bytes == 1000
     assert short.candidate.missing == {HOST: 1000}
     assert short.refusal().startswith(f"host memory: 1.00 kB missing: {PARAMETERS:,} parameters need ")
     assert short.refusal().endswith(
         "; it would fit with train.clip_scope unit; or give fewer tokens per step (train.tokens_per_step)"
     )
-    assert [r.change for r in short.remedies] == ["train.clip_scope unit"]
+    assert [r.change for r in short.remedies if r.fits] == ["train.clip_scope unit", "optimizer.moments int8"]
 
 
 def test_with_a_disk_the_engine_itself_spills(small_pieces: None) -> None:
-    """As few units as it takes, spread over the order of updates, also where a plan may hold nothing else."""
+    """As few units as it takes, spread over the order of updates."""
     work = workload()
-    needed = sum(plan(work, machine()).ledger[HOST].values())
+    needed = sum(plan(work, machine(), resident=0).ledger[HOST].values())
     short = machine(host_memory=needed - 1_000_000)
-    found = plan(work, short, executable_only=True, nvme=10**9, clip_scope="global")
+    found = plan(work, short, resident=0, nvme=10**9, clip_scope="global")
     away = found.placement.units_in(NVME)
-    assert away and not found.placement.not_executable
+    assert away
     assert sum(found.ledger[NVME].values()) == sum(
         state_bytes(u, found.placement) for u in work.homes if u.index in away
     )
@@ -273,13 +288,11 @@ def test_with_a_disk_the_engine_itself_spills(small_pieces: None) -> None:
 
 def test_first_units_go_to_the_device_when_host_memory_is_short() -> None:
     work = workload()
-    needed = sum(plan(work, machine()).ledger[HOST].values())
+    needed = sum(plan(work, machine(), resident=0).ledger[HOST].values())
     found = plan(work, machine(host_memory=int(needed * 0.6)))
     resident = found.placement.units_in(DEVICE)
     assert found.fits and resident and resident == list(range(len(resident)))
-    assert found.placement.not_executable == ["state in the tier device"]
-    only = plan(work, machine(host_memory=int(needed * 0.6)), executable_only=True)
-    assert not only.fits and not only.placement.not_executable
+    assert not plan(work, machine(host_memory=int(needed * 0.6)), resident=0).fits
 
 
 def test_state_goes_to_nvme_only_where_that_is_allowed(small_pieces: None) -> None:
@@ -290,7 +303,7 @@ def test_state_goes_to_nvme_only_where_that_is_allowed(small_pieces: None) -> No
     tight = {"device_memory": device, "host_memory": host // 2, "micro_batch": 1, "slots": 1}
     refused = plan(work, machine(), **tight)
     assert not refused.fits
-    assert "optimizer state on NVMe" in [r.change for r in refused.remedies if r.fits]
+    assert "engine.nvme on a local disk" in [r.change for r in refused.remedies if r.fits]
     found = plan(work, machine(), nvme=10**9, **tight)
     assert found.fits and found.placement.units_in(NVME)
     assert found.placement.units_in(NVME)[-1] == work.units[-1].index  # the last ones, whose updates have slack

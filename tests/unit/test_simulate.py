@@ -190,7 +190,7 @@ def test_an_update_moves_twenty_six_bytes_per_parameter() -> None:
 
 
 def test_a_timeline_has_the_tracks_of_a_profile(tmp_path: Path) -> None:
-    plan = make_plan(WORK, machine(), Settings(SEQUENCES, process_bytes=0))
+    plan = make_plan(WORK, machine(), Settings(SEQUENCES, process_bytes=0, resident=1))
     write_timeline(plan, tmp_path / "step.json")
     events = json.loads((tmp_path / "step.json").read_text())["traceEvents"]
     tracks = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}

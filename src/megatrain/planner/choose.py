@@ -1,7 +1,7 @@
 """The placement for a workload on a machine: micro-batch, slots, tiers, kept graphs.
 
-What the engine carries out today comes first. Where none of that fits, and planned tiers are allowed, the first units
-in forward order go to device memory while it lasts, and where host memory is short the state of the last ones to NVMe.
+Where the device has memory left over, as many of the first units as it holds are tried there for good. Where host
+memory is short and there is a disk, state of units goes to that.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +12,7 @@ from megatrain.device.cuda import USABLE_SHARE
 from megatrain.engine.kept_graphs import graph_budget, last_that_fit
 from megatrain.engine.setup import SMALL_UNIT_SHARE
 from megatrain.engine.weight_stream import DEFAULT_SLOTS
-from megatrain.memory.placement import spread
+from megatrain.memory.placement import movable_units, spread
 from megatrain.planner.durations import Measured, durations
 from megatrain.planner.hardware import Hardware
 from megatrain.planner.placement import (
@@ -30,6 +30,7 @@ from megatrain.planner.placement import (
 from megatrain.planner.simulate import Simulation, simulate
 from megatrain.planner.workload import Workload
 
+_SPARE_SHARE = 0.05  # of device memory that units leave free: what a step needs there is estimated
 _ENOUGH_TOKENS = 16 * 1024  # of a micro-batch: beyond, products do not become faster, and memory grows
 
 
@@ -37,12 +38,13 @@ _ENOUGH_TOKENS = 16 * 1024  # of a micro-batch: beyond, products do not become f
 class Settings:
     """What a plan has to keep to. `sequences`: of one optimizer step. None: the planner chooses. `clip_scope`:
     'global', 'unit', or 'none'. `keep_graphs` as in the engine. Memory limits in bytes; None: the hardware's. `nvme`:
-    bytes that may be used there, 0 for none. `process_bytes`: of host memory, beside the plan's own.
-    `executable_only`: nothing that is planned but cannot be carried out yet."""
+    bytes that may be used there, 0 for none. `resident`: first units in device memory. `process_bytes`: of host memory,
+    beside the plan's own."""
 
     sequences: int
     micro_batch: int | None = None
     slots: int | None = None
+    resident: int | None = None
     clip_scope: str = "global"
     moments: str = "fp32"
     chunked: bool = False
@@ -51,7 +53,6 @@ class Settings:
     host_memory: int | None = None
     nvme: int = 0
     process_bytes: int = PROCESS_BYTES
-    executable_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,9 @@ def limits(hardware: Hardware, settings: Settings) -> dict[str, int]:
 def choose(workload: Workload, hardware: Hardware, settings: Settings, measured: Measured | None = None) -> Candidate:
     """The fastest placement that fits; where none does, the one that is missing least."""
     chooser = _Chooser(workload, hardware, settings, measured)
-    found = chooser.best(chooser.streaming())
+    found = chooser.best(map(chooser.evaluate, chooser.placements()))
     if not found.fits and settings.nvme:
-        found = chooser.best([found, *map(chooser.evaluate, chooser.spilling())])
-    if not found.fits and not settings.executable_only and not hardware.computes_in_host_memory:
-        found = chooser.best([found, *map(chooser.evaluate, chooser.tiered())])
+        found = chooser.best([found, *map(chooser.evaluate, map(chooser.with_nvme, chooser.placements()))])
     return found
 
 
@@ -98,6 +97,7 @@ class _Chooser:
         self.workload, self.hardware, self.settings, self.measured = workload, hardware, settings, measured
         self.limits = limits(hardware, settings)
         self.all_host = {u.index: HOST for u in workload.homes}
+        self.movable = [u for u in movable_units({u.index: u.reads for u in workload.units}) if u in self.all_host]
 
     def best(self, candidates: Iterable[Candidate]) -> Candidate:
         """The fastest that fits, or else what is missing least; of equals the first."""
@@ -135,9 +135,18 @@ class _Chooser:
         excess = {tier: sum(held.values()) - self.limits.get(tier, 0) for tier, held in bytes_needed.items()}
         return {tier: n for tier, n in excess.items() if n > 0}
 
-    def streaming(self) -> list[Candidate]:
-        """What the engine does today: all state in host memory."""
-        return [self.evaluate(placement) for placement in self._bases()]
+    def placements(self) -> Iterator[Placement]:
+        """With all state in host memory, and with as much of it in device memory as that has room for."""
+        for base in self._bases():
+            if self.hardware.computes_in_host_memory:
+                yield base
+            elif self.settings.resident is not None:
+                yield self._first_resident(base, self.settings.resident)
+            else:
+                yield base
+                resident = self._with_resident(base)
+                if resident != base:
+                    yield resident
 
     def _bases(self) -> Iterator[Placement]:
         settings = self.settings
@@ -165,29 +174,19 @@ class _Chooser:
         most = max(1, _ENOUGH_TOKENS // self.workload.seq_len)
         return [n for n in range(min(most, sequences), 0, -1) if sequences % n == 0][:4]
 
-    def spilling(self) -> Iterator[Placement]:
-        """What the engine does with a disk: the state that host memory has no room for goes there."""
-        return map(self._with_nvme, self._bases())
-
-    def tiered(self) -> Iterator[Placement]:
-        """With units in device memory and, where allowed, state on NVMe."""
-        for base in self._bases():
-            resident = self._with_resident(base)
-            yield self._with_nvme(resident) if self.settings.nvme else resident
-
     def _with_resident(self, base: Placement) -> Placement:
-        """As many of the first units as device memory has room for. Units that share parameters stay together, in host
-        memory."""
-        shared = {h for u in self.workload.units for h in u.reads if len(u.reads) > 1 or h != u.index}
-        shared |= {u.index for u in self.workload.units if len(u.reads) > 1}
-        movable = [u for u in (*self.workload.order, *self.workload.head) if u not in shared]
+        """As many of the first units as there is room for, with some to spare: they stay, whatever a step needs."""
 
-        def first(count: int) -> Placement:
-            return replace(base, tiers=self.all_host | dict.fromkeys(movable[:count], DEVICE))
+        def fits(count: int) -> bool:
+            held = sum(self.ledger(self._first_resident(base, count))[DEVICE].values())
+            return held <= self.limits[DEVICE] * (1 - _SPARE_SHARE)
 
-        return first(_most(len(movable), lambda count: DEVICE not in self.missing(self.ledger(first(count)))))
+        return self._first_resident(base, _most(len(self.movable), fits))
 
-    def _with_nvme(self, base: Placement) -> Placement:
+    def _first_resident(self, base: Placement, count: int) -> Placement:
+        return replace(base, tiers=self.all_host | dict.fromkeys(self.movable[:count], DEVICE))
+
+    def with_nvme(self, base: Placement) -> Placement:
         """As few units as host memory asks for, spread as the engine does. Small ones stay."""
         sizes = {u.index: state_bytes(u, base) for u in self.workload.homes}
         worth = [u for u, n in sizes.items() if n * SMALL_UNIT_SHARE > max(sizes.values()) and base.tiers[u] == HOST]

@@ -29,10 +29,6 @@ THREAD_BYTES = (
 )  # of each micro-batch's thread but the first: stacks and buffers of the math library (measured)
 HEAP_GAPS = 0.2  # of kept graphs in the C heap, between what stays and what has gone (measured: 0 to 0.3)
 _MOST_THREADS = 8  # for which that was measured; an allowance must not refuse a run of many small micro-batches
-# what the engine carries out today; the rest is planned only
-EXECUTABLE_TIERS = frozenset({HOST, NVME})
-EXECUTABLE_MOMENTS = frozenset({"fp32", "int8"})
-EXECUTABLE_CHUNKS = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +53,6 @@ class Placement:
 
     def units_in(self, tier: str) -> list[int]:
         return sorted(unit for unit, where in self.tiers.items() if where == tier)
-
-    @property
-    def not_executable(self) -> list[str]:
-        """What of it the engine cannot carry out yet."""
-        reasons = [f"state in the tier {t}" for t in (DEVICE, NVME) if t not in EXECUTABLE_TIERS and self.units_in(t)]
-        if self.moments not in EXECUTABLE_MOMENTS:
-            reasons.append(f"{self.moments} moments")
-        return [*reasons, "units in chunks of the sequence"] if self.chunked and not EXECUTABLE_CHUNKS else reasons
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +181,7 @@ def _device_bytes(workload: Workload, placement: Placement, sequences: int) -> d
         "weights": sum(u.weight_bytes for u in resident),
         "remainders": sum(u.remainder_bytes for u in resident),
         "moments": sum(moment_bytes(u, placement.moments) for u in resident),
-        "gradients": sum(u.gradient_bytes for u in resident) if placement.keeps_gradients else 0,
+        "gradients": sum(u.gradient_bytes for u in resident),  # which wait for the end of the step in any case
         "weight slots": schedule.slot_bytes + small + strays,
         "gradient staging": STAGING_BUFFERS * max(sent, default=0),
         "saved inputs and gradient sums": moving,

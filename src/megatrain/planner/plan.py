@@ -26,7 +26,6 @@ class Remedy:
     change: str
     saves_bytes: int
     missing_bytes: int
-    executable: bool
 
     @property
     def fits(self) -> bool:
@@ -102,7 +101,7 @@ class Plan:
                 f"{tier} memory: {format_bytes(missing)} missing: {self.workload.parameters:,} parameters need "
                 f"{needed} ({held}) and {available} can be had"
             )
-        nearest = next((r for r in self.remedies if r.fits and r.executable), None)
+        nearest = next((r for r in self.remedies if r.fits), None)
         advice = f"; it would fit with {nearest.change}" if nearest else ""
         if self.missing_bytes <= _bytes_of_context(self.ledger):
             advice += "; or give fewer tokens per step (train.tokens_per_step)"
@@ -162,19 +161,17 @@ def _bytes_of_context(bytes_needed: Ledger) -> int:
 def _changes(settings: Settings, *, streams: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     if settings.clip_scope == "global":
         yield "train.clip_scope unit", {"clip_scope": "unit"}
-    if settings.executable_only:
-        return
     if settings.moments == "fp32":
-        yield "int8 moments", {"moments": "int8"}
+        yield "optimizer.moments int8", {"moments": "int8"}
     if not settings.nvme and streams:
-        yield "optimizer state on NVMe", {"nvme": _ALL_THE_NVME}
+        yield "engine.nvme on a local disk", {"nvme": _ALL_THE_NVME}
     if not settings.chunked and streams:
         yield "units in chunks of the sequence", {"chunked": True}
 
 
 def _tried(change: str, missing: int, found: Candidate) -> Remedy:
     left = sum(found.missing.values())
-    return Remedy(change, missing - left, left, executable=not found.placement.not_executable)
+    return Remedy(change, missing - left, left)
 
 
 def _shorter(

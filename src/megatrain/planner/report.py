@@ -43,8 +43,6 @@ def plan_json(plan: Plan, tokens: int | None = None) -> dict[str, Any]:
         "step_seconds": simulation.step_seconds,
         "bound_by": simulation.bound_by,
         "tokens_per_second": plan.tokens_per_second,
-        "executable": not placement.not_executable,
-        "not_executable": placement.not_executable,
         "missing": plan.candidate.missing,
         "available": {tier: n for tier, n in plan.available.items() if n},
         "busy_seconds": dict(simulation.busy),
@@ -67,7 +65,6 @@ def plan_json(plan: Plan, tokens: int | None = None) -> dict[str, Any]:
                 "saves_bytes": r.saves_bytes,
                 "missing_bytes": r.missing_bytes,
                 "fits": r.fits,
-                "executable": r.executable,
             }
             for r in plan.remedies
         ],
@@ -158,8 +155,7 @@ def _placement_lines(plan: Plan) -> str:
 
 def _print_verdict(console: Console, plan: Plan) -> None:
     if plan.fits:
-        planned = ", ".join(plan.placement.not_executable)
-        console.print(f"It fits (planned, not yet executable: {planned})." if planned else "It fits.")
+        console.print("It fits.")
         return
     missing = " and ".join(f"{format_bytes(n)} of {tier} memory" for tier, n in plan.candidate.missing.items())
     console.print(f"It does not fit: {missing} missing.")
@@ -168,8 +164,7 @@ def _print_verdict(console: Console, plan: Plan) -> None:
         table.add_column(name, justify="right" if name == "saves" else "left")
     for remedy in plan.remedies:
         then = "fits" if remedy.fits else f"{format_bytes(remedy.missing_bytes)} missing"
-        mark = "" if remedy.executable else " (planned, not yet executable)"
-        table.add_row(remedy.change, format_bytes(remedy.saves_bytes), then + mark)
+        table.add_row(remedy.change, format_bytes(remedy.saves_bytes), then)
     console.print(table)
 
 

@@ -20,6 +20,7 @@ from megatrain.train.run_folder import RunFolder, model_folder
 if TYPE_CHECKING:
     from megatrain.engine.engine import Engine
     from megatrain.optim.adamw import AdamW
+    from megatrain.planner.plan import Plan
     from megatrain.train.planning import RunPlanner
 
 _log = logging.getLogger(__name__)
@@ -139,12 +140,14 @@ def plan_training(config: Config, settings: ModelSettings, folder: RunFolder) ->
     return optimizer, planner
 
 
-def build_engine(config: Config, settings: ModelSettings, optimizer: "AdamW") -> "Engine":
-    """The engine with its model, loaded or new. Raises ConfigError or CapacityError."""
+def build_engine(config: Config, settings: ModelSettings, optimizer: "AdamW", plan: "Plan") -> "Engine":
+    """The engine with its model, loaded or new; units are where `plan` has them. Raises ConfigError, CapacityError."""
     from megatrain.engine.engine import Engine
     from megatrain.model.loading import initialise
+    from megatrain.planner.placement import DEVICE
 
     options, attention = _engine_settings(config), config.model.attn_implementation
+    options["resident_units"] = len(plan.placement.units_in(DEVICE))
     if config.model.path is not None:
         path = model_folder(config.model.path)
         try:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from megatrain.config import Config
-from megatrain.device.base import ComputeDevice
+from megatrain.device.base import ComputeDevice, streams
 from megatrain.engine import setup
 from megatrain.errors import CapacityError
 from megatrain.memory.arena import trim_freed_memory
@@ -54,6 +54,7 @@ def plan_settings(config: Config, **others: Any) -> Settings:
         "sequences": max(1, math.ceil(config.tokens_per_step / config.data.seq_len)),
         "micro_batch": config.engine.micro_batch,
         "slots": config.engine.slots,
+        "resident": config.engine.resident_units if isinstance(config.engine.resident_units, int) else None,
         "clip_scope": config.train.clip_scope if config.train.clip_norm is not None else "none",
         "keep_graphs": config.engine.keep_graphs,
         "device_memory": config.engine.device_memory,
@@ -86,6 +87,13 @@ class RunPlanner:
         limit = self._config.engine.host_memory
         return free_bytes if limit is None else min(free_bytes, limit + held_bytes)
 
+    def _resident_units(self) -> int | None:
+        """None: as many as are of use. A device whose memory has no limit leaves nothing over."""
+        asked = self._config.engine.resident_units
+        if isinstance(asked, int):
+            return asked
+        return None if streams(self._device) and self._device.memory_bytes is not None else 0
+
     def _plan(self, hardware: Hardware, measured: Measured | None) -> Plan:
         trim_freed_memory()  # as the engine does when it has been built
         held = resident_bytes()
@@ -97,7 +105,7 @@ class RunPlanner:
             host_memory=self._host_limit(hardware.host_memory, held),
             nvme=_free_bytes(self._config.engine.nvme),
             process_bytes=held,
-            executable_only=True,
+            resident=self._resident_units(),
         )
         found = make_plan(self._workload, hardware, settings, measured=measured)
         if not found.fits:

@@ -65,7 +65,7 @@ def run(config: Config, *, replace: bool = False, profile_steps: int = 0) -> Run
     )
     plan = planner.plan()  # with the text in memory
     reset_peak_resident()  # so that the peak is the engine's, and not that of reading the text
-    engine = build.build_engine(config, settings, optimizer)
+    engine = build.build_engine(config, settings, optimizer, plan)
     parameters = sum(parameter.numel() for parameter in engine.model.parameters())
     where = engine.device.name
     kernels = f", {engine.kernels}" if engine.device.torch_device.type != "cpu" else ""
