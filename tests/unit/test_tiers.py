@@ -106,6 +106,22 @@ def test_state_on_disk_changes_no_bit(
     assert not list(tmp_path.iterdir())
 
 
+def test_all_three_tiers_at_once(tmp_path: Path) -> None:
+    """Some units on the device, state of others on disk, the rest in host memory: the same training."""
+    settings: dict[str, Any] = {"precision": "bf16", "clip_norm": 0.1}
+    expected = trained(**settings, device=device("lagged", "bf16"))
+    settings["resident_units"] = 3  # the embedding and two blocks
+    engine = make_engine(make_net(), **settings, device=device("lagged", "bf16"))
+    engine.close()
+    assert len(engine.plan.resident) == 3
+    large = engine.plan.state["exp_avg"] // 4  # of each of the other four blocks, about
+    memory = engine.plan.total_bytes - 4 * large + BUFFERS * 10 * PIECE_ELEMENTS + 10 * 4096
+    found = trained(**settings, device=device("lagged", "bf16"), nvme=tmp_path, host_memory=memory)
+    assert 1 <= found[3] < 4
+    assert [norm for _, norm in found[0]] == pytest.approx([norm for _, norm in expected[0]], rel=1e-13)
+    assert_same(([loss for loss, _ in found[0]], *found[1:]), ([loss for loss, _ in expected[0]], *expected[1:]))
+
+
 def test_as_few_units_as_it_takes(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"precision": "bf16", "nvme": tmp_path}
     for memory, expected in ((tight(precision="bf16"), {3, 4}), (10**9, {0})):
