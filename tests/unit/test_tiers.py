@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from test_engine_toys import WIDTH, Block, Net, assert_trains_like_plain, batches_of, make_batch, make_engine
 from torch import Tensor, nn
 
@@ -312,6 +313,32 @@ def test_a_run_whose_state_does_not_fit_goes_on_with_a_disk(
     assert run(settings, tmp_path, *tight, *disk) == 0
     assert losses(tmp_path, "spilled") == losses(tmp_path, "roomy")
     assert json.loads((tmp_path / "spilled" / "plan.json").read_text())["bytes"]["nvme"]
+
+
+def test_a_run_whose_state_does_not_fit_goes_on_with_units_on_the_device(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As planned, and as told; the model that is saved is the one that all-host training saves."""
+    streaming = ["--engine.device", "lagged", "--engine.resident_units", "0"]
+    assert run(settings, tmp_path, *streaming, "--output", str(tmp_path / "roomy")) == 0
+    needed = sum_of_state(json.loads((tmp_path / "roomy" / "plan.json").read_text()))
+    tight = ["--engine.host_memory", str(needed * 6 // 10)]
+    assert run(settings, tmp_path, *streaming, *tight, "--output", str(tmp_path / "refused")) == 2
+    for name, options in (
+        ("planned", [*tight, "--engine.device_memory", "60MB"]),
+        ("told", ["--engine.resident_units", "4"]),
+    ):
+        where = ["--engine.device", "lagged", "--output", str(tmp_path / name)]
+        assert run(settings, tmp_path, *where, *options) == 0
+        plan = json.loads((tmp_path / name / "plan.json").read_text())
+        resident = plan["placement"]["tiers"]["device"]
+        assert resident[:2] == ["model.embed_tokens", "model.layers.0"]
+        assert name == "planned" or len(resident) == 4
+        assert losses(tmp_path, name) == losses(tmp_path, "roomy")
+        saved = [load_file(tmp_path / run / "model" / "model.safetensors") for run in (name, "roomy")]
+        assert all(torch.equal(value, saved[1][key]) for key, value in saved[0].items())
+    assert run(settings, tmp_path, "--engine.resident_units", "-1") == 2
+    assert "engine.resident_units" in capsys.readouterr().err
 
 
 def sum_of_state(plan: dict[str, Any]) -> int:

@@ -92,7 +92,9 @@ class RunPlanner:
         asked = self._config.engine.resident_units
         if isinstance(asked, int):
             return asked
-        return None if streams(self._device) and self._device.memory_bytes is not None else 0
+        limit = self._config.engine.device_memory
+        limit = self._device.memory_bytes if limit is None and streams(self._device) else limit
+        return 0 if limit is None else None
 
     def _plan(self, hardware: Hardware, measured: Measured | None) -> Plan:
         trim_freed_memory()  # as the engine does when it has been built
