@@ -98,14 +98,8 @@ class ChunkedForward:
         key = None if self._removed or _judging.now else _place_of_hidden(args, kwargs)
         if key is None:
             return self.forward(*args, **kwargs)
-        hidden: Tensor = args[key] if isinstance(key, int) else kwargs[key]
+        hidden, run = _apart(self.forward, args, kwargs, key)
         part = part_tokens(self._setting, hidden.shape[1])
-
-        def run(given: Tensor) -> Any:
-            if isinstance(key, int):
-                return self.forward(*args[:key], given, *args[key + 1 :], **kwargs)
-            return self.forward(*args, **{**kwargs, key: given})
-
         if part is None or self._has_hooks_inside() or not self._takes_parts(run, hidden):
             return run(hidden)
         self.part_bytes = max(self.part_bytes, int(part * self._verdict(run, hidden).token_bytes))
@@ -142,6 +136,16 @@ def _place_of_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | 
     ((key, value),) = others
     fits = isinstance(value, Tensor) and value.ndim >= 3 and value.is_floating_point() and value.numel() > 0
     return key if fits else None
+
+
+def _apart(forward: Run, args: tuple[Any, ...], kwargs: dict[str, Any], key: int | str) -> tuple[Tensor, Run]:
+    """(the hidden states at `key`, `forward` with the other arguments). What is returned second does not hold them:
+    backward keeps it."""
+    if isinstance(key, int):
+        before, after = args[:key], args[key + 1 :]
+        return args[key], lambda given: forward(*before, given, *after, **kwargs)
+    others = {name: value for name, value in kwargs.items() if name != key}
+    return kwargs[key], lambda given: forward(*args, **others, **{key: given})
 
 
 def in_parts(module: nn.Module, run: Run, hidden: Tensor, part: int) -> Tensor:
@@ -246,8 +250,13 @@ def _graph_of_ones_own() -> AbstractContextManager[Any]:
     interest to those who look at what the unit's saves."""
     stack = ExitStack()
     stack.enter_context(torch.enable_grad())
-    stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is))
+    stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_memory_of, _as_it_is))
     return stack
+
+
+def _memory_of(tensor: Tensor) -> Tensor:
+    """Not the tensor itself: a result that its own graph holds would never be freed."""
+    return tensor.detach()
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

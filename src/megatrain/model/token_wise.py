@@ -103,7 +103,7 @@ def _run_saving(run: Run, given: Tensor, weights: list[Tensor]) -> tuple[Any, in
 
     def pack(tensor: Tensor) -> Tensor:
         storages.append(tensor.untyped_storage())
-        return tensor
+        return tensor.detach()  # a result that its own graph holds would never be freed
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run(given)
