@@ -61,10 +61,10 @@ class ChunkedModules:
         for forward in self._forwards:
             forward.remove()
 
-    def part_bytes(self, module: nn.Module) -> int:
-        """The most that the graph of a part of one sequence has held, of what is inside `module`."""
+    def in_parts_inside(self, module: nn.Module) -> list["ChunkedForward"]:
+        """Those inside `module` that have run in parts."""
         inside = {id(m) for m in module.modules()}
-        return max((f.part_bytes for f in self._forwards if id(f.module) in inside), default=0)
+        return [f for f in self._forwards if id(f.module) in inside and f.part_bytes]
 
 
 class _Judging(threading.local):
@@ -138,7 +138,9 @@ def _place_of_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | 
     return key if fits else None
 
 
-def _apart(forward: Run, args: tuple[Any, ...], kwargs: dict[str, Any], key: int | str) -> tuple[Tensor, Run]:
+def _apart(
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], key: int | str
+) -> tuple[Tensor, Run]:
     """(the hidden states at `key`, `forward` with the other arguments). What is returned second does not hold them:
     backward keeps it."""
     if isinstance(key, int):
@@ -179,7 +181,7 @@ class _Record:
         self.run, self.part, self.places = run, part, places
         self._attributes = WrittenAttributes(module, type(module).__name__)
         self._found: Attributes = self._attributes.worth_keeping(self._attributes.snapshot())
-        self._autocast = AutocastState(device)
+        self._autocast = AutocastState(torch.device("cpu") if device.type == "meta" else device)
 
     def repeating(self, leaves: list[Tensor]) -> AbstractContextManager[Any]:
         """With weights, attributes and autocast as they were, and gradients on."""
