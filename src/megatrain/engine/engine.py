@@ -39,7 +39,7 @@ from megatrain.memory.store import TORCH_DTYPE, HostStore, SlotState, gradient_b
 from megatrain.model.block import LOOK_STEPS
 from megatrain.model.kernels import choose_kernels, install_kernels
 from megatrain.model.partition import partition
-from megatrain.model.sequence_chunks import ChunkTokens
+from megatrain.model.sequence_chunks import ChunkTokens, part_tokens
 from megatrain.optim.adamw import AdamW, EngineOptimizer, check_learning_rate
 from megatrain.optim.compilation import compile_kernels
 from megatrain.optim.workers import Workers
@@ -121,7 +121,7 @@ class Engine:
         self.last_touched: frozenset[int] = frozenset()  # slots that got a gradient in the last step
         self._updated: list[str] = []  # units, in a step that updates them at once
         self._clip_override: float | None = None
-        self._warned = False
+        self._warned = self._in_parts = False
 
         self.partition = partition(model)
         self.structure = Structure(model, self.partition)
@@ -331,6 +331,16 @@ class Engine:
         if streams(self.device) and self.device.memory_bytes is not None:
             return max(0, self.device.memory_bytes - self.device.peak_bytes())
         return host_memory_limits().free_bytes
+
+    def choose_heap(self, tokens: int) -> None:
+        """On the host, large tensors of a step whose sequences run in parts are mappings of their own, gone when they
+        are freed: memory is what is short there, and the gaps that they leave in the heap would take a third of it."""
+        if not streams(self.device):
+            in_parts = part_tokens(self.sequence_chunk_tokens, tokens) is not None
+            if in_parts and not self._in_parts:
+                trim_freed_memory()
+            (keep_large_allocations_out_of_heap if in_parts else reuse_freed_memory)()
+            self._in_parts = in_parts
 
     def watch_attributes(self) -> None:
         """In the first steps, notice what micro-batches in turns would read of one another."""

@@ -151,7 +151,8 @@ def ledger(
     if in_host_memory:
         host["gradient sum"] = _largest_sum(workload)
         host["saved inputs"] = inputs
-        host["kept graphs"] = int(kept_bytes(workload, placement, sequences) * (1 + HEAP_GAPS))
+        gaps = 0 if placement.chunked else HEAP_GAPS
+        host["kept graphs"] = int(kept_bytes(workload, placement, sequences) * (1 + gaps))
         host["working set"] = working_bytes(workload, placement, sequences, in_host_memory=True)
         host["threads"] = THREAD_BYTES * min(micro_batches(sequences, placement) - 1, _MOST_THREADS)
         return {HOST: _present(host)} | ({NVME: nvme} if any(nvme.values()) else {})
@@ -208,12 +209,19 @@ def kept_bytes(workload: Workload, placement: Placement, sequences: int) -> int:
 
 def working_bytes(workload: Workload, placement: Placement, sequences: int, *, in_host_memory: bool) -> int:
     """While the most demanding unit is differentiated; or a chunk of the head with its logits. In the C heap what the
-    one has freed is of little use to the other (measured). And all the time what units read without a gradient, such as
-    rotary embeddings, of each micro-batch."""
-    units = [_unit_bytes(u, placement) for u in workload.units if u.index not in workload.head]
-    both = [max(units, default=0), head_bytes(workload, placement.micro_batch)]
+    one has freed is of little use to the other (measured), but where sequences run in parts, it gives all back. And all
+    the time what units read without a gradient, such as rotary embeddings, of each micro-batch."""
+    unit = max((_unit_bytes(u, placement) for u in workload.units if u.index not in workload.head), default=0)
+    head = head_bytes(workload, placement.micro_batch)
     constants = micro_batches(sequences, placement) * max((u.constants for u in workload.units), default=0)
-    return constants + (sum(both) if in_host_memory else max(both))
+    if placement.chunked:  # all hidden states and their gradients are there until backward is over
+        return constants + max(unit + 2 * sequences * _hidden_bytes(workload), head)
+    return constants + (unit + head if in_host_memory else max(unit, head))
+
+
+def _hidden_bytes(workload: Workload) -> int:
+    """Of one sequence, as the head gets them."""
+    return max((u.inputs for u in workload.units), default=0)
 
 
 def _unit_bytes(unit: UnitWork, placement: Placement) -> int:
@@ -234,7 +242,7 @@ def head_bytes(workload: Workload, micro_batch: int) -> int:
     """The logits of a chunk in the model's precision and in fp32, their softmax and its gradient; and beside them the
     gradients of all hidden states and of the head's weights, of this chunk and of those before."""
     tokens = min(workload.chunk_tokens, micro_batch * workload.seq_len)
-    hidden = max((u.inputs for u in workload.units), default=0) * micro_batch
+    hidden = _hidden_bytes(workload) * micro_batch
     weights = sum(u.flops.matrix_elements for u in workload.units if u.index in workload.head) * workload.itemsize
     return tokens * workload.vocabulary * (2 * workload.itemsize + 3 * 4) + 2 * hidden + 2 * weights
 
