@@ -41,7 +41,7 @@ def tiny_qwen3() -> nn.Module:
 
 def in_parts(model: nn.Module) -> list[str]:
     """Names of the modules that have run over parts of a sequence."""
-    forwards = {id(f.module): f for f in gc.get_objects() if isinstance(f, ChunkedForward) and f.part_bytes}
+    forwards = {id(f.module): f for f in gc.get_objects() if isinstance(f, ChunkedForward) and f.last}
     return [name for name, module in model.named_modules() if id(module) in forwards]
 
 

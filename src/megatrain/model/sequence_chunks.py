@@ -64,7 +64,7 @@ class ChunkedModules:
     def in_parts_inside(self, module: nn.Module) -> list["ChunkedForward"]:
         """Those inside `module` that have run in parts."""
         inside = {id(m) for m in module.modules()}
-        return [f for f in self._forwards if id(f.module) in inside and f.part_bytes]
+        return [f for f in self._forwards if id(f.module) in inside and f.last is not None]
 
 
 class _Judging(threading.local):
@@ -83,7 +83,7 @@ class ChunkedForward:
     def __init__(self, module: nn.Module, setting: ChunkTokens) -> None:
         self.module = module
         self.forward: Callable[..., Any] = module.forward
-        self.part_bytes = 0  # that the graph of a part of one sequence holds, once there has been one
+        self.last: tuple[Run, Tensor] | None = None  # the last run over parts: of what, and the shape of a part
         self._setting = setting
         self._verdicts: dict[Any, Verdict] = {}
         self._removed = False
@@ -102,7 +102,7 @@ class ChunkedForward:
         part = part_tokens(self._setting, hidden.shape[1])
         if part is None or self._has_hooks_inside() or not self._takes_parts(run, hidden):
             return run(hidden)
-        self.part_bytes = max(self.part_bytes, int(part * self._verdict(run, hidden).token_bytes))
+        self.last = run, hidden.new_empty((1, part, *hidden.shape[2:]), device="meta")
         return in_parts(self.module, run, hidden, part)
 
     def _takes_parts(self, run: Run, hidden: Tensor) -> bool:

@@ -17,13 +17,14 @@ from megatrain.model.partition import Partition, Unit, partition
 from megatrain.model.sequence_chunks import ChunkedModules, ChunkTokens
 from megatrain.model.stand_in import StandIn
 from megatrain.model.trees import FlatTree
+from megatrain.planner.live_bytes import differentiation_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class UnitRun:
     """One call of a unit over one sequence: bytes of its inputs that carry gradients, of those that carry none, of what
     its graph holds beside weights and inputs, and what it was called with. Of what runs over a part of the sequence at
-    a time: the most that the graph of a part holds, and elements of its matrices."""
+    a time: the most that a part takes while it is differentiated, and elements of its matrices."""
 
     input_bytes: int
     graph_bytes: int
@@ -105,7 +106,7 @@ class _Recorder:
             graph_bytes,
             sum(t.nbytes for t in arguments.tensors if not t.requires_grad),
             arguments,
-            max((f.part_bytes for f in in_parts), default=0),
+            max((differentiation_bytes(*f.last, [*f.module.parameters()]) for f in in_parts if f.last), default=0),
             sum(matrices.values()),
         )
 

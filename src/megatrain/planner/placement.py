@@ -228,13 +228,13 @@ def _unit_bytes(unit: UnitWork, placement: Placement) -> int:
     """The unit's graph for one micro-batch, as much again for gradients inside it, the gradients of its output and
     input, its weights' gradient before it is added up.
 
-    In parts: the graph, without the norms and the feed-forward; then either a part of those with its gradients, or the
-    gradients inside attention; the unit's output and the gradients of output and input; its weights' gradients as fp32
-    sums, too."""
+    In parts: the graph, without the norms and the feed-forward; then either a part of those while it is differentiated,
+    or the gradients inside attention; the unit's output and the gradients of output and input; its weights' gradients
+    as fp32 sums, too."""
     if not placement.chunked or unit.in_parts is None:
         return placement.micro_batch * (2 * unit.graph + 2 * unit.inputs) + unit.link_gradient_bytes
     graph = unit.in_parts.graph
-    inside = max(2 * unit.in_parts.part, graph - 2 * unit.inputs)
+    inside = max(unit.in_parts.part, graph - 2 * unit.inputs)
     return placement.micro_batch * (graph + inside + 3 * unit.inputs) + unit.link_gradient_bytes + unit.sum_bytes
 
 

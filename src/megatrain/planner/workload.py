@@ -30,8 +30,8 @@ _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "experts_per_token", "num_experts_p
 
 @dataclass(frozen=True, slots=True)
 class InParts:
-    """A unit over a part of the sequence at a time, as far as it can: bytes of its graph for one sequence, of that of
-    one part of it, and how much of its forward each backward repeats."""
+    """A unit over a part of the sequence at a time, as far as it can: bytes of its graph for one sequence, what
+    one part of it takes while it is differentiated, and how much of its forward each backward repeats."""
 
     graph: int
     part: int
