@@ -14,6 +14,8 @@ Parts, in this order:
     matmul   TFLOP/s of bf16 products: the peak that models are compared with
     adamw    the host optimizer by number of threads, alone and while copies run both ways
     models   training steps of models with random weights, by tokens per sequence and per step
+    long     one step of four layers of 7B over one sequence of 512k tokens, beside the plan of its memory; the other
+             parts leave no time for it within the default --budget: --only long --budget 1800
 
 Every number is appended to benchmarks/results.csv as soon as it is there. GB is 10^9 bytes. Model operations are those
 a step takes without repetition, hardware operations include what is computed again (megatrain/planner/flops.py).
@@ -21,7 +23,8 @@ a step takes without repetition, hardware operations include what is computed ag
 Expected on an H200 whose link carries 55 GB/s, written down before the first run:
   - from 32k tokens per step on, hardware operations at 70% or more of the matmul peak, for 3B and 8B;
   - below, the copies show: at 8k tokens per step 8B's weights alone take 2 x 16 GB / 55 GB/s = 0.6 s;
-  - page-locked copies reach the link's speed from 64 MiB on, pageable ones a third of it at most.
+  - page-locked copies reach the link's speed from 64 MiB on, pageable ones a third of it at most;
+  - the long step: about 110 s, three quarters of it attention, and a peak within 10% of the plan's.
 Not measured yet.
 """
 
@@ -43,7 +46,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -69,7 +72,7 @@ from megatrain.device.cuda import CudaDevice  # noqa: E402
 from megatrain.device.lagged import LaggedDevice  # noqa: E402
 from megatrain.engine import setup  # noqa: E402
 from megatrain.engine.engine import Engine  # noqa: E402
-from megatrain.engine.weight_stream import WeightStream  # noqa: E402
+from megatrain.engine.weight_stream import DEFAULT_SLOTS, WeightStream  # noqa: E402
 from megatrain.errors import CapacityError  # noqa: E402
 from megatrain.memory.arena import allocate, allocate_elements  # noqa: E402
 from megatrain.memory.limits import host_memory_limits, peak_resident_bytes, reset_peak_resident  # noqa: E402
@@ -82,9 +85,13 @@ from megatrain.optim.compilation import compile_kernels  # noqa: E402
 from megatrain.optim.gradient_kernels import square_sum  # noqa: E402
 from megatrain.optim.workers import Workers  # noqa: E402
 from megatrain.planner.flops import Shape, step_flops  # noqa: E402
+from megatrain.planner.placement import DEVICE, HOST, Placement, ledger  # noqa: E402
+from megatrain.planner.workload import build_workload  # noqa: E402
 from megatrain.sizes import format_bytes  # noqa: E402
 
-PARTS = ("check", "link", "matmul", "adamw", "models")
+PARTS = ("check", "link", "matmul", "adamw", "models", "long")
+LONG_TOKENS, LONG_LAYERS = 512 * 1024, 4
+TINY_LONG_TOKENS, TINY_PART_TOKENS = 512, 64
 WARM_UP_STEPS = 2  # the first records the order of units, the second allocates for the schedule made of it
 EXPECTED_SHARE, EXPECTED_FROM_TOKENS = 0.70, 32 * 1024
 MICRO_BATCH_TOKENS = 8 * 1024
@@ -717,6 +724,58 @@ def _release(bench: Bench) -> None:
         torch.cuda.empty_cache()
 
 
+# -- one long sequence ---------------------------------------------------------------------------------------------
+
+
+def run_long(bench: Bench) -> None:
+    """One step, the first: it fetches units as they are called, and nothing of it is repeated for timing."""
+    known = TINY_MODELS["8b"] if bench.tiny else MODELS["7b"]
+    model = replace(known, shape=replace(known.shape, layers=LONG_LAYERS))
+    tokens, part = (TINY_LONG_TOKENS, TINY_PART_TOKENS) if bench.tiny else (LONG_TOKENS, "auto")
+    case = Case(f"7b, {LONG_LAYERS} layers", tokens, tokens)
+    flops = step_flops(model.shape, case.lengths)
+    peak = bench.peak_tflops or run_matmul(bench)
+    foreseen = flops.hardware / (ASSUMED_SHARE * peak * 1e12)
+    if foreseen > bench.left():
+        bench.say(f"{case.label}: dropped; {foreseen:.0f} s are foreseen, {bench.left():.0f} s of --budget are left")
+        return
+    reset_peak_resident()
+    with Engine(
+        random_model(model),
+        AdamW(lr=LR),
+        bench.make_device(),
+        precision="bf16",
+        threads=bench.options.threads,
+        slots=bench.options.slots,
+        keep_graphs="off",
+        kernels="torch",
+        sequence_chunk_tokens=part,
+    ) as engine:
+        stats = engine.train_step([_batch(model.shape.vocabulary, 1, tokens, 0)])
+        inputs = engine.weights.inputs
+        leave = inputs is not None and inputs.offloading
+        planned = _planned_peak(model, tokens, part, bench.options.slots, leave=leave)
+    metrics = {
+        "seconds_per_step": (stats.seconds, "s"),
+        "tokens_per_second": (tokens / stats.seconds, "1/s"),
+        "hardware_rate": (flops.hardware / stats.seconds / 1e12, "TFLOP/s"),
+        "device_peak": (stats.device_peak_bytes / 1e9, "GB"),
+        "device_peak_planned": (planned / 1e9, "GB"),
+        "host_peak": (peak_resident_bytes() / 1e9, "GB"),
+        "loss": (stats.loss or 0.0, ""),
+    }
+    bench.record("long", case.label, **metrics)
+    bench.say(f"{case.label}: " + ", ".join(f"{name} {value:.4g} {unit}" for name, (value, unit) in metrics.items()))
+
+
+def _planned_peak(model: Model, tokens: int, part: int | str, slots: int | None, *, leave: bool) -> int:
+    """Bytes on the device, of the engine's own."""
+    work = build_workload(config_of(model), precision="bf16", seq_len=tokens, sequence_chunk_tokens=part)
+    tiers = {unit.index: HOST for unit in work.homes}
+    placement = Placement(tiers, 1, slots=slots or DEFAULT_SLOTS, inputs_leave=leave, chunked=True)
+    return sum(ledger(work, placement, 1, in_host_memory=False, process=0)[DEVICE].values())
+
+
 # -- peaks ---------------------------------------------------------------------------------------------------------
 
 
@@ -904,6 +963,7 @@ RUN: dict[str, Callable[[Bench], Any]] = {
     "matmul": run_matmul,
     "adamw": run_adamw,
     "models": run_models,
+    "long": run_long,
 }
 
 

@@ -160,7 +160,6 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument("--device-memory", metavar="SIZE", help="device memory that may be used")
     plan.add_argument("--nvme", metavar="SIZE", help="NVMe that optimizer state may take; default: none")
     plan.add_argument("--moments", choices=("fp32", "int8"), default="fp32", help="how both moments are held")
-    plan.add_argument("--chunked", action="store_true", help="units in chunks of the sequence, all but attention")
     plan.add_argument("--tokens", metavar="N", help="say what so many tokens take, such as 10B")
     plan.add_argument("--seq-len", metavar="N", help="tokens per sequence")
     plan.add_argument("--tokens-per-step", metavar="N", help="tokens per optimizer step")

@@ -243,6 +243,14 @@ class EngineConfig:
             "units (layers) whose forward is kept for backward instead of recomputed; auto: as memory allows",
         ),
     )
+    sequence_chunk_tokens: int | str | None = field(
+        default="auto",
+        metadata=_about(
+            or_null(either(choice("auto"), whole(1))),
+            "tokens of each sequence that norms and feed-forward take at a time; auto: 8192 where sequences are longer;"
+            " null: whole sequences",
+        ),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

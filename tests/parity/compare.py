@@ -104,6 +104,7 @@ def compare_models(
     use_cache: bool | None = None,
     device: Any = "cpu",
     kernels: str = "torch",
+    sequence_chunk_tokens: int | str | None = "auto",
 ) -> Comparison:
     """Train two equal models for `steps`, `plain` in plain PyTorch and `mine` by the engine, with weight decay.
 
@@ -111,7 +112,7 @@ def compare_models(
     keep_graphs: the engine's setting; "off" recomputes every unit, a large number none.
     fenced:      plain adds up what one call of a unit contributes before it adds different calls (`UnitInputs`).
     use_cache:   sets the plain model's configuration; None leaves it at its default.
-    device, kernels: the engine's.
+    device, kernels, sequence_chunk_tokens: the engine's.
     """
     with quiet():
         engine = mt.Engine(
@@ -124,6 +125,7 @@ def compare_models(
             threads=threads,
             keep_graphs=keep_graphs,
             kernels=kernels,
+            sequence_chunk_tokens=sequence_chunk_tokens,
         )
     try:
         return _compare(plain, engine, batches, steps, name, clip_norm, fenced, use_cache)

@@ -158,7 +158,7 @@ def tiny_llama(**settings: Any) -> nn.Module:
     torch.manual_seed(0)
     sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **settings))
+    return LlamaForCausalLM(LlamaConfig(**(sizes | heads | settings)))
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:

@@ -19,6 +19,7 @@ from megatrain.model.fused_loss import liger_loss
 from megatrain.model.head import ChunkedHead
 from megatrain.model.hidden import HiddenParameters
 from megatrain.model.root import RootForward, guard, report_device
+from megatrain.model.sequence_chunks import ChunkedModules, ChunkTokens
 from megatrain.model.stand_in import StandIn
 
 if TYPE_CHECKING:
@@ -33,9 +34,14 @@ class Attachment:
     shifts_labels: whether the model's loss pairs each token with the next one's label.
     """
 
-    def __init__(self, engine: "Engine", compile: str, head_chunk_tokens: int | None) -> None:
+    def __init__(
+        self, engine: "Engine", compile: str, head_chunk_tokens: int | None, sequence_chunk_tokens: ChunkTokens
+    ) -> None:
         self._undo = ExitStack()
         try:
+            # units stand around them, and go before they do
+            chunked = ChunkedModules([unit.module for unit in engine.partition.units], sequence_chunk_tokens)
+            self._undo.callback(chunked.remove)
             self._attach(engine, compile, head_chunk_tokens)
         except BaseException:
             self.remove()

@@ -40,6 +40,7 @@ from megatrain.memory.store import TORCH_DTYPE, HostStore, SlotState, gradient_b
 from megatrain.model.block import LOOK_STEPS
 from megatrain.model.kernels import choose_kernels, install_kernels
 from megatrain.model.partition import partition
+from megatrain.model.sequence_chunks import ChunkTokens, part_tokens
 from megatrain.optim.adamw import AdamW, EngineOptimizer, check_learning_rate
 from megatrain.optim.compilation import compile_kernels
 from megatrain.optim.workers import Workers
@@ -76,6 +77,10 @@ class Engine:
                    device. Sums over tokens are added up chunk by chunk, so the last bits depend on it.
     kernels:       'torch': the model's own code; 'liger': Liger's kernels in place of parts of it, and for the head,
                    until `close()`; 'auto': liger where it is installed, the device is cuda and it knows the model.
+    sequence_chunk_tokens: what acts token by token inside a unit (norms, feed-forward) runs over so many tokens of
+                   each sequence at a time, forward and backward, so that its activations exist for those alone;
+                   'auto': 8192, where sequences are longer; None: over whole sequences. Its weights' gradients add up
+                   part by part (last bits). Not together with compile 'blocks'.
 
     Raises ConfigError for a wrong setting and CapacityError when the plan does not fit into host memory, or the weights
     not into the device's. The model is then as it was, but for gradients it had and low bits of frozen fp32 weights.
@@ -100,6 +105,7 @@ class Engine:
         host_memory: int | str | None = None,
         nvme: str | Path | None = None,
         resident_units: int = 0,
+        sequence_chunk_tokens: ChunkTokens = "auto",
         *,
         _mapped: bool = False,
     ) -> None:
@@ -107,11 +113,13 @@ class Engine:
         settings = {"clip_norm": clip_norm, "clip_scope": clip_scope, "device_memory": device_memory, "seed": seed}
         settings |= {"threads": threads, "keep_graphs": keep_graphs, "slots": slots}
         settings |= {"head_chunk_tokens": head_chunk_tokens, "host_memory": host_memory}
+        settings |= {"sequence_chunk_tokens": sequence_chunk_tokens}
         setup.check_arguments(optimizer, {**settings, "nvme": nvme, "resident_units": resident_units})
         self.model, optimizer = model, optimizer or AdamW()
         self.precision = setup.resolve_precision(precision, setup.make_device(device))
         self.device = setup.make_device(device, self.precision, setup.memory_bytes("device_memory", device_memory))
         check_compile(compile, self.device.torch_device)
+        self.sequence_chunk_tokens = setup.resolve_sequence_chunks(sequence_chunk_tokens, compile)
         chosen = choose_kernels(kernels, model, self.device.torch_device)
         self.clip_norm, self.clip_scope, self.seed = clip_norm, clip_scope, seed
         self.keeps_gradients = setup.keeps_gradients(clip_norm, clip_scope)
@@ -119,7 +127,7 @@ class Engine:
         self.last_touched: frozenset[int] = frozenset()  # slots that got a gradient in the last step
         self._updated: list[str] = []  # units, in a step that updates them at once
         self._clip_override: float | None = None
-        self._warned = False
+        self._warned = self._in_parts = False
 
         self.partition = partition(model)
         self.structure = Structure(model, self.partition)
@@ -148,7 +156,7 @@ class Engine:
             self.kept_graphs = KeptGraphs(keep_graphs, self.partition.units)
             self.executor = Executor(self.device, self.weights, self.gradients, self.kept_graphs)
             self._closing.callback(self.executor.hand_over.close)
-            self.attachment = Attachment(self, compile, head_chunk_tokens)
+            self.attachment = Attachment(self, compile, head_chunk_tokens, self.sequence_chunk_tokens)
             self._closing.callback(self.attachment.remove)
         except BaseException:
             with unmade:
@@ -338,6 +346,16 @@ class Engine:
         if streams(self.device) and self.device.memory_bytes is not None:
             return max(0, self.device.memory_bytes - self.device.peak_bytes())
         return host_memory_limits().free_bytes
+
+    def choose_heap(self, tokens: int) -> None:
+        """On the host, large tensors of a step whose sequences run in parts are mappings of their own, gone when they
+        are freed: memory is what is short there, and the gaps that they leave in the heap would take a third of it."""
+        if not streams(self.device):
+            in_parts = part_tokens(self.sequence_chunk_tokens, tokens) is not None
+            if in_parts and not self._in_parts:
+                trim_freed_memory()
+            (keep_large_allocations_out_of_heap if in_parts else reuse_freed_memory)()
+            self._in_parts = in_parts
 
     def watch_attributes(self) -> None:
         """In the first steps, notice what micro-batches in turns would read of one another."""

@@ -29,6 +29,7 @@ from megatrain.memory.store import HostStore, home_layouts, resident_bytes
 from megatrain.model.block import UnitForward
 from megatrain.model.kernels import choose_kernels
 from megatrain.model.partition import ParameterSlot, Partition, partition
+from megatrain.model.sequence_chunks import ChunkTokens, check_sequence_chunk_tokens
 from megatrain.optim.adamw import AdamW
 from megatrain.sizes import format_bytes, parse_bytes
 
@@ -63,6 +64,7 @@ def check_arguments(optimizer: AdamW | None, settings: Mapping[str, Any]) -> Non
     check_slots(settings.get("slots"))
     check_head_chunk_tokens(settings.get("head_chunk_tokens"))
     check_keep_graphs(settings.get("keep_graphs", "auto"))
+    check_sequence_chunk_tokens(settings.get("sequence_chunk_tokens", "auto"))
     for name in ("device_memory", "host_memory"):
         memory_bytes(name, settings.get(name))
     if not _is_whole(resident := settings.get("resident_units", 0)) or resident < 0:
@@ -170,6 +172,19 @@ def check_head_chunk_tokens(setting: int | None) -> None:
         raise ConfigError(
             f"engine.head_chunk_tokens is {setting!r}; it must be a number of tokens > 0, or None to fit the device"
         )
+
+
+def resolve_sequence_chunks(setting: ChunkTokens, compile: str) -> ChunkTokens:
+    """`auto` is whole sequences where blocks are compiled: a graph of torch.compile has no parts. Raises ConfigError
+    where both are asked for."""
+    if compile == "off":
+        return setting
+    if isinstance(setting, int):
+        raise ConfigError(
+            f"engine.sequence_chunk_tokens is {setting} and engine.compile {compile!r}, which do not go together; use"
+            " compile off, or sequence_chunk_tokens null"
+        )
+    return None
 
 
 def resolve_precision(name: str, device: ComputeDevice) -> str:

@@ -76,6 +76,7 @@ def _attempt(engine: "Engine", work: Sequence[tuple[int, Batch, int]], total: in
     """Run the micro-batches (number, batch, its targets) forward and backward; after an error the engine is as before,
     but for buffers that the forward has updated and units that were updated at once (see `Engine.abort_step`)."""
     engine.watch_attributes()
+    engine.choose_heap(max(batch["labels"].shape[-1] for _, batch, _ in work))
     elements = sum(batch["labels"].numel() for _, batch, _ in work)
     engine.choose_kept_graphs(elements)
     run = _run_chunked if engine.head.reason is None else _run_whole

@@ -36,7 +36,8 @@ _ENOUGH_TOKENS = 16 * 1024  # of a micro-batch: beyond, products do not become f
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a plan has to keep to. `sequences`: of one optimizer step. None: the planner chooses. `clip_scope`:
+    """What a plan has to keep to. `sequences`: of one optimizer step. None: the planner chooses. `chunked`: long
+    sequences run in parts. `clip_scope`:
     'global', 'unit', or 'none'. `keep_graphs` as in the engine. Memory limits in bytes; None: the hardware's. `nvme`:
     bytes that may be used there, 0 for none. `resident`: first units in device memory. `process_bytes`: of host memory,
     beside the plan's own."""
@@ -47,7 +48,7 @@ class Settings:
     resident: int | None = None
     clip_scope: str = "global"
     moments: str = "fp32"
-    chunked: bool = False
+    chunked: bool = True
     keep_graphs: str | int = "auto"
     device_memory: int | None = None
     host_memory: int | None = None
@@ -162,7 +163,7 @@ class _Chooser:
                         inputs_leave,
                         settings.moments,
                         settings.clip_scope,
-                        chunked=settings.chunked,
+                        chunked=settings.chunked and self.workload.part_tokens is not None,
                     )
 
     def _micro_batches(self) -> list[int]:
@@ -210,7 +211,8 @@ class _Chooser:
         else:
             tier = HOST if self.hardware.computes_in_host_memory else DEVICE
             free = self.limits[tier] - sum(self.ledger(placement)[tier].values())
-            graphs = {u.index: 0 if u.index in self.workload.head else u.graph * sequences for u in units}
+            held = {u.index: u.held_graph(chunked=placement.chunked) * sequences for u in units}
+            graphs = {u: 0 if u in self.workload.head else n for u, n in held.items()}
             chosen = last_that_fit(graphs, graph_budget(max(0, free)))
         if not self.hardware.computes_in_host_memory:  # a graph is kept over weights that stay in their slot
             schedule, _ = step_schedule(self.workload, placement, sequences)

@@ -66,6 +66,9 @@ def durations(
             forward[unit.index], backward[unit.index] = times.forward * count, times.backward * count
         else:
             forward[unit.index], backward[unit.index] = _computed(unit, workload, hardware, sequences)
+    for unit in workload.units:  # a part of a sequence is run once more to be differentiated
+        if placement.chunked and unit.in_parts is not None:
+            backward[unit.index] += unit.in_parts.repeated * forward[unit.index]
     several = StepShape(sequences, placement.micro_batch).micro_batches - 1
     for unit in workload.units:  # each further micro-batch adds its gradient to an fp32 sum: read two, write one
         added = unit.link_gradient_bytes + 2 * unit.sum_bytes

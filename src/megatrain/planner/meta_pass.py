@@ -5,7 +5,6 @@ others get the first one's results, which on the meta device have no values anyw
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,18 +14,24 @@ from torch.overrides import TorchFunctionMode
 
 from megatrain.errors import MegaTrainError
 from megatrain.model.partition import Partition, Unit, partition
+from megatrain.model.sequence_chunks import ChunkedModules, ChunkTokens
+from megatrain.model.stand_in import StandIn
 from megatrain.model.trees import FlatTree
+from megatrain.planner.live_bytes import differentiation_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class UnitRun:
-    """One call of a unit over one sequence: bytes of its inputs that carry gradients, of what its graph holds beside
-    weights and inputs, of that what attention saves, and what it was called with."""
+    """One call of a unit over one sequence: bytes of its inputs that carry gradients, of those that carry none, of what
+    its graph holds beside weights and inputs, and what it was called with. Of what runs over a part of the sequence at
+    a time: the most that a part takes while it is differentiated, and elements of its matrices."""
 
     input_bytes: int
     graph_bytes: int
-    attention_bytes: int = 0
+    constant_bytes: int = 0
     arguments: FlatTree | None = None
+    part_bytes: int = 0
+    part_elements: int = 0
 
 
 @dataclass(slots=True)
@@ -39,10 +44,11 @@ class MetaPass:
     complete: bool = True
 
 
-def run_on_meta(model: nn.Module, seq_len: int) -> MetaPass:
+def run_on_meta(model: nn.Module, seq_len: int, sequence_chunk_tokens: ChunkTokens = None) -> MetaPass:
     """Run `model`, which is on the meta device in the precision of its computation, on one sequence."""
     part, found = partition(model), MetaPass()
-    recorders = [_Recorder(unit, found) for unit in part.units]
+    chunked = ChunkedModules([unit.module for unit in part.units], sequence_chunk_tokens)
+    recorders = [_Recorder(unit, found, chunked) for unit in part.units]
     seen: dict[Any, tuple[UnitRun, Any]] = {}
     for recorder in recorders:
         recorder.install(seen)
@@ -57,38 +63,52 @@ def run_on_meta(model: nn.Module, seq_len: int) -> MetaPass:
     finally:
         for recorder in recorders:
             recorder.remove()
+        chunked.remove()
     return found
 
 
 class _Recorder:
     """Stands in for a unit's forward."""
 
-    def __init__(self, unit: Unit, found: MetaPass) -> None:
-        self.unit, self.found = unit, found
+    def __init__(self, unit: Unit, found: MetaPass, chunked: ChunkedModules) -> None:
+        self.unit, self.found, self.chunked = unit, found, chunked
         self.forward: Callable[..., Any] = unit.module.forward
+        self._stand_in: StandIn | None = None
         self._seen: dict[Any, tuple[UnitRun, Any]] = {}
 
     def install(self, seen: dict[Any, tuple[UnitRun, Any]]) -> None:
         self._seen = seen
-        self.unit.module.forward = self  # type: ignore[assignment]
+        self._stand_in = StandIn(self.unit.module, "forward", self)
 
     def remove(self) -> None:
-        self.unit.module.__dict__.pop("forward", None)
+        if self._stand_in is not None:
+            self._stand_in.remove()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = FlatTree((args, kwargs), self.unit.name)
         key = (_kind_of(self.unit.module), tuple((t.shape, t.dtype) for t in arguments.tensors))
         if key not in self._seen:
             saved = _Saved([*arguments.tensors, *self.unit.module.parameters()])
-            with torch.autograd.graph.saved_tensors_hooks(saved, saved.unpack), saved.watching(self.unit.module):
+            with torch.autograd.graph.saved_tensors_hooks(saved, saved.unpack):
                 result = self.forward(*args, **kwargs)
-            input_bytes = sum(t.nbytes for t in arguments.tensors if t.requires_grad)
-            self._seen[key] = UnitRun(input_bytes, saved.n_bytes, saved.attention_bytes, arguments), result
+            self._seen[key] = self._run(arguments, saved.n_bytes), result
         run, result = self._seen[key]
         if self.unit.index not in self.found.runs:
             self.found.order.append(self.unit.index)
             self.found.runs[self.unit.index] = run
         return result
+
+    def _run(self, arguments: FlatTree, graph_bytes: int) -> UnitRun:
+        in_parts = self.chunked.in_parts_inside(self.unit.module)
+        matrices = {id(p): p.numel() for f in in_parts for p in f.module.parameters() if p.ndim >= 2}
+        return UnitRun(
+            sum(t.nbytes for t in arguments.tensors if t.requires_grad),
+            graph_bytes,
+            sum(t.nbytes for t in arguments.tensors if not t.requires_grad),
+            arguments,
+            max((differentiation_bytes(*f.last, [*f.module.parameters()]) for f in in_parts if f.last), default=0),
+            sum(matrices.values()),
+        )
 
 
 def attentions(module: nn.Module) -> Iterator[nn.Module]:
@@ -111,8 +131,7 @@ class _Saved:
     """Adds up what a graph would hold, each memory once; `given` is held anyway."""
 
     def __init__(self, given: list[Tensor]) -> None:
-        self.n_bytes = self.attention_bytes = 0
-        self._in_attention = False
+        self.n_bytes = 0
         self._alive: list[Any] = [t.untyped_storage() for t in given]  # an address is one's own while it lives
         self._seen = {storage._cdata for storage in self._alive}
 
@@ -122,27 +141,7 @@ class _Saved:
             self._seen.add(storage._cdata)
             self._alive.append(storage)
             self.n_bytes += storage.nbytes()
-            self.attention_bytes += storage.nbytes() if self._in_attention else 0
         return tensor
-
-    @contextmanager
-    def watching(self, module: nn.Module) -> Iterator[None]:
-        """Tell apart what attention saves."""
-
-        def mark(inside: bool) -> Callable[..., None]:
-            def hook(*_: Any) -> None:
-                self._in_attention = inside
-
-            return hook
-
-        hooks = []
-        for attention in attentions(module):
-            hooks += [attention.register_forward_pre_hook(mark(True)), attention.register_forward_hook(mark(False))]
-        try:
-            yield
-        finally:
-            for one in hooks:
-                one.remove()
 
     @staticmethod
     def unpack(tensor: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class Placement:
     """`tiers` by unit (-1: stray parameters). `slots`: units of a size whose weights may be on the device at once.
     `inputs_leave`: saved inputs wait on the host. `clip_scope`: 'global' keeps all gradients until the norm is known;
     'unit' and 'none' consume each as it is complete. `kept`: units that keep their graph instead of being run again.
-    `chunked`: inside a unit all but attention runs over a part of the sequence at a time."""
+    `chunked`: inside a unit norms and feed-forward run over a part of the sequence at a time."""
 
     tiers: Mapping[int, str]
     micro_batch: int
@@ -138,8 +138,9 @@ def ledger(
     if in_host_memory:
         host["gradient sum"] = _largest_sum(workload)
         host["saved inputs"] = inputs
-        host["kept graphs"] = int(kept_bytes(workload, placement, sequences) * (1 + HEAP_GAPS))
-        host["working set"] = working_bytes(workload, placement, in_host_memory=True)
+        gaps = 0 if placement.chunked else HEAP_GAPS
+        host["kept graphs"] = int(kept_bytes(workload, placement, sequences) * (1 + gaps))
+        host["working set"] = working_bytes(workload, placement, sequences, in_host_memory=True)
         host["threads"] = THREAD_BYTES * min(micro_batches(sequences, placement) - 1, _MOST_THREADS)
         return {HOST: _present(host)} | ({NVME: nvme} if any(nvme.values()) else {})
     device = _device_bytes(workload, placement, sequences)
@@ -186,38 +187,51 @@ def _device_bytes(workload: Workload, placement: Placement, sequences: int) -> d
         "gradient staging": STAGING_BUFFERS * max(sent, default=0),
         "saved inputs and gradient sums": moving,
         "kept graphs": kept_bytes(workload, placement, sequences),
-        "working set": working_bytes(workload, placement, in_host_memory=False),
+        "working set": working_bytes(workload, placement, sequences, in_host_memory=False),
     }
 
 
 def kept_bytes(workload: Workload, placement: Placement, sequences: int) -> int:
-    return sum(u.graph * sequences for u in workload.units if u.index in placement.kept)
+    kept = [u for u in workload.units if u.index in placement.kept]
+    return sum(u.held_graph(chunked=placement.chunked) * sequences for u in kept)
 
 
-def working_bytes(workload: Workload, placement: Placement, *, in_host_memory: bool) -> int:
-    """While the most demanding unit is differentiated: its graph for one micro-batch, as much again for gradients
-    inside it, the gradients of its output and input, its weights' gradient before it is added up; or a chunk of the
-    head with its logits. In the C heap what the one has freed is of little use to the other (measured)."""
-    units = [
-        placement.micro_batch * (2 * _graph_at_once(unit, placement) + 2 * unit.inputs) + unit.link_gradient_bytes
-        for unit in workload.units
-        if unit.index not in workload.head
-    ]
-    both = [max(units, default=0), head_bytes(workload, placement.micro_batch)]
-    return sum(both) if in_host_memory else max(both)
+def working_bytes(workload: Workload, placement: Placement, sequences: int, *, in_host_memory: bool) -> int:
+    """While the most demanding unit is differentiated; or a chunk of the head with its logits. In the C heap what the
+    one has freed is of little use to the other (measured), but where sequences run in parts, it gives all back. And all
+    the time what units read without a gradient, such as rotary embeddings, of each micro-batch."""
+    unit = max((_unit_bytes(u, placement) for u in workload.units if u.index not in workload.head), default=0)
+    head = head_bytes(workload, placement.micro_batch)
+    constants = micro_batches(sequences, placement) * max((u.constants for u in workload.units), default=0)
+    if placement.chunked:  # all hidden states and their gradients are there until backward is over
+        return constants + max(unit + 2 * sequences * _hidden_bytes(workload), head)
+    return constants + (unit + head if in_host_memory else max(unit, head))
 
 
-def _graph_at_once(unit: UnitWork, placement: Placement) -> int:
-    """In chunks, what is not attention is there for one of them only: beside attention there remain the residual
-    stream before it and after it."""
-    return min(unit.graph, unit.attention + 2 * unit.inputs) if placement.chunked else unit.graph
+def _hidden_bytes(workload: Workload) -> int:
+    """Of one sequence, as the head gets them."""
+    return max((u.inputs for u in workload.units), default=0)
+
+
+def _unit_bytes(unit: UnitWork, placement: Placement) -> int:
+    """The unit's graph for one micro-batch, as much again for gradients inside it, the gradients of its output and
+    input, its weights' gradient before it is added up.
+
+    In parts: the graph, without the norms and the feed-forward; then either a part of those while it is differentiated,
+    or the gradients inside attention; the unit's output and the gradients of output and input; its weights' gradients
+    as fp32 sums, too."""
+    if not placement.chunked or unit.in_parts is None:
+        return placement.micro_batch * (2 * unit.graph + 2 * unit.inputs) + unit.link_gradient_bytes
+    graph = unit.in_parts.graph
+    inside = max(unit.in_parts.part, graph - 2 * unit.inputs)
+    return placement.micro_batch * (graph + inside + 3 * unit.inputs) + unit.link_gradient_bytes + unit.sum_bytes
 
 
 def head_bytes(workload: Workload, micro_batch: int) -> int:
     """The logits of a chunk in the model's precision and in fp32, their softmax and its gradient; and beside them the
     gradients of all hidden states and of the head's weights, of this chunk and of those before."""
     tokens = min(workload.chunk_tokens, micro_batch * workload.seq_len)
-    hidden = max((u.inputs for u in workload.units), default=0) * micro_batch
+    hidden = _hidden_bytes(workload) * micro_batch
     weights = sum(u.flops.matrix_elements for u in workload.units if u.index in workload.head) * workload.itemsize
     return tokens * workload.vocabulary * (2 * workload.itemsize + 3 * 4) + 2 * hidden + 2 * weights
 

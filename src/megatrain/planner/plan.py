@@ -86,7 +86,15 @@ class Plan:
         """Of one step."""
         again = {u for u in self.workload.order if u not in self.placement.kept}
         units = [(u.flops, u.index in again) for u in self.workload.units]
-        return flops_of_units(units, [self.workload.seq_len] * self.settings.sequences)
+        found = flops_of_units(units, [self.workload.seq_len] * self.settings.sequences)
+        return StepFlops(found.model, found.hardware + self._repeated_in_parts)
+
+    @property
+    def _repeated_in_parts(self) -> int:
+        """Operations of parts of sequences that are run once more to be differentiated."""
+        parts = [(u, u.in_parts.repeated) for u in self.workload.units if self.placement.chunked and u.in_parts]
+        whole = sum(u.flops.forward(self.workload.seq_len) * repeated for u, repeated in parts)
+        return round(whole) * self.settings.sequences
 
     def peak_bytes(self, tier: str) -> int:
         return sum(self.ledger.get(tier, {}).values())
@@ -161,12 +169,12 @@ def _bytes_of_context(bytes_needed: Ledger) -> int:
 def _changes(settings: Settings, *, streams: bool) -> Iterator[tuple[str, dict[str, Any]]]:
     if settings.clip_scope == "global":
         yield "train.clip_scope unit", {"clip_scope": "unit"}
+    if not settings.chunked:
+        yield "engine.sequence_chunk_tokens auto", {"chunked": True}
     if settings.moments == "fp32":
         yield "optimizer.moments int8", {"moments": "int8"}
     if not settings.nvme and streams:
         yield "engine.nvme on a local disk", {"nvme": _ALL_THE_NVME}
-    if not settings.chunked and streams:
-        yield "units in chunks of the sequence", {"chunked": True}
 
 
 def _tried(change: str, missing: int, found: Candidate) -> Remedy:

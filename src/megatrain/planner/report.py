@@ -37,7 +37,7 @@ def plan_json(plan: Plan, tokens: int | None = None) -> dict[str, Any]:
             "moments": placement.moments,
             "clip_scope": placement.clip_scope,
             "kept_graphs": len(placement.kept),
-            "chunked": placement.chunked,
+            "sequence_part_tokens": workload.part_tokens if placement.chunked else None,
         },
         "bytes_per_parameter": plan.bytes_per_parameter,
         "step_seconds": simulation.step_seconds,
@@ -147,6 +147,8 @@ def _placement_lines(plan: Plan) -> str:
             f"{placement.slots} slots per size",
             f"inputs {'leave for the host' if placement.inputs_leave else 'stay'}",
         ]
+    if placement.chunked:
+        parts.append(f"norms and feed-forward over {plan.workload.part_tokens:,} tokens at a time")
     if placement.kept:
         parts.append(f"{len(placement.kept)} graphs kept")
     parts += [f"{placement.moments} moments", f"clipping: {placement.clip_scope}"]

@@ -18,6 +18,7 @@ from megatrain.memory.store import ALL_UNITS_STRAY, TORCH_DTYPE
 from megatrain.model.head import base_of
 from megatrain.model.loading import build_on_meta
 from megatrain.model.partition import ParameterSlot, Partition, Unit, partition
+from megatrain.model.sequence_chunks import part_tokens
 from megatrain.optim.adamw import AdamW
 from megatrain.planner.flops import UnitFlops
 from megatrain.planner.meta_pass import MetaPass, UnitRun, attentions, run_on_meta
@@ -28,12 +29,22 @@ _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "experts_per_token", "num_experts_p
 
 
 @dataclass(frozen=True, slots=True)
+class InParts:
+    """A unit over a part of the sequence at a time, as far as it can: bytes of its graph for one sequence, what
+    one part of it takes while it is differentiated, and how much of its forward each backward repeats."""
+
+    graph: int
+    part: int
+    repeated: float
+
+
+@dataclass(frozen=True, slots=True)
 class UnitWork:
     """One unit. Bytes of its state are in `slabs`; `image_bytes` are its weights in a device slot, those that are homed
     in other units included; `copied_bytes` is what of them crosses the link; `link_gradient_bytes` what leaves as its
     gradient, `staging_bytes` with every parameter on a cache line of its own. `inputs` and `graph` are bytes that one
-    sequence leaves: what it keeps from forward to backward, what its graph holds beside that, and of
-    that what attention saves."""
+    sequence leaves: what it keeps from forward to backward, what its graph holds beside that; `constants` are inputs
+    without a gradient, which units share. `in_parts`: where it runs over a part of the sequence at a time."""
 
     index: int
     name: str
@@ -46,8 +57,13 @@ class UnitWork:
     flops: UnitFlops
     inputs: int
     graph: int
-    attention: int
+    constants: int
+    in_parts: InParts | None
     reads: tuple[int, ...]
+
+    def held_graph(self, *, chunked: bool) -> int:
+        """Bytes of the graph of one sequence."""
+        return self.in_parts.graph if chunked and self.in_parts is not None else self.graph
 
     @property
     def weight_bytes(self) -> int:
@@ -76,7 +92,8 @@ class UnitWork:
 @dataclass(frozen=True)
 class Workload:
     """A model in one precision at one sequence length. `order`: units of the base in the order of their calls; `head`:
-    units that run together, forward and backward at once, chunk by chunk. `chunk_tokens`: of the head."""
+    units that run together, forward and backward at once, chunk by chunk. `chunk_tokens`: of the head. `part_tokens`:
+    of the parts in which units may run; None where sequences are too short for that."""
 
     name: str
     precision: str
@@ -87,6 +104,7 @@ class Workload:
     order: tuple[int, ...]
     head: tuple[int, ...]
     chunk_tokens: int
+    part_tokens: int | None
     complete: bool
     runs: Mapping[int, UnitRun]
     model: nn.Module
@@ -126,9 +144,11 @@ def build_workload(
     seq_len: int,
     optimizer: AdamW | None = None,
     attention: str | None = None,
+    sequence_chunk_tokens: int | str = "auto",
     name: str = "",
 ) -> Workload:
-    """From a transformers configuration. Nothing is allocated. Raises ConfigError."""
+    """From a transformers configuration. Nothing is allocated. `sequence_chunk_tokens`: the parts in which units would
+    run. Raises ConfigError."""
     model = build_on_meta(model_config, attn_implementation=attention)
     part = partition(model)
     _, group_of = (optimizer or AdamW()).group_slots(part.slots)
@@ -136,9 +156,11 @@ def build_workload(
     layouts = setup.lay_out_units(part, dtypes, group_of)
     compute = build_on_meta(model_config, dtype=TORCH_DTYPE[precision], attn_implementation=attention)
     passed = run_on_meta(compute, seq_len)
+    part_of_sequence = part_tokens(sequence_chunk_tokens, seq_len)
+    in_parts = MetaPass() if part_of_sequence is None else run_on_meta(compute, seq_len, sequence_chunk_tokens)
     text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
     share = _expert_share(text)
-    units = tuple(_unit_work(u, part, layouts, dtypes, passed, share, text) for u in part.units)
+    units = tuple(_unit_work(u, part, layouts, dtypes, passed, in_parts, seq_len, share, text) for u in part.units)
     base = base_of(model)
     inside = _units_inside(part, base) if base is not None else {u.index for u in part.units}
     order = tuple(u for u in passed.order if u in inside)
@@ -155,6 +177,7 @@ def build_workload(
         order=order,
         head=tuple(u for u in passed.order if u not in inside),
         chunk_tokens=setup.host_chunk_tokens(vocabulary) if base is not None else seq_len,
+        part_tokens=part_of_sequence,
         complete=passed.complete,
         runs=passed.runs,
         model=compute,
@@ -172,6 +195,8 @@ def _unit_work(
     layouts: Mapping[int, list[SlabLayout]],
     dtypes: Mapping[int, str],
     passed: MetaPass,
+    in_parts: MetaPass,
+    seq_len: int,
     expert_share: float,
     text: Any,
 ) -> UnitWork:
@@ -181,6 +206,7 @@ def _unit_work(
     home_bytes = sum(s.weight_bytes for s in slabs)
     pieces = [*([home_bytes] if home_bytes else []), *foreign]
     run = passed.runs.get(unit.index, UnitRun(0, 0))
+    flops = _unit_flops(unit, expert_share, text)
     return UnitWork(
         index=unit.index,
         name=unit.name,
@@ -190,12 +216,21 @@ def _unit_work(
         copied_bytes=sum(pieces),
         link_gradient_bytes=sum(_bytes_of(s, dtypes) for s in homed if s.parameter.requires_grad),
         staging_bytes=_staging(homed, dtypes),
-        flops=_unit_flops(unit, expert_share, text),
+        flops=flops,
         inputs=run.input_bytes,
         graph=run.graph_bytes,
-        attention=run.attention_bytes,
+        constants=run.constant_bytes,
+        in_parts=_in_parts(in_parts.runs.get(unit.index), seq_len, flops),
         reads=tuple(sorted({s.units[0] for s in unit.slots})),
     )
+
+
+def _in_parts(run: UnitRun | None, seq_len: int, flops: UnitFlops) -> InParts | None:
+    """None where nothing of the unit runs in parts."""
+    if run is None or not run.part_bytes:
+        return None
+    whole = flops.forward(seq_len)
+    return InParts(run.graph_bytes, run.part_bytes, 2 * run.part_elements * seq_len / whole if whole else 1.0)
 
 
 def _strays_work(
@@ -217,7 +252,8 @@ def _strays_work(
         flops=UnitFlops(0),
         inputs=0,
         graph=0,
-        attention=0,
+        constants=0,
+        in_parts=None,
         reads=(ALL_UNITS_STRAY,),
     )
 

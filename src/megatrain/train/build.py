@@ -176,6 +176,7 @@ def _engine_settings(config: Config) -> dict[str, Any]:
         "slots": config.engine.slots,
         "compile": config.engine.compile,
         "kernels": config.engine.kernels,
+        "sequence_chunk_tokens": config.engine.sequence_chunk_tokens,
     }
 
 

@@ -145,7 +145,6 @@ def _plan(
         host_memory=options.get("host_memory"),
         nvme=options.get("nvme", 0),
         moments=known.moments,
-        chunked=known.chunked,
     )
     return make_plan(workload, hardware, settings, measured=measured, at_length=workload_at)
 

@@ -44,21 +44,24 @@ def workload_of(
         seq_len=seq_len,
         optimizer=optimizer,
         attention=config.model.attn_implementation,
+        sequence_chunk_tokens=config.engine.sequence_chunk_tokens or "auto",
         name=name,
     )
 
 
 def plan_settings(config: Config, **others: Any) -> Settings:
     """What the settings of a run say to the planner; `others` are Settings' own."""
+    engine = config.engine
     given: dict[str, Any] = {
         "sequences": max(1, math.ceil(config.tokens_per_step / config.data.seq_len)),
-        "micro_batch": config.engine.micro_batch,
-        "slots": config.engine.slots,
-        "resident": config.engine.resident_units if isinstance(config.engine.resident_units, int) else None,
+        "micro_batch": engine.micro_batch,
+        "slots": engine.slots,
+        "resident": engine.resident_units if isinstance(engine.resident_units, int) else None,
         "clip_scope": config.train.clip_scope if config.train.clip_norm is not None else "none",
-        "keep_graphs": config.engine.keep_graphs,
-        "device_memory": config.engine.device_memory,
+        "keep_graphs": engine.keep_graphs,
+        "device_memory": engine.device_memory,
         "moments": config.optimizer.moments,
+        "chunked": setup.resolve_sequence_chunks(engine.sequence_chunk_tokens, engine.compile) is not None,
     }
     return Settings(**(given | others))
 

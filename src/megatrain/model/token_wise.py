@@ -1,0 +1,150 @@
+"""Whether a module acts on each token by itself, so that a sequence may pass it in parts.
+
+Its operations are watched as it runs on a few random tokens: products, operations element by element, reductions and
+views. What chooses by values (a router), draws random numbers (dropout) or looks anything up is refused: a few tokens
+would not show what it does to many. Then its results are compared: whole and in two parts, and with one token made NaN,
+which may reach no other.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatrain.errors import CapacityError
+from megatrain.model.foreign import refuse_foreign_tensors
+from megatrain.model.side_effects import CapturedOutputs, RandomState
+
+_TOKENS, _CUT = 8, 3  # of the probe, and where its two parts meet
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of the largest result; half precision: 3e-2
+_PRODUCTS_AND_NORMS = ("mm", "addmm", "bmm", "baddbmm", "native_layer_norm", "_fused_rms_norm", "_softmax", "glu")
+_MEMORY = ("_to_copy", "_unsafe_view", "cat", "copy_", "fill_", "zero_", "scalar_tensor")
+_NEW = [form.format(kind) for kind in ("empty", "zeros", "ones", "full") for form in ("{}", "{}_like", "new_{}")]
+_ALLOWED = frozenset((*_PRODUCTS_AND_NORMS, *_MEMORY, *_NEW))
+
+Run = Callable[[Tensor], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`obstacle`: why a sequence has to pass as a whole; None where parts do. `token_bytes`: what the module's graph
+    holds for a token beside its input and its output."""
+
+    obstacle: str | None
+    token_bytes: float = 0.0
+
+
+def judge(module: nn.Module, run: Run, like: Tensor) -> Verdict:
+    """Try `run`, which is the forward of `module` with its weights bound, on an input of the kind of `like`
+    [batch, tokens, ...]. Nothing is left changed."""
+    random = RandomState(like.device) if not like.is_meta else None
+    attributes = _Attributes(module)
+    try:
+        return _judge(module, run, like, attributes)
+    except (CapacityError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # whatever the model's own code raises on a stand-in
+        return Verdict(f"{type(error).__name__}: {error}".splitlines()[0])
+    finally:
+        attributes.put_back()
+        if random is not None:
+            random.restore()
+
+
+def _judge(module: nn.Module, run: Run, like: Tensor, attributes: "_Attributes") -> Verdict:
+    weights: list[Tensor] = list(module.parameters())
+    probe = _random((1, _TOKENS, *like.shape[2:]), like).requires_grad_()
+    with CapturedOutputs().collecting() as captured, _Watched([probe, *weights, *module.buffers()]):
+        whole, saved = _run_saving(run, probe, weights)
+    if any(captured.values()):
+        return Verdict("its outputs are captured by hooks")
+    if not isinstance(whole, Tensor) or whole.shape[:2] != probe.shape[:2] or not whole.requires_grad:
+        return Verdict("it does not return one tensor with as many tokens")
+    refuse_foreign_tensors(type(module).__name__, [whole], [probe, *weights])
+    if attributes.changed:
+        return Verdict("it leaves something on its modules")
+    first, saved_by_first = _run_saving(run, probe.detach()[:, :_CUT].requires_grad_(), weights)
+    if not like.is_meta and (obstacle := _mixes_tokens(run, probe.detach(), whole.detach(), first.detach())):
+        return Verdict(obstacle)
+    return Verdict(None, (saved - saved_by_first) / (_TOKENS - _CUT))
+
+
+def _mixes_tokens(run: Run, probe: Tensor, whole: Tensor, first: Tensor) -> str | None:
+    with torch.no_grad():
+        parts = torch.cat([first, run(probe[:, _CUT:])], dim=1)
+        probe[:, _CUT] = float("nan")
+        others = [n for n in range(_TOKENS) if n != _CUT]
+        undisturbed = run(probe)[:, others]
+    if not bool(torch.isfinite(whole).all()):
+        return "its results on random tokens are not finite"
+    if not _close(parts, whole):
+        return "its results on parts of a sequence differ from those on the whole"
+    return None if _close(undisturbed, whole[:, others]) else "a token has an effect on the results of others"
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    tolerance = _TOLERANCE.get(expected.dtype, 3e-2) * float(expected.abs().max())
+    return bool(((found - expected).abs() <= tolerance).all())
+
+
+def _random(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    if like.is_meta:
+        return like.new_empty(shape)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator, device="cpu").to(like.device, like.dtype)
+
+
+def _run_saving(run: Run, given: Tensor, weights: list[Tensor]) -> tuple[Any, int]:
+    """(result, bytes that its graph holds beside what is given and what comes out)."""
+    storages = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages.append(tensor.untyped_storage())
+        return tensor.detach()  # a result that its own graph holds would never be freed
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run(given)
+    apart = {t.untyped_storage()._cdata for t in (given, *weights, result) if isinstance(t, Tensor)}
+    return result, sum({s._cdata: s.nbytes() for s in storages if s._cdata not in apart}.values())
+
+
+class _Watched(TorchDispatchMode):
+    """Raises ValueError for an operation of which nothing is known, and for one that writes into any of `kept`."""
+
+    def __init__(self, kept: list[Tensor]) -> None:
+        super().__init__()
+        self._kept = {t.untyped_storage()._cdata for t in kept}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tags = set(func.tags)
+        known = func.is_view or {torch.Tag.pointwise, torch.Tag.reduction} & tags
+        known = known or func._schema.name.removeprefix("aten::") in _ALLOWED
+        if not known or {torch.Tag.nondeterministic_seeded, torch.Tag.data_dependent_output} & tags:
+            raise ValueError(f"{func} may mix tokens, or choose among them")
+        if func._schema.is_mutable and self._kept & {t.untyped_storage()._cdata for t in args if isinstance(t, Tensor)}:
+            raise ValueError(f"{func} writes into an argument, a weight or a buffer")
+        return func(*args, **(kwargs or {}))
+
+
+class _Attributes:
+    """What the modules inside have as attributes and buffers."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._before = [(h, dict(h)) for m in module.modules() for h in (m.__dict__, m._buffers)]
+
+    @property
+    def changed(self) -> bool:
+        return any(_differ(holder, before) for holder, before in self._before)
+
+    def put_back(self) -> None:
+        for holder, before in self._before:
+            if _differ(holder, before):
+                holder.clear()
+                holder.update(before)
+
+
+def _differ(holder: dict[str, Any], before: dict[str, Any]) -> bool:
+    return holder.keys() != before.keys() or any(holder[name] is not value for name, value in before.items())
