@@ -21,11 +21,10 @@ from harness.models import MODELS, TINY_MODELS, Model, batch_of, planned_bytes, 
 from harness.percentiles import Spread
 from harness.rates import count_step
 from harness.results import Value
-from harness.traces import traced_seconds
+from harness.traces import kept_layers, traced_seconds
 from rich.table import Table
 
 from megatrain.engine.engine import Engine
-from megatrain.engine.weight_stream import WeightStream
 from megatrain.errors import CapacityError
 from megatrain.memory.limits import host_memory_limits, peak_resident_bytes, reset_peak_resident
 from megatrain.optim.adamw import AdamW
@@ -225,11 +224,3 @@ def _verdict(case: Case, share: float) -> str:
     if case.tokens < EXPECTED_FROM_TOKENS:
         return ""
     return " met" if share >= EXPECTED_SHARE else " missed"
-
-
-def kept_layers(engine: Engine) -> int:
-    """Layers that keep their graph instead of being computed again."""
-    assert isinstance(engine.weights, WeightStream)
-    schedule = engine.weights.schedule_of("step")
-    held = engine.executor.kept_units & (schedule.held if schedule is not None else frozenset())
-    return sum(".layers." in unit.name for unit in engine.partition.units if unit.index in held)

@@ -43,6 +43,17 @@ TINY_MODELS = {
     "1b": Model("llama", shape_of(3, 32, 64, 4, 2, 8, 128), tied=True),
     "8b": Model("qwen2", shape_of(4, 48, 96, 6, 2, 8, 128), tied=False),
 }
+SMALL_MODELS = {
+    "49m": Model("llama", shape_of(12, 512, 1408, 8, 8, 64, 8192), tied=False),
+    "tiny": TINY_MODELS["8b"],
+    "tiny-moe": Model(
+        "qwen3_moe",
+        shape_of(2, 32, 64, 4, 2, 8, 128),
+        tied=False,
+        extra=(("num_experts", 4), ("num_experts_per_tok", 2), ("moe_intermediate_size", 16)),
+    ),
+}
+NAMED_MODELS = MODELS | SMALL_MODELS
 _KINDS = {
     "llama": transformers.LlamaConfig,
     "qwen2": transformers.Qwen2Config,

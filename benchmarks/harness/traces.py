@@ -1,14 +1,15 @@
-"""Busy seconds of a step, from its trace."""
+"""What a step of the engine did: busy seconds from its trace, and layers that were not computed again."""
 
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from megatrain.engine.engine import Engine
+from megatrain.engine.weight_stream import WeightStream
 
 
 def traced_seconds(engine: Engine, batches: list[dict[str, Tensor]]) -> dict[str, float]:
@@ -44,3 +45,12 @@ def _covered_seconds(spans: Iterable[tuple[float, float]]) -> float:
         total += max(0.0, stop - max(start, end)) / 1e6
         end = max(end, stop)
     return total
+
+
+def kept_layers(engine: Engine) -> int:
+    """Layers that keep their graph instead of being computed again."""
+    held: Set[int] = engine.executor.kept_units
+    if isinstance(engine.weights, WeightStream):  # of those, the ones whose weights stay in their slot
+        schedule = engine.weights.schedule_of("step")
+        held = held & (schedule.held if schedule is not None else frozenset())
+    return sum(".layers." in unit.name for unit in engine.partition.units if unit.index in held)
