@@ -15,7 +15,7 @@ from harness.percentiles import Spread
 from rivals.worker import Measured, Task
 
 # of the losses of the checked steps, relative: what two ways of adding up differ by, far below what a step changes
-LOSS_BOUNDS = {"fp32": 1e-5, "bf16": 2e-3}
+LOSS_BOUNDS = {"fp32": 1e-5, "bf16": 5e-4}
 
 
 @dataclass(slots=True)
