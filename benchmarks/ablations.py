@@ -55,7 +55,7 @@ class Size:
     steps: int
 
 
-HOST = Size(Model("llama", shape_of(12, 512, 1408, 8, 8, 64, 1024), tied=False), 1, 128, 5)
+HOST = Size(Model("llama", shape_of(12, 512, 1408, 8, 8, 64, 1024), tied=False), 1, 128, 4)
 GPU = Size(MODELS["1b"], 8, 1024, 5)
 TINY = Size(TINY_MODELS["8b"], 1, 16, 1)
 

@@ -31,6 +31,7 @@ def describe_machine(device: str, commit: str = "") -> dict[str, str]:
         "cpu": cpu_name(),
         "cores": str(usable_cores()),
         "host_memory": format_bytes(host_memory_limits().total_bytes),
+        "load": f"{os.getloadavg()[0]:.1f}",  # of the minute before: how idle it was
         "versions": " ".join(versions),
     }
 

@@ -8,7 +8,7 @@ from harness import BENCHMARKS
 from harness.percentiles import Spread
 
 RESULTS = BENCHMARKS / "results.csv"
-MACHINE = ("date", "commit", "device", "driver", "cpu", "cores", "host_memory", "versions")
+MACHINE = ("date", "commit", "device", "driver", "cpu", "cores", "host_memory", "load", "versions")
 COLUMNS = (*MACHINE, "part", "case", "metric", "value", "p20", "p80", "unit", "note")
 
 Value = tuple[float | Spread, str]  # and its unit; of a Spread the median is the row's value

@@ -103,8 +103,9 @@ def _machines(rows: Sequence[Row]) -> str:
     """What the shown rows come from."""
     shown = [c for part in ("rivals", "depth", "width", "ablation", "models") for c in comparisons(rows, part)]
     lines = {
-        f"- {c.device}: {c.machine['cpu']}, {c.machine['cores']} cores, {c.machine['host_memory']} of host memory;"
-        f" {c.machine['versions']}; commit {c.machine['commit']}, {c.machine['date']} UTC"
+        f"- {c.device}, {c.part}: {c.machine['cpu']}, {c.machine['cores']} cores (load {c.machine['load']} before it"
+        f" began), {c.machine['host_memory']} of host memory; {c.machine['versions']}; commit {c.machine['commit']},"
+        f" {c.machine['date']} UTC"
         for c in shown
     }
     return "\n".join(sorted(lines)) or NOT_YET

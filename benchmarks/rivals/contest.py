@@ -109,9 +109,11 @@ def run_apart(task: Task, seconds: float) -> Measured | str:
     try:
         printed, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
         return f"not done after {seconds:.0f} s"
+    finally:  # also where the user has had enough
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
     if process.returncode != 0:
         return _why(errors, process.returncode)
     return Measured(**json.loads(printed.strip().splitlines()[-1]))

@@ -1,15 +1,11 @@
 """benchmarks/gpu.py: what it decides before it measures, what it writes, and a dry run on the host."""
 
 import csv
-import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 import gpu
+import pytest
 import torch
 from gpu_parts import check, training
 from gpu_parts.cases import Case, Timing, choose_cases, choose_scope, inputs_on_host_bytes
