@@ -1,6 +1,6 @@
 # make demo   train a small model from scratch on Python's own sources and let it write
 # make test   the whole test suite, with style and type checks
-# make reproduce   measure what this machine can (up to 25 minutes) and rewrite docs/results.md
+# make reproduce   measure what this machine can (up to 30 minutes) and rewrite docs/results.md
 #
 # All make .venv first. To use an environment you have: make test PYTHON=python3 VENV=
 

@@ -142,12 +142,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--precision", choices=("bf16", "fp32"), help="default: bf16 on a GPU, fp32 on the host")
     add("--kernels", default="torch", choices=("torch", "liger"), help="for every system (default: torch)")
-    add("--model", choices=[*NAMED_MODELS], help="default: 1b on a GPU, 47m on the host")
+    add("--model", choices=[*NAMED_MODELS], help="default: 1b on a GPU, 21m on the host")
     add("--seq-len", type=int, help="default: 1024 on a GPU, 256 on the host")
     add("--sequences", type=int, help="of a micro-batch (default: 8 on a GPU, 1 on the host)")
     add("--micro-batches", type=int, default=1, help="of a step (default: 1)")
     add("--threads", type=int, default=usable_cores(), help="of the host (default: all cores)")
-    add("--steps", type=int, default=3, help="timed steps of each round (default: 3)")
+    add("--steps", type=int, default=4, help="timed steps of each round (default: 4)")
     add("--rounds", type=int, default=3, help="default: 3")
     add("--budget", type=float, default=540.0, metavar="SECONDS", help="default: 540")
     add("--tiny", action="store_true", help="sizes for a dry run")
@@ -166,7 +166,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _fill_in_defaults(options: argparse.Namespace) -> None:
     on_gpu = options.device.startswith("cuda")
-    sizes = ("tiny", 16, 2) if options.tiny else ("1b", 1024, 8) if on_gpu else ("47m", 256, 1)
+    sizes = ("tiny", 16, 2) if options.tiny else ("1b", 1024, 8) if on_gpu else ("21m", 256, 1)
     for name, value in zip(("model", "seq_len", "sequences"), sizes, strict=True):
         if getattr(options, name) is None:
             setattr(options, name, value)

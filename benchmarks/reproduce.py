@@ -1,7 +1,7 @@
 """Measure what this machine can, and write docs/results.md.
 
-    python benchmarks/reproduce.py                 all parts, each at most --budget seconds (default 300: 25 min in all;
-                                                   some 15 min on two cores)
+    python benchmarks/reproduce.py                 all parts; each comparison of one takes at most --budget seconds
+                                                   (default 240), in all 30 min at most, some 15 on two idle cores
     python benchmarks/reproduce.py --only depth    one part, such as for a machine that is lent for ten minutes
     python benchmarks/reproduce.py --page          nothing is measured, the page is written from the results there are
     python benchmarks/reproduce.py --quick         tiny sizes, one round: whether everything runs; pass --results and
@@ -32,23 +32,27 @@ PAGE = BENCHMARKS.parent / "docs" / "results.md"
 
 
 def run_part(part: str, options: argparse.Namespace, results: Path) -> int:
-    shared = ["--results", str(results), "--budget", str(options.budget), "--rounds", str(1 if options.quick else 2)]
+    """Sweeps and ablations on the GPU, or on both devices that a host can play."""
+    shared = ["--results", str(results), "--budget", str(options.budget), "--rounds", str(1 if options.quick else 3)]
     shared += ["--tiny", "--steps", "1"] if options.quick else []
-    if part == "rivals":
-        return compare.main([*shared, *(["--systems", options.systems] if options.systems else [])])
-    if part == "ablations":
-        return ablations.main(shared)
     if part == "gpu":  # apart: it holds the device's memory
         command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--budget", str(options.budget)]
         return subprocess.run([*command, "--results", str(results)], check=False).returncode
-    return sweeps.main([*shared, "--only", part])
+    if part == "rivals":
+        return compare.main([*shared, *(["--systems", options.systems] if options.systems else [])])
+    devices = ["cuda"] if torch.cuda.is_available() else ["lagged", "cpu"]
+    if part == "ablations":
+        return max(ablations.main([*shared, "--device", device]) for device in devices)
+    return max(sweeps.main([*shared, "--device", device, "--only", part]) for device in devices)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--only", default="", help=f"of {', '.join(PARTS)} (default: what this machine can)")
     parser.add_argument("--systems", default="", help="of the part rivals (default: all)")
-    parser.add_argument("--budget", type=float, default=300.0, metavar="SECONDS", help="of each part (default: 300)")
+    parser.add_argument(
+        "--budget", type=float, default=240.0, metavar="SECONDS", help="of each comparison (default: 240)"
+    )
     parser.add_argument("--page", action="store_true", help="write the page, measure nothing")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one round")
     parser.add_argument("--results", type=Path, help="default: benchmarks/results.csv; with --quick none that stays")

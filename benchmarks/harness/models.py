@@ -44,7 +44,7 @@ TINY_MODELS = {
     "8b": Model("qwen2", shape_of(4, 48, 96, 6, 2, 8, 128), tied=False),
 }
 SMALL_MODELS = {
-    "47m": Model("llama", shape_of(12, 512, 1408, 8, 8, 64, 8192), tied=False),
+    "21m": Model("llama", shape_of(8, 384, 1056, 6, 6, 64, 8192), tied=False),
     "tiny": TINY_MODELS["8b"],
     "tiny-moe": Model(
         "qwen3_moe",

@@ -74,11 +74,20 @@ def _section(text: str, first: str, columns: Sequence[Column], found: Sequence[C
     parts = [text]
     for comparison in found:
         date = comparison.machine["date"].partition(" ")[0]
-        parts.append(f"**{comparison.setting or comparison.part}** ({comparison.device}, {date})")
+        parts.append(f"**{comparison.setting or comparison.part}** ({comparison.device}, {date}{_sizes(comparison)})")
         parts.append(table(first, columns, comparison))
     if not any(comparison.device not in HOST_DEVICES for comparison in found):
         parts.append(f"On a GPU: {NOT_YET}.")
     return parts
+
+
+def _sizes(comparison: Comparison) -> str:
+    """Where all cases are one model."""
+    for case in comparison.measured:
+        every, active = case.median("parameters"), case.median("active_parameters")
+        if every is not None and active is not None:
+            return f"; {every / 1e6:,.1f}M parameters, a token passes {active / 1e6:,.1f}M"
+    return ""
 
 
 def _pictures(folder: Path, part: str, found: Sequence[Comparison], no_plots: str | None) -> list[str]:

@@ -111,9 +111,12 @@ def test_every_part_gets_its_options(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         monkeypatch.setattr(module, "main", lambda argv, name=name: called.append((name, argv)) or 0)
     results = tmp_path / "results.csv"
     assert reproduce.main(["--quick", "--systems", "torch", "--results", str(results)]) == 0
-    assert [name for name, _ in called] == ["compare", "sweeps", "sweeps", "ablations"]
+    assert [name for name, _ in called] == ["compare", *["sweeps"] * 4, *["ablations"] * 2]
     assert all("--tiny" in argv and argv[argv.index("--results") + 1] == str(results) for _, argv in called)
-    assert called[0][1][-2:] == ["--systems", "torch"] and called[2][1][-2:] == ["--only", "width"]
+    assert called[0][1][-2:] == ["--systems", "torch"]
+    assert [argv[-4:] for _, argv in called[3:5]] == [
+        ["--device", device, "--only", "width"] for device in ("lagged", "cpu")
+    ]
 
 
 def test_wrong_parts_are_named(capsys: pytest.CaptureFixture[str]) -> None:
