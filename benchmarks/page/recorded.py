@@ -54,20 +54,24 @@ class Comparison:
 
 
 def comparisons(rows: Iterable[Row], part: str) -> list[Comparison]:
-    """Of each setting and device the last run."""
-    last: dict[tuple[str, str], Comparison] = {}
+    """Of each setting and device the last run. Cases without a setting are compared with nothing: of each the last."""
+    found: dict[tuple[str, str], Comparison] = {}
     for row in rows:
         if row["part"] != part:
             continue
-        setting, separator, name = row["case"].rpartition(": ")
-        if not separator:
-            setting, name = "", row["case"]
+        setting, _, name = row["case"].rpartition(": ")
         key = (setting, row["device"])
-        run = (row["date"], row["commit"])
-        if key not in last or run != (last[key].machine["date"], last[key].machine["commit"]):
-            last[key] = Comparison(part, setting, row)
-        last[key].cases.setdefault(name, Case(name)).rows[row["metric"]] = row
-    return list(last.values())
+        if key not in found or (setting and not _same_run(row, found[key].machine)):
+            found[key] = Comparison(part, setting, row)
+        cases = found[key].cases
+        if name not in cases or not _same_run(row, next(iter(cases[name].rows.values()))):
+            cases[name] = Case(name)
+        cases[name].rows[row["metric"]] = row
+    return list(found.values())
+
+
+def _same_run(one: Row, other: Row) -> bool:
+    return (one["date"], one["commit"]) == (other["date"], other["commit"])
 
 
 def on_gpus(found: Iterable[Comparison]) -> list[Comparison]:

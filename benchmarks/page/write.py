@@ -32,7 +32,7 @@ comparison.
 _DEPTH = """## Depth at one width
 
 Speed is in operations, since a deeper model does more for each token. Expected: the device's peak is the same within
-1%, the speed within 10%. Nothing keeps its graph.
+1%, the speed within 10%. Saved inputs wait on the host and nothing keeps its graph, at every depth.
 """
 
 _WIDTH = """## Width at one depth

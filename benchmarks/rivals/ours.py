@@ -25,7 +25,12 @@ from rivals.interface import (
 )
 from rivals.plain_loop import kernels_missing
 
-_OWN = ("longest_delay_seconds", "synchronous_updates", "prefetch")  # of this adapter; the rest is the engine's
+_OWN = (
+    "longest_delay_seconds",
+    "synchronous_updates",
+    "prefetch",
+    "inputs_leave",
+)  # of this adapter; the rest is the engine's
 
 
 class EngineRun:
@@ -37,6 +42,8 @@ class EngineRun:
         self._synchronous = own.get("synchronous_updates", False)
         if not own.get("prefetch", True):
             weight_stream.build_schedule = _build_late_schedule
+        if own.get("inputs_leave", False):
+            weight_stream.WeightStream._inputs_must_leave = lambda *_: True
         self._layers, self._device_peak = model.shape.layers, 0
         self._device = settings.torch_device
         with warnings.catch_warnings():
@@ -44,7 +51,7 @@ class EngineRun:
             self.engine = Engine(
                 random_model(model, settings.dtype),
                 AdamW(lr=LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY),
-                _device(settings, own.get("longest_delay_seconds", 0.0), chosen.pop("device_memory", None)),
+                _device(settings, own.get("longest_delay_seconds", 0.0)),
                 settings.precision,
                 clip_norm=CLIP_NORM,
                 threads=settings.threads,
@@ -85,13 +92,13 @@ class Ours:
         return EngineRun(model, replace(settings, engine=self._engine | dict(settings.engine)))
 
 
-def _device(settings: Settings, longest_delay_seconds: float, device_memory: int | None) -> Any:
+def _device(settings: Settings, longest_delay_seconds: float) -> Any:
     if settings.device == "lagged":
-        return LaggedDevice(settings.precision, device_memory, longest_delay_seconds=longest_delay_seconds)
+        return LaggedDevice(settings.precision, longest_delay_seconds=longest_delay_seconds)
     if settings.on_gpu:
         from megatrain.device.cuda import CudaDevice
 
-        return CudaDevice(settings.torch_device.index or 0, device_memory)
+        return CudaDevice(settings.torch_device.index or 0)
     return settings.device
 
 

@@ -53,6 +53,15 @@ def test_of_each_comparison_the_last_run_is_shown_whole(recorded: Path) -> None:
     assert found.cases["180 layers"].median("rate_of_first") == 0.97
 
 
+def test_cases_that_are_compared_with_nothing_stay(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    for date, cases in (("10:00", {"1b": 1.0, "8b": 2.0}), ("11:00", {"8b": 3.0})):
+        for name, seconds in cases.items():
+            Results(path, GPU | {"date": date}).record("models", name, seconds_per_step=(seconds, "s"))
+    (found,) = comparisons(read_results(path), "models")
+    assert {name: case.median("seconds_per_step") for name, case in found.cases.items()} == {"1b": 1.0, "8b": 3.0}
+
+
 def test_what_was_not_measured_says_so(tmp_path: Path, recorded: Path) -> None:
     text = _write(tmp_path, recorded)
     assert "| 180 layers | – | 1 (0.9–1.25) | – | – | 0.97x |" in text

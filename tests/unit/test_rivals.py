@@ -154,6 +154,18 @@ def test_without_a_part_the_losses_are_the_same(monkeypatch: pytest.MonkeyPatch)
     assert late
 
 
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("leave", [True, False])
+def test_inputs_that_leave_take_no_device_memory_by_depth(leave: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = ours.weight_stream.WeightStream
+    monkeypatch.setattr(stream, "_inputs_must_leave", stream._inputs_must_leave)  # put back afterwards
+    settings = replace(ON_HOST, device="lagged", engine={"keep_graphs": "off", "inputs_leave": leave})
+    tiny = NAMED_MODELS["tiny"]
+    models = [replace(tiny, shape=replace(tiny.shape, layers=layers)) for layers in (4, 8)]
+    peaks = [measure(replace(TASK, model=model, settings=settings)).device_peak_bytes for model in models]
+    assert (peaks[0] == peaks[1]) == leave
+
+
 # -- rounds ----------------------------------------------------------------------------------------------------------
 
 
