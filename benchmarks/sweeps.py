@@ -103,12 +103,15 @@ def run_sweep(results: Results, scale: Scale, sweep: str, options: argparse.Name
 
 
 def size_metrics(outcome: Outcome, first: Outcome, work: StepWork, first_work: StepWork) -> dict[str, Value]:
-    """`rate_of_first`, `device_peak_of_first`: ratios to the sweep's first size."""
+    """`rate_of_first`, `device_peak_of_first`: ratios to the sweep's first size; `cpu_rate_of_first` of operations per
+    second of the process's own CPU time, where the host is the device and other work makes seconds uncertain."""
     ratio, more = speed_ratio(outcome, first), work.flops.model / first_work.flops.model
     metrics = work.metrics(outcome.seconds, outcome.task.target_tokens)
     metrics |= {
         "parameters": (work.parameters, ""),
         "rate_of_first": (Spread(ratio.p20 * more, ratio.p50 * more, ratio.p80 * more), ""),
+        "cpu_seconds_per_step": (outcome.cpu_seconds, "s"),
+        "cpu_rate_of_first": (first.cpu_seconds.p50 / outcome.cpu_seconds.p50 * more, ""),
         "host_peak": (outcome.host_peak_bytes / 1e9, "GB"),
     }
     if outcome.device_peak_bytes is not None and first.device_peak_bytes:
@@ -127,7 +130,8 @@ def _line(name: str, metrics: Mapping[str, Value]) -> str:
         peak = f"  device {number('device_peak') * 1e3:8.2f} MB ({number('device_peak_of_first'):.3f}x)"
     return (
         f"  {name:<12} {number('parameters') / 1e6:8.1f}M  {number('seconds_per_step'):8.3f} s/step"
-        f"  {number('model_rate'):8.4f} TFLOP/s ({number('rate_of_first'):.2f}x){peak}"
+        f"  {number('model_rate'):8.4f} TFLOP/s ({number('rate_of_first'):.2f}x, by CPU time"
+        f" {number('cpu_rate_of_first'):.2f}x){peak}"
     )
 
 

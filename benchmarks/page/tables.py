@@ -28,6 +28,7 @@ SWEEP: list[Column] = [
     ("parameters", lambda case: case.text("parameters", ".1f", scale=1e-6, unit="M")),
     *_SPEED[:3],
     ("of the first", lambda case: case.text("rate_of_first", ".2f", unit="x")),
+    ("by CPU time", lambda case: case.text("cpu_rate_of_first", ".2f", unit="x")),
     ("peak device", _MEMORY[1][1]),
     ("of the first", lambda case: case.text("device_peak_of_first", ".3f", unit="x")),
 ]

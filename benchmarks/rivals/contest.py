@@ -32,6 +32,11 @@ class Outcome:
         return Spread.of(s for measured in self.rounds for s in measured.seconds)
 
     @property
+    def cpu_seconds(self) -> Spread:
+        """As `seconds`, of all cores together: what other processes take does not count."""
+        return Spread.of(s for measured in self.rounds for s in measured.cpu_seconds)
+
+    @property
     def host_peak_bytes(self) -> int:
         return max(measured.host_peak_bytes for measured in self.rounds)
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -51,10 +52,12 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """`losses` of the checked steps, `seconds` of the timed ones. Host bytes above those of the imports."""
+    """`losses` of the checked steps, `seconds` of the timed ones, and those of all cores together that the process had in
+    them. Host bytes above those of the imports."""
 
     losses: list[float]
     seconds: list[float]
+    cpu_seconds: list[float]
     host_peak_bytes: int
     device_peak_bytes: int | None
     recomputed_layers: int | None
@@ -73,10 +76,15 @@ def measure(task: Task) -> Measured:
     reset_peak_resident()
     run = SYSTEMS[task.system].build(task.model, task.settings)
     losses = [run.step(batches).loss for _ in range(CHECKED_STEPS)]
-    seconds = [run.step(batches).seconds for _ in range(task.steps)]
+    seconds, cpu_seconds = [], []
+    for _ in range(task.steps):
+        started = time.process_time()
+        seconds.append(run.step(batches).seconds)
+        cpu_seconds.append(time.process_time() - started)
     measured = Measured(
         losses,
         seconds,
+        cpu_seconds,
         peak_resident_bytes() - before,
         run.device_peak_bytes(),
         run.recomputed_layers,

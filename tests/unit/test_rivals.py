@@ -178,7 +178,7 @@ def test_a_task_survives_its_journey() -> None:
 
 
 def _measured(seconds: float) -> Measured:
-    return Measured([3.0, 2.0, 1.0], [seconds] * 3, 100, None, None, True)
+    return Measured([3.0, 2.0, 1.0], [seconds] * 3, [seconds] * 3, 100, None, None, True)
 
 
 def test_systems_take_turns_and_what_fails_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,11 +209,16 @@ def test_ratios_are_of_what_ran_side_by_side() -> None:
     assert speed_ratio(fast, slow) == Spread(2.0, 2.0, 2.0)
 
 
-def test_a_process_that_fails_says_why() -> None:
-    found = contest.run_apart(replace(TASK, settings=replace(ON_HOST, precision="fp8")), 60.0)
-    assert isinstance(found, str) and found.startswith("failed: ") and "fp8" in found
+def test_a_process_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    printed = (
+        "Traceback (most recent call last):\n  ...\ntorch.OutOfMemoryError: CUDA out of memory. Tried\n[rank0] bye\n"
+    )
+    assert contest._why(printed, 1) == "failed: torch.OutOfMemoryError: CUDA out of memory. Tried"
+    assert contest._why("Killed\n", 137) == "failed: Killed"
     assert contest.run_apart(TASK, 0.0) == "there was no time left"
     assert contest.run_apart(TASK, 0.01) == "not done after 0 s"
+    monkeypatch.setattr(contest.sys, "executable", "false")
+    assert contest.run_apart(TASK, 60.0) == "failed: exit code 1"
 
 
 def test_two_systems_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

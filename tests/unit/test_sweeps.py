@@ -35,7 +35,7 @@ def test_speed_over_depth_is_in_operations() -> None:
     models = list(sweeps.models_of(sweeps.HOST, "depth").values())[:2]
     tasks = [Task("megatrain", model, Settings("fp32"), 1, 64, 1) for model in models]
     outcomes = [
-        Outcome(task, [Measured([1.0], [seconds], 1, peak, None, True)])
+        Outcome(task, [Measured([1.0], [seconds], [3.0], 1, peak, None, True)])
         for task, seconds, peak in zip(tasks, (1.0, 2.0), (100, 150), strict=True)
     ]
     works = [count_step(task.model, task.lengths) for task in tasks]
@@ -43,6 +43,7 @@ def test_speed_over_depth_is_in_operations() -> None:
     ratio = metrics["rate_of_first"][0]
     assert isinstance(ratio, Spread)
     assert ratio.p50 == works[1].flops.model / works[0].flops.model / 2 and 0.95 < ratio.p50 < 1.0
+    assert metrics["cpu_rate_of_first"] == (2 * ratio.p50, "")  # as many CPU seconds
     assert metrics["device_peak_of_first"] == (1.5, "")
 
 
