@@ -101,6 +101,7 @@ def _metrics(outcome: Outcome, outcomes: dict[str, Outcome], work: StepWork) -> 
         repeats_known=measured.repeats_known,
     )
     metrics |= {
+        "cpu_seconds_per_step": (outcome.cpu_seconds, "s"),
         "parameters": (work.parameters, ""),
         "active_parameters": (work.active_parameters, ""),
         "host_peak": (outcome.host_peak_bytes / 1e9, "GB"),

@@ -20,8 +20,10 @@ _MEMORY: list[Column] = [
 ]
 RIVALS: list[Column] = [
     *_SPEED,
+    ("CPU s/step", lambda case: case.text("cpu_seconds_per_step")),
     *_MEMORY,
     ("of torch", lambda case: case.text("speed_of_torch", ".2f", unit="x")),
+    ("rounds", lambda case: case.text("rounds", ".0f")),
     ("losses", lambda case: case.note("arithmetic")),
 ]
 SWEEP: list[Column] = [

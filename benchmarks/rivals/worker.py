@@ -52,8 +52,8 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """`losses` of the checked steps, `seconds` of the timed ones, and those of all cores together that the process had in
-    them. Host bytes above those of the imports."""
+    """`losses` of the checked steps, `seconds` of the timed ones, and what the process had of all cores together in them.
+    Host bytes above those of the imports."""
 
     losses: list[float]
     seconds: list[float]
