@@ -52,7 +52,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """`losses` of the checked steps, `seconds` of the timed ones, and what the process had of all cores together in them.
+    """`losses` of the checked steps; `seconds` of the timed ones, and the CPU seconds of all cores together in them.
     Host bytes above those of the imports."""
 
     losses: list[float]
