@@ -1,7 +1,8 @@
 # make demo   train a small model from scratch on Python's own sources and let it write
 # make test   the whole test suite, with style and type checks
+# make reproduce   measure what this machine can (up to 30 minutes) and rewrite docs/results.md
 #
-# Both make .venv first. To use an environment you have: make test PYTHON=python3 VENV=
+# All make .venv first. To use an environment you have: make test PYTHON=python3 VENV=
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ BIN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 STAMP := $(if $(VENV),$(VENV)/.installed,build/.installed-$(notdir $(PYTHON)))
 PIP := $(BIN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-long check install install-dev clean
+.PHONY: demo test test-long reproduce check install install-dev clean
 
 demo: install
 	@echo "== Training a small model from scratch on the Python standard library (a few minutes)"
@@ -22,6 +23,10 @@ test: check
 test-long: install-dev
 	@echo "== Long repetitions, with their seeds"
 	@$(BIN) -m pytest -m long -s
+
+reproduce: install
+	@$(PIP) -e ".[bench]"
+	@$(BIN) benchmarks/reproduce.py
 
 check: install-dev
 	@echo "== Style and types"

@@ -10,7 +10,6 @@ what the algorithm must move, once each; GB is 10^9 bytes.
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -18,9 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import harness  # noqa: F401 (first: it prepares the environment)
 import numba
 import numpy as np
 import torch
+from harness.machine import cpu_name, usable_cores
 from numpy.typing import NDArray
 
 from megatrain.memory.arena import allocate
@@ -213,17 +214,8 @@ def print_table(rows: list[Row]) -> None:
         )
 
 
-def cpu_name() -> str:
-    """The CPU's name as Linux reports it, or 'unknown'."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "unknown"
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
 def main() -> None:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     doubling = [1 << i for i in range(cores.bit_length()) if 1 << i < cores]
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--params", type=int, default=1 << 24, help="parameters (default: 16 Mi)")

@@ -1,18 +1,19 @@
 """benchmarks/gpu.py: what it decides before it measures, what it writes, and a dry run on the host."""
 
-import argparse
 import csv
-import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 import gpu
-from gpu import Case, Timing, busy_seconds, choose_cases, choose_scope, inputs_on_host_bytes
+import pytest
+import torch
+from gpu_parts import check, training
+from gpu_parts.cases import Case, Timing, choose_cases, choose_scope, inputs_on_host_bytes
+from harness import machine
+from harness.models import MODELS, TINY_MODELS, batch_of, config_of, random_model
+from harness.traces import busy_seconds
 
+from megatrain.model.loading import build_on_meta
 from megatrain.planner.flops import Shape, step_flops
 
 CASES = [Case("1b", 1024, 8192), Case("1b", 8192, 65536), Case("8b", 1024, 8192), Case("8b", 8192, 65536)]
@@ -54,9 +55,9 @@ def test_inputs_on_the_host_take_powers_of_two() -> None:
 
 
 def test_time_is_foreseen_from_what_has_been_timed() -> None:
-    timing = Timing(100.0, gpu.MODELS, steps=3)
+    timing = Timing(100.0, MODELS, steps=3)
     case, longer = Case("1b", 1024, 8192), Case("1b", 1024, 65536)
-    flops = step_flops(gpu.MODELS["1b"].shape, case.lengths).hardware
+    flops = step_flops(MODELS["1b"].shape, case.lengths).hardware
     assert timing.seconds(case) == pytest.approx(6 * flops / (0.4 * 100e12))
     timing.learn(case, 2 * timing.seconds(case))
     assert timing.seconds(case) == pytest.approx(2 * 6 * flops / (0.4 * 100e12))
@@ -67,19 +68,19 @@ def test_time_is_foreseen_from_what_has_been_timed() -> None:
     ("name", "billions"), [("1b", (1.23, 1.24)), ("3b", (3.0, 3.1)), ("7b", (7.6, 7.7)), ("8b", (8.0, 8.1))]
 )
 def test_models_have_the_size_of_those_they_are_named_after(name: str, billions: tuple[float, float]) -> None:
-    model = gpu.build_on_meta(gpu.config_of(gpu.MODELS[name]))
+    model = build_on_meta(config_of(MODELS[name]))
     assert billions[0] < sum(p.numel() for p in model.parameters()) / 1e9 < billions[1]
-    assert Shape.of(model.config) == gpu.MODELS[name].shape
+    assert Shape.of(model.config) == MODELS[name].shape
 
 
 def test_random_models_compute() -> None:
-    model: Any = gpu.random_model(gpu.TINY_MODELS["8b"], gpu.torch.float32)
+    model: Any = random_model(TINY_MODELS["8b"], torch.float32)
     names = dict(model.named_parameters())
-    assert gpu.torch.equal(names["model.norm.weight"], gpu.torch.ones(48))
+    assert torch.equal(names["model.norm.weight"], torch.ones(48))
     assert not names["model.layers.0.self_attn.q_proj.bias"].any()
     first, second = (names[f"model.layers.{n}.mlp.up_proj.weight"] for n in (0, 1))
-    assert not gpu.torch.equal(first, second) and 0.015 < first.std().item() < 0.025
-    assert model(**gpu._batch(128, 2, 8, 0)).loss.item() == pytest.approx(4.85, abs=0.2)  # log(128)
+    assert not torch.equal(first, second) and 0.015 < first.std().item() < 0.025
+    assert model(**batch_of(128, 2, 8, 0)).loss.item() == pytest.approx(4.85, abs=0.2)  # log(128)
 
 
 def test_spans_that_overlap_count_once_and_computation_not_while_it_waits() -> None:
@@ -105,12 +106,12 @@ def test_versions_are_of_all_that_computes(monkeypatch: pytest.MonkeyPatch) -> N
 
     def version(name: str) -> str:
         if name not in installed:
-            raise gpu.importlib.metadata.PackageNotFoundError(name)
+            raise machine.importlib.metadata.PackageNotFoundError(name)
         return installed[name]
 
-    monkeypatch.setattr(gpu.importlib.metadata, "version", version)
-    options = argparse.Namespace(device="lagged", commit="abc")
-    assert gpu.machine(options)["versions"].endswith(" triton 3.4.0 liger-kernel none")
+    monkeypatch.setattr(machine.importlib.metadata, "version", version)
+    versions = machine.describe_machine("lagged", "abc")["versions"]
+    assert versions.endswith(" triton 3.4.0 liger-kernel none deepspeed none")
 
 
 def test_a_dry_run_measures_everything_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,9 +124,12 @@ def test_a_dry_run_measures_everything_once(tmp_path: Path, capsys: pytest.Captu
     assert {row["part"] for row in rows} == set(gpu.PARTS)
     assert {row["commit"] for row in rows if row["part"] == "models"} == {"abc"}
     found = {(row["case"], row["metric"]): float(row["value"]) for row in rows}
+    assert found["8b, 64 x 2, global clipping", "target_tokens_per_second"] == pytest.approx(
+        2 * 63 / found["8b, 64 x 2, global clipping", "seconds_per_step"], rel=1e-4
+    )
     assert found["fp32", "bits_equal"] == 1 and found["fp32, tied", "bits_equal"] == 1
     case = "8b, 64 x 2, global clipping"
-    shape = gpu.TINY_MODELS["8b"].shape
+    shape = TINY_MODELS["8b"].shape
     flops = step_flops(shape, [64, 64], recomputed_layers=shape.layers - int(found[case, "kept_layers"]))
     seconds = found[case, "seconds_per_step"]
     assert found[case, "hardware_rate"] == pytest.approx(flops.hardware / seconds / 1e12, rel=1e-4)
@@ -148,13 +152,13 @@ def test_kernels_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert gpu.main([*options, "--only", "models", "--models", "1b", "--kernels", "torch,liger"]) == 0
     with results.open(newline="") as stream:
         found = {(row["case"], row["metric"]): float(row["value"]) for row in csv.DictReader(stream)}
-    case, metric = "1b, 64 x 2", "tokens_per_second"
+    case, metric = "1b, 64 x 2", "target_tokens_per_second"
     ratio = found[f"{case}, liger kernels, global clipping", metric] / found[f"{case}, global clipping", metric]
     assert found[f"{case}, liger kernels", "speed_of_torch"] == pytest.approx(ratio, rel=1e-3)
 
 
 def test_a_failed_check_ends_the_call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(gpu, "CHECK_BOUNDS", {"fp32": -1.0})
+    monkeypatch.setattr(check, "CHECK_BOUNDS", {"fp32": -1.0})
     assert gpu.main(["--device", "lagged", "--tiny", "--only", "check,link"]) == 1
     printed = capsys.readouterr().out
     assert "nothing else is run" in printed and "== link" not in printed
@@ -189,7 +193,7 @@ def test_wrong_options_are_named(arguments: list[str], message: str, capsys: pyt
 def test_options() -> None:
     options = gpu.parse(["--only", "models", "--tokens", "32,8", "--sequences", "1", "--device-memory", "2"])
     assert options.only == ["models"] and options.device_memory == 2 * 1024**3
-    assert gpu._sizes(options) == [(1024, 8192), (1024, 32768)]
+    assert training._sizes(options) == [(1024, 8192), (1024, 32768)]
     assert options.results is not None and options.results.name == "results.csv"
     assert gpu.parse(["--device", "lagged"]).results is None
     assert gpu.parse(["--keep-graphs", "2"]).keep_graphs == 2

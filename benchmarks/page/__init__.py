@@ -1,0 +1,1 @@
+"""docs/results.md, from benchmarks/results.csv."""
