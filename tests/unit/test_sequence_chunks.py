@@ -149,6 +149,25 @@ def test_evaluation_runs_in_parts_too() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_autocast_holds_in_parts_that_are_run_again() -> None:
+    """Backward runs outside of it. Plain PyTorch without autocast's cache, which would add up casts of a weight in
+    bf16."""
+    plain, mine = tiny_llama(), tiny_llama()
+    for name in ["mlp", "input_layernorm", "post_attention_layernorm"]:
+        for layer in plain.model.layers:
+            over_parts(layer.get_submodule(name), PART)
+    over_parts(plain.model.norm, PART)
+    batch = text(0, count=1)[0]
+    with make_engine(mine, sequence_chunk_tokens=PART) as engine:
+        for model in (plain, mine):
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                loss = model(**batch).loss
+            loss.backward()
+        for (name, expected), (_, found) in zip(plain.named_parameters(), mine.named_parameters(), strict=True):
+            assert torch.equal(expected.grad, found.grad), name
+        engine.step()
+
+
 def test_closing_gives_every_module_its_forward_back() -> None:
     model = tiny_llama()
     engine = make_engine(model, sequence_chunk_tokens=PART)
