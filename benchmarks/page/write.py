@@ -75,10 +75,19 @@ def _section(text: str, first: str, columns: Sequence[Column], found: Sequence[C
     for comparison in found:
         date = comparison.machine["date"].partition(" ")[0]
         parts.append(f"**{comparison.setting or comparison.part}** ({comparison.device}, {date}{_sizes(comparison)})")
+        if (busy := _beside_other_work(comparison)) is not None:
+            parts.append(busy)
         parts.append(table(first, columns, comparison))
     if not any(comparison.device not in HOST_DEVICES for comparison in found):
         parts.append(f"On a GPU: {NOT_YET}.")
     return parts
+
+
+def _beside_other_work(comparison: Comparison) -> str | None:
+    load, cores = float(comparison.machine["load"]), int(comparison.machine["cores"])
+    if load <= cores / 2:
+        return None
+    return f"Measured beside other work (a load of {load:g} on {cores} cores before it began): times are uncertain."
 
 
 def _sizes(comparison: Comparison) -> str:

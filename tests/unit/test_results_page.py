@@ -64,11 +64,17 @@ def test_cases_that_are_compared_with_nothing_stay(tmp_path: Path) -> None:
 
 def test_what_was_not_measured_says_so(tmp_path: Path, recorded: Path) -> None:
     text = _write(tmp_path, recorded)
+    assert "beside other work" not in text
     assert "| 180 layers | – | 1 (0.9–1.25) | – | – | 0.97x | – |" in text
     assert "| no fused kernels | not measured: Liger's kernels need a CUDA device |" in text
     assert "| 28 to 180 layers, one width | 284 to 227 TFLOP/s (0.80x) | GH200 | reviews | not measured yet |" in text
     assert "0.97x (hidden" not in text  # the host in the role of a GPU answers no claim about GPUs
     assert text.count("On a GPU: not measured yet.") == 5
+
+
+def test_a_busy_machine_is_told(tmp_path: Path, recorded: Path) -> None:
+    _sweep(Results(recorded, MACHINE | {"date": "2026-11-21 12:00", "load": "1.5"}), SETTING, 0.97)
+    assert "Measured beside other work (a load of 1.5 on 2 cores before it began)" in _write(tmp_path, recorded)
 
 
 def test_claims_are_answered_by_gpus(tmp_path: Path, recorded: Path) -> None:
