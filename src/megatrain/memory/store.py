@@ -303,6 +303,8 @@ class HostStore:
     def bytes_by_category(self) -> dict[str, int]:
         """Bytes held now, by category; the plan's counterpart."""
         held = dict.fromkeys(("weights", "remainders", "exp_avg", "exp_avg_sq", "gradients", "accumulated"), 0)
+        witnesses = (entry.witness for entry in self.slots.values() if entry.witness is not None)
+        held["witnesses"] = sum(witness.n_bytes for witness in witnesses)
         if self.spilled is not None:
             held["disk buffers"] = self.spilled.buffers_bytes
         for unit, state in self.units.items():

@@ -4,6 +4,8 @@ The low bits of a master belong to the weight that the engine wrote. With anothe
 they can make a NaN.
 """
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,15 +17,33 @@ class Witness:
     that a write into whole rows, columns or most of the parameter does not escape it. One into single elements may."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        columns = shape[-1] if shape else 1
-        rows = int(np.prod(shape)) // columns if columns else 0
-        number = np.arange(max(rows, columns) if rows else 0)
-        self._where = number % max(1, rows) * columns + number % max(1, columns)
+        self._rows, self._columns = _rows_and_columns(shape)
         self._seen: Bits | None = None
 
     def look(self, weights: Bits) -> None:
         """The engine has written `weights`, the whole parameter, 1-D."""
-        self._seen = weights[self._where]
+        self._seen = weights[self._where()]
 
     def recognises(self, weights: Bits) -> bool:
-        return self._seen is None or np.array_equal(weights[self._where], self._seen)
+        return self._seen is None or np.array_equal(weights[self._where()], self._seen)
+
+    @property
+    def n_bytes(self) -> int:
+        """Kept."""
+        return 0 if self._seen is None else self._seen.nbytes
+
+    def _where(self) -> NDArray[np.int64]:
+        """Along diagonals. Not kept: the places of weights would take four times what the weights do."""
+        number = np.arange(max(self._rows, self._columns) if self._rows else 0)
+        return number % max(1, self._rows) * self._columns + number % max(1, self._columns)
+
+
+def witness_bytes(shape: tuple[int, ...]) -> int:
+    """That a witness keeps."""
+    rows, columns = _rows_and_columns(shape)
+    return 2 * max(rows, columns) if rows else 0
+
+
+def _rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
+    columns = shape[-1] if shape else 1
+    return (math.prod(shape) // columns if columns else 0), columns

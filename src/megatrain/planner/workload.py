@@ -76,7 +76,7 @@ class UnitWork:
 @dataclass(frozen=True)
 class Workload:
     """A model in one precision at one sequence length. `order`: units of the base in the order of their calls; `head`:
-    units that run together, forward and backward at once, chunk by chunk. `chunk_tokens`: of the head."""
+    units that run together, forward and backward at once, chunk by chunk. `chunk_tokens`: of the head, on the host."""
 
     name: str
     precision: str
@@ -87,6 +87,7 @@ class Workload:
     order: tuple[int, ...]
     head: tuple[int, ...]
     chunk_tokens: int
+    head_in_chunks: bool
     complete: bool
     runs: Mapping[int, UnitRun]
     model: nn.Module
@@ -155,6 +156,7 @@ def build_workload(
         order=order,
         head=tuple(u for u in passed.order if u not in inside),
         chunk_tokens=setup.host_chunk_tokens(vocabulary) if base is not None else seq_len,
+        head_in_chunks=base is not None,
         complete=passed.complete,
         runs=passed.runs,
         model=compute,
