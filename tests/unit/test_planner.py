@@ -80,7 +80,7 @@ def test_state_takes_twelve_bytes_or_fourteen() -> None:
     assert held["weights"] == held["remainders"] == held["gradients"] == 2 * PARAMETERS
     assert held["moments"] == 8 * PARAMETERS
     held = ledger(work, placed(work, clip_scope="unit"), 1, in_host_memory=False, process=0)[HOST]
-    assert held["gradients"] == 2 * (BLOCK + 2 * HIDDEN)  # one unit's at a time: the largest
+    assert held["gradients"] == 2 * 2 * (BLOCK + 2 * HIDDEN)  # the largest unit's: one arrives, one is used
     assert held["token ids"] == 16 * LENGTH
 
 

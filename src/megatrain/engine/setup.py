@@ -157,8 +157,13 @@ def head_chunk_tokens(setting: int | None, device: ComputeDevice, token_bytes: i
     if not streams(device) or device.memory_bytes is None:
         return host_chunk_tokens(vocabulary)
     device.start_step()  # its peak counts from what is allocated now
-    free_bytes = max(0, device.memory_bytes - device.peak_bytes())
-    wanted_bytes = max(device.memory_bytes // 8, _DEVICE_CHUNK_TOKENS * token_bytes)
+    return device_chunk_tokens(device.memory_bytes, device.peak_bytes(), token_bytes)
+
+
+def device_chunk_tokens(memory_bytes: int, held_bytes: int, token_bytes: int) -> int:
+    """`held_bytes` of the memory: weights' and gradients', before the first step."""
+    free_bytes = max(0, memory_bytes - held_bytes)
+    wanted_bytes = max(memory_bytes // 8, _DEVICE_CHUNK_TOKENS * token_bytes)
     return max(64, min(wanted_bytes, free_bytes // 2) // token_bytes // 64 * 64)
 
 

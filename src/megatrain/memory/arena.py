@@ -106,13 +106,26 @@ def reuse_freed_memory() -> bool:
 
     Activations come and go by the hundred in each step; as mappings of their own they would be faulted in and zeroed
     every time (measured: a step took 1.4 times as long). Larger blocks, the gradients and logits of a big head, still
-    go at once. Threads share the one heap: of the micro-batches' threads only one runs at a time. Returns False, and
-    changes nothing, where the C library is not glibc.
+    go at once. Threads share the one heap (`share_one_heap`). Returns False, and changes nothing, where the C library
+    is not glibc.
     """
     if not keep_large_allocations_out_of_heap(32 << 20):
         return False
     call = _libc_function("mallopt", [ctypes.c_int, ctypes.c_int])
-    return call is not None and bool(call(_M_TRIM_THRESHOLD, 1 << 30)) and bool(call(_M_ARENA_MAX, 1))
+    return call is not None and bool(call(_M_TRIM_THRESHOLD, 1 << 30)) and share_one_heap()
+
+
+def share_one_heap() -> bool:
+    """Let threads that start from here on allocate from the heaps that are there now, and from no new ones.
+
+    Of the micro-batches' threads only one runs at a time, and can use what the one before has freed. A heap that some
+    earlier thread was given stays, and goes to the next thread: a command says this before it starts any. Returns
+    False, and changes nothing, where the C library is not glibc.
+    """
+    if _libc_function("malloc_trim", [ctypes.c_size_t]) is None:
+        return False
+    call = _libc_function("mallopt", [ctypes.c_int, ctypes.c_int])
+    return call is not None and bool(call(_M_ARENA_MAX, 1))
 
 
 def _map_private(size: int) -> mmap.mmap:

@@ -8,6 +8,7 @@ from megatrain.memory.layout import SlabLayout
 from megatrain.memory.pieces import buffer_bytes, disk_bytes
 from megatrain.memory.slab_state import moment_bytes
 from megatrain.memory.spilled_states import BUFFERS
+from megatrain.memory.witness import witness_bytes
 from megatrain.sizes import format_bytes
 
 ARRIVING_UNITS = 2  # gradients that come from a device and have no place of their own: one arrives, one is used
@@ -77,6 +78,7 @@ def plan_memory(
         "exp_avg": sum(moment_bytes(s, moments) for s in held),
         "exp_avg_sq": sum(moment_bytes(s, moments) for s in held),
         "gradients": sum(gradient_bytes) if keep_gradients else largest_gradient,
+        "witnesses": sum(witness_bytes(p.shape) for s in slabs if s.remainder_bytes for p in s.places if p.trainable),
     }
     if on_disk:
         state["disk buffers"] = BUFFERS * max(buffer_bytes(units[unit], moments) for unit in on_disk)

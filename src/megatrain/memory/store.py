@@ -139,7 +139,7 @@ class HostStore:
             for place in slab.layout.places:
                 self.slots[place.slot] = entry = SlotState(slots[place.slot], unit, slab, place)
                 if entry.carries_remainder:
-                    entry.witness = Witness(place.shape, slab.weight.device)
+                    entry.witness = Witness(place.shape)
         for slab in state.slabs:
             for place in slab.layout.places:
                 self._take_parameter(self.slots[place.slot], mapped)
@@ -345,6 +345,8 @@ class HostStore:
     def bytes_by_category(self) -> dict[str, int]:
         """Bytes of host memory held now, by category; the plan's counterpart."""
         held = dict.fromkeys(("weights", "remainders", "exp_avg", "exp_avg_sq", "gradients", "accumulated"), 0)
+        witnesses = (entry.witness for entry in self.slots.values() if entry.witness is not None)
+        held["witnesses"] = sum(witness.n_bytes for witness in witnesses)
         if self.spilled is not None:
             held["disk buffers"] = self.spilled.buffers_bytes
         for unit, state in self.units.items():

@@ -31,7 +31,7 @@ from megatrain.model.moves import moved
 from megatrain.model.root import RootForward
 from megatrain.model.side_effects import RandomState
 
-_BYTES_PER_LOGIT = 16  # while a chunk is differentiated: fp32 logits, their log-softmax, two gradients; and bf16 ones
+BYTES_PER_LOGIT = 16  # while a chunk is differentiated: fp32 logits, their log-softmax, two gradients; and bf16 ones
 
 
 @dataclass(slots=True)
@@ -92,7 +92,7 @@ class ChunkedHead:
                 self.remove()
                 return
             vocabulary: int = max(p.shape[0] for p in _output_embeddings(model).parameters())
-            self._token_bytes = _BYTES_PER_LOGIT * vocabulary
+            self._token_bytes = BYTES_PER_LOGIT * vocabulary
             self.chunk_tokens = chunk_tokens(self._token_bytes, vocabulary)
         except BaseException:
             self.remove()

@@ -10,9 +10,10 @@ from functools import cached_property, partial
 
 from megatrain.device.cuda import USABLE_SHARE
 from megatrain.engine.kept_graphs import graph_budget, last_that_fit
-from megatrain.engine.setup import SMALL_UNIT_SHARE
+from megatrain.engine.setup import SMALL_UNIT_SHARE, device_chunk_tokens
 from megatrain.engine.weight_stream import DEFAULT_SLOTS
 from megatrain.memory.placement import movable_units, spread
+from megatrain.model.head import BYTES_PER_LOGIT
 from megatrain.planner.durations import Measured, durations
 from megatrain.planner.hardware import Hardware
 from megatrain.planner.placement import (
@@ -23,6 +24,7 @@ from megatrain.planner.placement import (
     PROCESS_BYTES,
     Ledger,
     Placement,
+    held_before_steps,
     ledger,
     state_bytes,
     step_schedule,
@@ -36,11 +38,13 @@ _ENOUGH_TOKENS = 16 * 1024  # of a micro-batch: beyond, products do not become f
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a plan has to keep to. `sequences`: of one optimizer step. None: the planner chooses. `chunked`: long
-    sequences run in parts. `clip_scope`:
-    'global', 'unit', or 'none'. `keep_graphs` as in the engine. Memory limits in bytes; None: the hardware's. `nvme`:
-    bytes that may be used there, 0 for none. `resident`: first units in device memory. `process_bytes`: of host memory,
-    beside the plan's own."""
+    """What a plan has to keep to. None: the planner chooses.
+
+    sequences: of one optimizer step. clip_scope: 'global', 'unit', or 'none'. keep_graphs: as in the engine. chunked:
+    long sequences run in parts. resident: first units in device memory. Memory limits in bytes, None: the hardware's;
+    nvme: bytes that may be used there, 0 for none. process_bytes: of host memory, beside the plan's own. emulated: the
+    device lies in host memory and does not count what units compute there, as the lagged one.
+    """
 
     sequences: int
     micro_batch: int | None = None
@@ -54,6 +58,7 @@ class Settings:
     host_memory: int | None = None
     nvme: int = 0
     process_bytes: int = PROCESS_BYTES
+    emulated: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,9 +89,19 @@ def limits(hardware: Hardware, settings: Settings) -> dict[str, int]:
     return found
 
 
+def _with_its_chunks(workload: Workload, hardware: Hardware, settings: Settings) -> Workload:
+    """The head in chunks as the engine would choose them for the device."""
+    unlimited = settings.emulated and settings.device_memory is None
+    if hardware.computes_in_host_memory or unlimited or not workload.head_in_chunks:
+        return workload
+    held = held_before_steps(workload)
+    tokens = device_chunk_tokens(limits(hardware, settings)[DEVICE], held, BYTES_PER_LOGIT * workload.vocabulary)
+    return replace(workload, chunk_tokens=tokens)
+
+
 def choose(workload: Workload, hardware: Hardware, settings: Settings, measured: Measured | None = None) -> Candidate:
     """The fastest placement that fits; where none does, the one that is missing least."""
-    chooser = _Chooser(workload, hardware, settings, measured)
+    chooser = _Chooser(_with_its_chunks(workload, hardware, settings), hardware, settings, measured)
     found = chooser.best(map(chooser.evaluate, chooser.placements()))
     if not found.fits and settings.nvme:
         found = chooser.best([found, *map(chooser.evaluate, map(chooser.with_nvme, chooser.placements()))])
@@ -130,6 +145,7 @@ class _Chooser:
             process=self.settings.process_bytes,
             # a limit that is given is one on what the engine allocates
             device_process=DEVICE_PROCESS_BYTES if self.settings.device_memory is None else 0,
+            emulated=self.settings.emulated,
         )
 
     def missing(self, bytes_needed: Ledger) -> dict[str, int]:

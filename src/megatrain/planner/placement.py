@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from megatrain.engine.gradient_stream import STAGING_BUFFERS
 from megatrain.memory import slab_state
 from megatrain.memory.plan import plan_memory
+from megatrain.model.head import BYTES_PER_LOGIT
 from megatrain.planner.visits import gradient_sums, planned_visits, saved_inputs, streamed_units
 from megatrain.planner.workload import UnitWork, Workload
 from megatrain.schedule.build import build_schedule
@@ -28,6 +29,7 @@ THREAD_BYTES = (
     35 * 10**6
 )  # of each micro-batch's thread but the first: stacks and buffers of the math library (measured)
 HEAP_GAPS = 0.2  # of kept graphs in the C heap, between what stays and what has gone (measured: 0 to 0.3)
+RESERVED = frozenset({"arriving gradients"})  # which a step does not use: a caller's own loop does, which adds up here
 _MOST_THREADS = 8  # for which that was measured; an allowance must not refuse a run of many small micro-batches
 
 
@@ -80,8 +82,10 @@ def state_bytes(unit: UnitWork, placement: Placement) -> int:
     return unit.remainder_bytes + moment_bytes(unit, placement.moments)
 
 
-def step_schedule(workload: Workload, placement: Placement, sequences: int) -> tuple[Schedule, Sizes]:
-    """The engine's operations of one step with this placement."""
+def step_schedule(
+    workload: Workload, placement: Placement, sequences: int, working: Mapping[int, int] | None = None
+) -> tuple[Schedule, Sizes]:
+    """The engine's operations of one step with this placement. `working`: what units hold while they run."""
     visits = planned_visits(workload, placement.tiers)
     streamed = streamed_units(workload, placement.tiers)
     classes = slot_classes(streamed, [v.visit for v in visits if v.visit.units], placement.slots) if streamed else ()
@@ -92,6 +96,7 @@ def step_schedule(workload: Workload, placement: Placement, sequences: int) -> t
         saved_inputs={u: n for u, n in saved_inputs(workload, sequences).items() if u in streamed},
         inputs_leave=placement.inputs_leave,
         gradient_sums=gradient_sums(workload, micro_batches(sequences, placement)),
+        working=working or {},
     )
     return build_schedule([v.visit for v in visits], sizes, classes, readers=readers), sizes
 
@@ -123,10 +128,12 @@ def ledger(
     in_host_memory: bool,
     process: int,
     device_process: int = 0,
+    emulated: bool = False,
 ) -> Ledger:
     """Bytes by tier and category while a step of `sequences` runs. `in_host_memory`: the host is its own device.
-    `process`: what the process holds of host memory beside all this, `device_process` of the device's."""
-    host = _host_state(workload, placement)
+    `process`: what the process holds of host memory beside all this, `device_process` of the device's. `emulated`: the
+    device is a part of host memory, and counts what the engine asks it for, which activations are not among."""
+    host = _host_state(workload, placement, streaming=not in_host_memory)
     host["token ids"] = sequences * workload.seq_len * BYTES_PER_TOKEN_ID
     host["process"] = process
     inputs = sum(saved_inputs(workload, sequences).values())
@@ -138,25 +145,36 @@ def ledger(
     if in_host_memory:
         host["gradient sum"] = _largest_sum(workload)
         host["saved inputs"] = inputs
-        gaps = 0 if placement.chunked else HEAP_GAPS
-        host["kept graphs"] = int(kept_bytes(workload, placement, sequences) * (1 + gaps))
-        host["working set"] = working_bytes(workload, placement, sequences, in_host_memory=True)
-        host["threads"] = THREAD_BYTES * min(micro_batches(sequences, placement) - 1, _MOST_THREADS)
+        host |= _computing_on_the_host(workload, placement, sequences)
         return {HOST: _present(host)} | ({NVME: nvme} if any(nvme.values()) else {})
-    device = _device_bytes(workload, placement, sequences)
-    device["process"] = device_process
+    device = _device_bytes(workload, placement, sequences, emulated=emulated)
+    if emulated:
+        host["device"] = sum(device.values())
+        host |= _computing_on_the_host(workload, placement, sequences)
+    else:
+        device["process"] = device_process
     if placement.inputs_leave:
         schedule, _ = step_schedule(workload, placement, sequences)
         host["saved inputs"] = sum(op.n_bytes for op in schedule.operations if op.kind.value == "save")
     return {DEVICE: _present(device), HOST: _present(host), NVME: _present(nvme)}
 
 
-def _host_state(workload: Workload, placement: Placement) -> dict[str, int]:
+def _computing_on_the_host(workload: Workload, placement: Placement, sequences: int) -> dict[str, int]:
+    gaps = 0 if placement.chunked else HEAP_GAPS
+    return {
+        "kept graphs": int(kept_bytes(workload, placement, sequences) * (1 + gaps)),
+        "working set": working_bytes(workload, placement, sequences, in_host_memory=True),
+        "threads": THREAD_BYTES * min(micro_batches(sequences, placement) - 1, _MOST_THREADS),
+    }
+
+
+def _host_state(workload: Workload, placement: Placement, *, streaming: bool) -> dict[str, int]:
     """What the host holds for good of units that are not in device memory."""
     at_home = {u: slabs for u, slabs in workload.layouts.items() if placement.tiers[u] != DEVICE}
     plan = plan_memory(
         at_home,
         keep_gradients=placement.keeps_gradients,
+        streaming=streaming,
         moments=placement.moments,
         spilled=placement.units_in(NVME),
     )
@@ -165,20 +183,31 @@ def _host_state(workload: Workload, placement: Placement) -> dict[str, int]:
         "remainders": plan.state["remainders"],
         "moments": plan.state["exp_avg"] + plan.state["exp_avg_sq"],
         "gradients": plan.state["gradients"],
+        "arriving gradients": plan.transient.get("arriving gradients", 0),
+        "witnesses": plan.state["witnesses"],
         "NVMe buffers": plan.state.get("disk buffers", 0),
     }
 
 
-def _device_bytes(workload: Workload, placement: Placement, sequences: int) -> dict[str, int]:
+def held_before_steps(workload: Workload) -> int:
+    """Device memory of an engine that has not run yet: small units, one slot of each size, staging."""
+    streamed = {u.index: u.image_bytes for u in workload.units if u.index not in workload.small}
+    slots = sum(c.slot_bytes for c in slot_classes(streamed, (), 1)) if streamed else 0
+    small = sum(u.image_bytes for u in workload.homes if u.index not in streamed)
+    return small + slots + STAGING_BUFFERS * max((u.staging_bytes for u in workload.homes), default=0)
+
+
+def _device_bytes(workload: Workload, placement: Placement, sequences: int, *, emulated: bool) -> dict[str, int]:
     resident = [u for u in workload.homes if placement.tiers[u.index] == DEVICE]
-    schedule, sizes = step_schedule(workload, placement, sequences)
+    logits = dict.fromkeys(workload.head[-1:], logits_bytes(workload, placement.micro_batch))
+    schedule, sizes = step_schedule(workload, placement, sequences, logits if emulated else None)
     moving = check_schedule(schedule, sizes) - schedule.slot_bytes
     # inputs of units without a slot stay where they are
     moving += sum(n for u, n in saved_inputs(workload, sequences).items() if u not in sizes.weights)
     small = sum(u.image_bytes for u in workload.units if u.index in workload.small and u not in resident)
     strays = workload.strays.image_bytes if workload.strays and workload.strays not in resident else 0
     sent = [u.staging_bytes for u in workload.homes if placement.tiers[u.index] != DEVICE]
-    return {
+    held = {
         "weights": sum(u.weight_bytes for u in resident),
         "remainders": sum(u.remainder_bytes for u in resident),
         "moments": sum(moment_bytes(u, placement.moments) for u in resident),
@@ -186,9 +215,11 @@ def _device_bytes(workload: Workload, placement: Placement, sequences: int) -> d
         "weight slots": schedule.slot_bytes + small + strays,
         "gradient staging": STAGING_BUFFERS * max(sent, default=0),
         "saved inputs and gradient sums": moving,
-        "kept graphs": kept_bytes(workload, placement, sequences),
-        "working set": working_bytes(workload, placement, sequences, in_host_memory=False),
     }
+    if not emulated:
+        held["kept graphs"] = kept_bytes(workload, placement, sequences)
+        held["working set"] = working_bytes(workload, placement, sequences, in_host_memory=False)
+    return held
 
 
 def kept_bytes(workload: Workload, placement: Placement, sequences: int) -> int:
@@ -225,6 +256,11 @@ def _unit_bytes(unit: UnitWork, placement: Placement) -> int:
     graph = unit.in_parts.graph
     inside = max(unit.in_parts.part, graph - 2 * unit.inputs)
     return placement.micro_batch * (graph + inside + 3 * unit.inputs) + unit.link_gradient_bytes + unit.sum_bytes
+
+
+def logits_bytes(workload: Workload, micro_batch: int) -> int:
+    """Of a chunk of the head, as the engine tells the device."""
+    return min(workload.chunk_tokens, micro_batch * workload.seq_len) * workload.vocabulary * BYTES_PER_LOGIT
 
 
 def head_bytes(workload: Workload, micro_batch: int) -> int:

@@ -8,7 +8,7 @@ from megatrain.planner.choose import Candidate, Settings, choose, limits
 from megatrain.planner.durations import Measured
 from megatrain.planner.flops import StepFlops, flops_of_units
 from megatrain.planner.hardware import Hardware
-from megatrain.planner.placement import Ledger, Placement
+from megatrain.planner.placement import RESERVED, Ledger, Placement
 from megatrain.planner.simulate import Simulation
 from megatrain.planner.workload import Workload
 from megatrain.sizes import format_bytes
@@ -74,7 +74,8 @@ class Plan:
     @property
     def bytes_per_parameter(self) -> float:
         """Of weights and optimizer state, wherever they are, and of gradients that are kept."""
-        state = sum(n for held in self.ledger.values() for name, n in held.items() if name in _STATE)
+        lent = set() if self.placement.keeps_gradients else {"gradients"}
+        state = sum(n for held in self.ledger.values() for name, n in held.items() if name in set(_STATE) - lent)
         return state / self.workload.parameters
 
     @property
@@ -98,6 +99,10 @@ class Plan:
 
     def peak_bytes(self, tier: str) -> int:
         return sum(self.ledger.get(tier, {}).values())
+
+    def used_bytes(self, tier: str) -> int:
+        """Of the peak, what a step of `train_step` uses."""
+        return sum(n for name, n in self.ledger.get(tier, {}).items() if name not in RESERVED)
 
     def refusal(self) -> str:
         """One line that says what is missing, and what would fit."""

@@ -92,8 +92,8 @@ class UnitWork:
 @dataclass(frozen=True)
 class Workload:
     """A model in one precision at one sequence length. `order`: units of the base in the order of their calls; `head`:
-    units that run together, forward and backward at once, chunk by chunk. `chunk_tokens`: of the head. `part_tokens`:
-    of the parts in which units may run; None where sequences are too short for that."""
+    units that run together, forward and backward at once, chunk by chunk. `chunk_tokens`: of the head, on the host.
+    `part_tokens`: of the parts in which units may run; None where sequences are too short for that."""
 
     name: str
     precision: str
@@ -105,6 +105,7 @@ class Workload:
     head: tuple[int, ...]
     chunk_tokens: int
     part_tokens: int | None
+    head_in_chunks: bool
     complete: bool
     runs: Mapping[int, UnitRun]
     model: nn.Module
@@ -178,6 +179,7 @@ def build_workload(
         head=tuple(u for u in passed.order if u not in inside),
         chunk_tokens=setup.host_chunk_tokens(vocabulary) if base is not None else seq_len,
         part_tokens=part_of_sequence,
+        head_in_chunks=base is not None,
         complete=passed.complete,
         runs=passed.runs,
         model=compute,

@@ -11,7 +11,8 @@ class ScheduleError(AssertionError):
 
 def check_schedule(schedule: Schedule, sizes: Sizes) -> int:
     """Raise ScheduleError where `schedule` is wrong; returns the largest number of bytes it holds on the device:
-    slots, saved inputs (from their visit to their backward visit, while not on the host) and gradients that add up.
+    slots, saved inputs (from their visit to their backward visit, while not on the host), gradients that add up, and
+    what a unit holds while it runs.
 
     What is proved: a slot is fetched into only while it is empty and large enough; every unit of a visit lies in a
     slot, fetched before and not released since, when the visit runs; all visits run, in order; what is saved is
@@ -51,6 +52,8 @@ class _State:
             Kind.OFFLOAD: self._offload,
         }[operation.kind](operation)
         held = sum(self.on_device.values()) + sum(self.sums.values())
+        if operation.kind is Kind.COMPUTE:
+            held += sum(self.sizes.working.get(unit, 0) for unit in self.schedule.visits[operation.visit].units)
         self.peak_other_bytes = max(self.peak_other_bytes, held)
 
     def _fetch(self, op: Operation) -> None:

@@ -55,13 +55,15 @@ class Operation:
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """Bytes by unit: of its weights and its gradient as they cross the link, of its saved inputs (all micro-batches
-    together), and of its gradient as it adds up on the device. `inputs_leave`: saved inputs wait on the host."""
+    together), of its gradient as it adds up on the device, and of what there is only while it runs. `inputs_leave`:
+    saved inputs wait on the host."""
 
     weights: Mapping[int, int]
     gradients: Mapping[int, int]
     saved_inputs: Mapping[int, int]
     inputs_leave: bool = True
     gradient_sums: Mapping[int, int] = field(default_factory=dict)
+    working: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,7 @@ def plan_settings(config: Config, **others: Any) -> Settings:
         "device_memory": engine.device_memory,
         "moments": config.optimizer.moments,
         "chunked": setup.resolve_sequence_chunks(engine.sequence_chunk_tokens, engine.compile) is not None,
+        "emulated": engine.device == "lagged",
     }
     return Settings(**(given | others))
 
@@ -127,13 +128,14 @@ def _free_bytes(folder: str | None) -> int:
 
 
 def usable_here(config: Config, hardware: Hardware) -> int | None:
-    """Device memory that a run on this machine may use: as it is set, or what the device itself says."""
-    return config.engine.device_memory or hardware.device_memory
+    """Device memory that a run on this machine may use: as it is set, or what the device itself says. The lagged one
+    says nothing."""
+    return config.engine.device_memory or (None if config.engine.device == "lagged" else hardware.device_memory)
 
 
 def measured_here(config: Config, workload: Workload, device: ComputeDevice) -> tuple[Hardware, Measured]:
     """This machine's figures, and the model's units timed on it. Takes some seconds."""
-    hardware = probe(device, workload.precision, config.engine.threads)
+    hardware = probe(device, workload.precision, setup.optimizer_threads(config.engine.threads, device))
     return hardware, measure_units(workload, device, config.engine.micro_batch, hardware.product_rate)
 
 
@@ -162,10 +164,10 @@ class WatchedEngine:
         seconds = statistics.median(s.seconds for s in settled)
         found["step_seconds"] = {"predicted": plan.simulation.step_seconds, "measured": seconds}
         host = max(s.host_peak_bytes for s in self._steps)
-        found["host_peak_bytes"] = {"predicted": plan.peak_bytes(HOST), "measured": host}
+        found["host_peak_bytes"] = {"predicted": plan.used_bytes(HOST), "measured": host}
         device = max(s.device_peak_bytes for s in self._steps)
         if device:
-            found["device_peak_bytes"] = {"predicted": plan.peak_bytes(DEVICE), "measured": device}
+            found["device_peak_bytes"] = {"predicted": plan.used_bytes(DEVICE), "measured": device}
         return found
 
 

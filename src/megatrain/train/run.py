@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from megatrain.config import Config
 from megatrain.data.batches import StepBatches
 from megatrain.errors import MegaTrainError
+from megatrain.memory.arena import share_one_heap
 from megatrain.memory.limits import reset_peak_resident
 from megatrain.model.loading import one_line
 from megatrain.optim.schedules import learning_rate
@@ -51,6 +52,7 @@ def run(config: Config, *, replace: bool = False, profile_steps: int = 0) -> Run
 
     Raises ConfigError and CapacityError before anything is written, and most of them before the texts are read.
     """
+    share_one_heap()  # before reading and measuring start threads
     folder = RunFolder(str(config.output), replace=replace)
     corpora = build.find_corpora(config)
     settings, optimizer, planner, tokenizer = _prepare_model(config, folder)
