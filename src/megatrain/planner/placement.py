@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from megatrain.engine.gradient_stream import STAGING_BUFFERS
 from megatrain.memory import slab_state
+from megatrain.memory.layout import BYTES
 from megatrain.memory.plan import plan_memory
 from megatrain.model.head import BYTES_PER_LOGIT
 from megatrain.planner.visits import gradient_sums, planned_visits, saved_inputs, streamed_units
@@ -164,8 +165,15 @@ def _computing_on_the_host(workload: Workload, placement: Placement, sequences: 
     return {
         "kept graphs": int(kept_bytes(workload, placement, sequences) * (1 + gaps)),
         "working set": working_bytes(workload, placement, sequences, in_host_memory=True),
-        "threads": THREAD_BYTES * min(micro_batches(sequences, placement) - 1, _MOST_THREADS),
+        "threads": _thread_bytes(workload, placement) * min(micro_batches(sequences, placement) - 1, _MOST_THREADS),
     }
+
+
+def _thread_bytes(workload: Workload, placement: Placement) -> int:
+    """Of each micro-batch's thread but the first. Most are gaps in the heap: of small graphs twice what these take in
+    fp32, in which the host computes (measured)."""
+    graph = max((u.graph for u in workload.units), default=0) * BYTES["fp32"] // workload.itemsize
+    return min(THREAD_BYTES, 2 * placement.micro_batch * graph)
 
 
 def _host_state(workload: Workload, placement: Placement, *, streaming: bool) -> dict[str, int]:

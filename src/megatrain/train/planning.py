@@ -87,9 +87,13 @@ class RunPlanner:
         return self._plan(hardware, measured)
 
     def _host_limit(self, free_bytes: int, held_bytes: int) -> int:
-        """engine.host_memory is for the engine's own; what the process holds besides is not counted in it."""
-        limit = self._config.engine.host_memory
-        return free_bytes if limit is None else min(free_bytes, limit + held_bytes)
+        """engine.host_memory is for the engine's own; what the process holds besides is not counted in it, nor what a
+        lagged device takes of the host."""
+        engine = self._config.engine
+        if engine.host_memory is None:
+            return free_bytes
+        emulated = (engine.device_memory or free_bytes) if engine.device == "lagged" else 0
+        return min(free_bytes, engine.host_memory + held_bytes + emulated)
 
     def _resident_units(self) -> int | None:
         """None: as many as are of use. A device whose memory has no limit leaves nothing over."""
