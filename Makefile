@@ -18,7 +18,7 @@ demo: install
 
 test: check
 	@echo "== Tests"
-	@$(BIN) -m pytest
+	@$(BIN) -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 test-long: install-dev
 	@echo "== Long repetitions, with their seeds"

@@ -25,6 +25,12 @@ import test_engine_toys as toys
 import torch
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """One process has the GPU, where the suite runs in several."""
+    if Path(__file__).parent in item.path.parents:
+        item.add_marker(pytest.mark.xdist_group("gpu"))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def no_gpu() -> None:
     """In place of the fixture that hides it from the other tests."""

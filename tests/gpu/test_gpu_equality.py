@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import test_engine_toys as toys
 import torch
-from compare import compare
+from comparison import compare
 from on_gpu import DRY, WHERE, make_device
 from reference import gradient_differences, placed, plain_norm, weight_differences
 from test_bf16 import Pair, assert_equal_bits

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from compare import LENGTHS, compare_models
+from comparison import LENGTHS, compare_models
 from on_gpu import make_device, needs_cuda
 from reference import kept_gradients
 from test_engine_toys import make_engine

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import conftest  # noqa: F401  (paths, and no network)
 import torch
 import zoo
-from compare import Comparison, compare, quiet
+from comparison import Comparison, compare, quiet
 
 from megatrain.errors import UnsupportedModelError
 

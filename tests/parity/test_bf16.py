@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from compare import HYPER, LENGTHS, SEED, quiet
+from comparison import HYPER, LENGTHS, SEED, quiet
 from reference import MasterTrainer, gradient_differences, kept_gradients, placed, plain_norm, weight_differences
 
 import megatrain as mt

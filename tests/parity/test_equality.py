@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from compare import Batches, compare, compare_models
+from comparison import Batches, compare, compare_models
 from torch import Tensor, nn
 
 from megatrain.device.lagged import LaggedDevice

@@ -2,7 +2,7 @@
 
 import random
 
-import compare
+import comparison
 import pytest
 import torch
 import zoo
@@ -34,5 +34,5 @@ def test_random_runs_are_equal(seed: int) -> None:
             for n, length in enumerate(lengths)
         ]
 
-    found = compare.compare_models(plain, mine, batches, name=model_type, **options)
+    found = comparison.compare_models(plain, mine, batches, name=model_type, **options)
     assert found.equal, str(found)

@@ -240,7 +240,10 @@ def test_removing_the_head_gives_the_linear_layer_back() -> None:
     engine, _ = fused(model)
     assert model.lm_head(torch.ones(1, 1, TEXT["hidden_size"])).shape[-1] == VOCABULARY
     engine.head.remove()
-    assert engine.head.fused is None and model.lm_head.forward.forward.__func__ is nn.Linear.forward
+    forward = model.lm_head.forward
+    while hasattr(forward, "forward"):  # what stands in for it
+        forward = forward.forward
+    assert engine.head.fused is None and forward.__func__ is nn.Linear.forward
     engine.close()
 
 

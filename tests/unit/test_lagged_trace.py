@@ -98,6 +98,7 @@ def test_a_trace_shows_every_unit_copy_update_and_wait(device: str, tmp_path: Pa
         # whether copies still read weights when they are about to change depends on time
         assert seen["waits of compute"] - {"weights_read"} == {"weights_arrived", "gradient_landed"}
         assert seen["waits of host"] == {"gradient_landed"}
+        assert seen["queued compute"] - {"release"} == {f"pack gradient of {unit}" for unit in units}
     for tid, track in tracks.items():
         spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["ph"] == "X" and e["tid"] == tid)
         assert all(end <= start + 0.2 for (_, end), (start, _) in pairwise(spans)), f"spans of {track} overlap"

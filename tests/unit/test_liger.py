@@ -15,7 +15,7 @@ import liger_on_the_host
 import pytest
 import torch
 import zoo
-from compare import compare_models, quiet
+from comparison import compare_models, quiet
 from reference import gradient_differences, kept_gradients
 from test_engine_toys import make_engine
 from torch import Tensor, nn

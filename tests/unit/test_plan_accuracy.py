@@ -38,11 +38,12 @@ LLAMA: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("precision", "entries", "memory", "settings"),
     [
-        ("fp32", {}, None, {}),
-        ("bf16", {"tie_word_embeddings": True}, None, {"slots": 3}),
+        ("fp32", {}, None, {"resident": 0}),
+        ("bf16", {"tie_word_embeddings": True}, None, {"slots": 3, "resident": 0}),
+        ("bf16", {}, None, {"resident": 3}),
         ("fp32", {"num_hidden_layers": 12}, 56 * MIB, {"clip_scope": "unit"}),
     ],
-    ids=["7M fp32", "6M bf16 tied", "12M in 56 MiB"],
+    ids=["7M fp32", "6M bf16 tied", "7M bf16 with residents", "12M in 56 MiB"],
 )
 def test_device_peak(precision: str, entries: dict[str, Any], memory: int | None, settings: dict[str, Any]) -> None:
     """Slots, staging, inputs, sums and the head's logits, which the lagged device counts to the byte; chunks of the
@@ -56,6 +57,8 @@ def test_device_peak(precision: str, entries: dict[str, Any], memory: int | None
         Settings(sequences, micro_batch, device_memory=memory, keep_graphs="off", emulated=True, **settings),
     )
     assert planned.fits
+    settings = settings | {"resident_units": len(planned.placement.units_in(DEVICE))}
+    settings.pop("resident", None)
     engine = make_engine(
         initialise(load_config(LLAMA | entries), 0), device=device, keep_graphs="off", precision=precision, **settings
     )
@@ -70,7 +73,7 @@ def test_witnesses_are_planned() -> None:
     """They are small, and grow with the vocabulary."""
     work = build_workload(load_config(LLAMA), precision="bf16", seq_len=LENGTH)
     device = LaggedDevice("bf16")
-    held = choose(work, describe_machine(device), Settings(1, 1, emulated=True)).ledger[HOST]
+    held = choose(work, describe_machine(device), Settings(1, 1, resident=0, emulated=True)).ledger[HOST]
     engine = make_engine(initialise(load_config(LLAMA), 0), device=device, precision="bf16")
     store: HostStore = engine.store
     assert held["witnesses"] == store.bytes_by_category()["witnesses"] > 2 * 2 * VOCABULARY

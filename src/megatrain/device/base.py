@@ -102,8 +102,9 @@ class StreamingDevice(ComputeDevice, Protocol):
     def hold(self, n_bytes: int) -> None:
         """Count tensors that computation has left on the device (negative: that are gone). Raises CapacityError."""
 
-    def compute(self, run: Callable[[], None], after: After) -> Event:
-        """`run` in the order of computation, once `after` has happened; returns what tells when it is done."""
+    def compute(self, run: Callable[[], None], after: After, label: str = "") -> Event:
+        """`run` in the order of computation, once `after` has happened; returns what tells when it is done. `label`
+        names it in a trace."""
 
     def release(self, buffer: Tensor) -> Event:
         """What has been issued so far reads this memory, nothing later does; returns what tells when it is free."""

@@ -234,11 +234,14 @@ class CudaDevice:
 
     # -- order ----------------------------------------------------------------------------------------------
 
-    def compute(self, run: Callable[[], None], after: After) -> CudaEvent:
+    def compute(self, run: Callable[[], None], after: After, label: str = "") -> CudaEvent:
         for name, event in after:
             with self.waits.during(name):
                 self.wait(name, event)
+        start = self.mark() if self.trace is not None else None
         run()
+        if self.trace is not None and start is not None:
+            self.trace.add("queued compute", label, start, self.mark())
         return self._now()
 
     def release(self, buffer: Tensor) -> CudaEvent:

@@ -33,19 +33,15 @@ class UnitImage:
             sources[whole.data_ptr()] = whole
         for slot in slots:
             weight = slot.parameter.detach()
-            if slot.index not in store.slots or store.slots[slot.index].unit != unit:
+            if weight.numel() and (slot.index not in store.slots or store.slots[slot.index].unit != unit):
                 sources[weight.data_ptr()] = weight.reshape(-1).view(torch.uint8)
         ends = image_ends(s.nbytes for s in sources.values())
         pieces = tuple(zip([0, *ends[:-1]], sources.values(), strict=True))
         parameters = []
         for slot in slots:
             weight = slot.parameter.detach()
-            start, piece = next(
-                (o, p) for o, p in pieces if 0 <= weight.data_ptr() - p.data_ptr() <= p.nbytes - weight.nbytes
-            )
-            offset = start + weight.data_ptr() - piece.data_ptr()
-            parameters.append((slot.index, offset, weight.dtype, weight.shape))
-        return cls(unit, pieces, tuple(parameters), ends[-1])
+            parameters.append((slot.index, _offset(weight, pieces), weight.dtype, weight.shape))
+        return cls(unit, pieces, tuple(parameters), ends[-1] if ends else 0)
 
     def pairs(self, buffer: Tensor) -> list[tuple[Tensor, Tensor]]:
         return [(buffer[offset : offset + host.nbytes], host) for offset, host in self.pieces]
@@ -60,6 +56,15 @@ class UnitImage:
             start = (buffer.storage_offset() + offset) // dtype.itemsize
             views[index] = view.set_(storage, start, shape, _dense_strides(shape))
         return views
+
+
+def _offset(weight: Tensor, pieces: tuple[tuple[int, Tensor], ...]) -> int:
+    """Where a parameter lies in the slot; one without elements lies anywhere."""
+    if not weight.numel():
+        return 0
+    address = weight.data_ptr()
+    start, piece = next((o, p) for o, p in pieces if 0 <= address - p.data_ptr() <= p.nbytes - weight.nbytes)
+    return start + address - piece.data_ptr()
 
 
 def image_ends(piece_bytes: Iterable[int]) -> list[int]:

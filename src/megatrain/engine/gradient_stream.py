@@ -53,7 +53,8 @@ class GradientStream:
             sums.clear()
             self._device.hold(-held)
 
-        packed = self._device.compute(pack, [("staging_free", staging.free)] if staging.free is not None else [])
+        free = [("staging_free", staging.free)] if staging.free is not None else []
+        packed = self._device.compute(pack, free, f"pack gradient of {label}")
         pairs = list(zip(targets, views, strict=True))
         landed = self._device.down.copy(pairs, [("gradient_packed", packed)], label=label)
         staging.free = landed

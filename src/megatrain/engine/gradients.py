@@ -281,7 +281,8 @@ class GradientBook:
             self._memory.keep(home)
         if stays and self._resident is not None:
             begun = self._begin_sums_on_device([e for e, is_further in zip(entries, again, strict=True) if is_further])
-            self._resident.write(entries, gradients, again, [_place_in({}, e) for e in entries], begun)
+            places = [_place_in({}, entry) for entry in entries]
+            self._resident.write(entries, gradients, again, places, begun, label=self._names[home])
         elif self._stream is None:
             lent = {} if self.keep else self._lend(home)
             for entry, gradient, is_further in zip(entries, gradients, again, strict=True):

@@ -22,6 +22,7 @@ class ResidentGradients:
         is_further: list[bool],
         places: list[Tensor],
         begun: list[tuple[Tensor, Tensor]],
+        label: str,
     ) -> None:
         """Round complete gradients once to their slab's dtype, as if they crossed the link; each goes to its place, or
         is added to what is there. `begun`: new sums, and what they begin with. In the order of computation."""
@@ -47,7 +48,7 @@ class ResidentGradients:
             gradients.clear()
             self._device.hold(-held)
 
-        self._last = self._device.compute(run, ())
+        self._last = self._device.compute(run, (), f"gradient of {label}")
 
     def settle(self) -> None:
         """Return when all that was written is."""

@@ -374,18 +374,23 @@ def plan_for(
     return plan
 
 
+def check_resident_units(count: int, device: ComputeDevice) -> None:
+    """Raise ConfigError where units are to stay on a device that computes in the host's memory."""
+    if count and not streams(device):
+        raise ConfigError(
+            f"engine.resident_units is {count}; it must be 0 on {device.name}, which has no memory of its own for units"
+            " to stay in"
+        )
+
+
 def choose_resident(
     part: Partition, layouts: dict[int, list[SlabLayout]], count: int, device: ComputeDevice, moments: str
 ) -> dict[int, int]:
     """The first `count` units that can lie in the device's memory, with the bytes that they take there. Raises
     ConfigError for a device without memory of its own, CapacityError where that has no room for them."""
-    if not count:
+    check_resident_units(count, device)
+    if not count or not streams(device):
         return {}
-    if not streams(device):
-        raise ConfigError(
-            f"engine.resident_units is {count}; it must be 0 on {device.name}, which has no memory of its own for units"
-            " to stay in"
-        )
     fixed = {unit.index for unit in part.units if any(not s.parameter.is_floating_point() for s in unit.slots)}
     movable = movable_units({u.index: {slot.units[0] for slot in u.slots} for u in part.units if u.slots})
     chosen = [unit for unit in movable if unit in layouts and unit not in fixed][:count]

@@ -158,7 +158,7 @@ class PendingUpdates:
             with torch.no_grad():
                 self._carry_out(unit, updates)
 
-        self._on_device = self._streaming.compute(run, ())
+        self._on_device = self._streaming.compute(run, (), f"update of {self._names[unit]}")
 
     @property
     def _streaming(self) -> StreamingDevice:
@@ -173,7 +173,7 @@ class PendingUpdates:
             self._failed = self._failed or (name, error)
             if not isinstance(error, Exception):
                 raise
-        if self._device.trace is not None:
+        if self._device.trace is not None and unit not in self._store.on_device:
             self._device.trace.add("host", f"update of {name}", started, time.perf_counter())
 
     def _update(self, unit: int, updates: list[SlabUpdate]) -> None:

@@ -181,6 +181,7 @@ class UnitCall:
         self.result: UnitResult | None = None
         self.own_outputs: list[bool] = []  # whether each output requires a gradient
         self.kept_inputs: dict[int, Any] = {}  # by position, those that the host keeps
+        self.inputs_are_gone = False  # those, after a backward
         self.digest: Digest | None = None  # of the first run's results, while the model is being learnt
 
     def __del__(self) -> None:
@@ -208,7 +209,7 @@ class UnitCall:
         self.random = RandomState(host.compute_device)
         buffers = block.buffers.before()
         attributes = block.attributes.snapshot()
-        if host.keeps_graph(block.unit):
+        if not _graphs_are_watched() and host.keeps_graph(block.unit):
             self.graph = UnitGraph(self, inputs, weights, attributes)
             result = self.graph.result
         else:
@@ -243,6 +244,12 @@ class UnitCall:
         host.arrive(block.unit, backward=True)
         if self.generation != host.generation:
             raise RuntimeError(f"{block.where}: backward of a forward that ran before step(); its weights have changed")
+        if self.inputs_are_gone:
+            raise RuntimeError(
+                f"{block.where}: backward through the same graph a second time; what the unit was called with has been"
+                " given up after the first (retain_graph has no effect here)"
+            )
+        self.inputs_are_gone = bool(self.kept_inputs)
         graph, self.graph = self.graph, None
         weights = host.fetch(block.unit, backward=True)
         kept = host.take_inputs(block.unit, self.kept_inputs)
@@ -270,6 +277,12 @@ class UnitCall:
                 stack.enter_context(self.random.replaying())
             stack.enter_context(WrittenBuffers.replaying(self.buffers))
             return UnitGraph(self, inputs, weights, block.attributes.snapshot(), needed)
+
+
+def _graphs_are_watched() -> bool:
+    """Whether somebody outside decides what graphs save (torch.utils.checkpoint around calls of units): a graph that is
+    kept would be saved through their hooks, and what is kept the first time might not be kept when it is run again."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 class _UnitNode(torch.autograd.Function):

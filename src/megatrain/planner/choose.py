@@ -33,6 +33,9 @@ from megatrain.planner.simulate import Simulation, simulate
 from megatrain.planner.workload import Workload
 
 _SPARE_SHARE = 0.05  # of device memory that units leave free: what a step needs there is estimated
+_AS_GOOD_AS_EQUAL = (
+    0.01  # of step times that are predicted; the simpler placement, which takes less memory, comes first
+)
 _ENOUGH_TOKENS = 16 * 1024  # of a micro-batch: beyond, products do not become faster, and memory grows
 
 
@@ -116,13 +119,14 @@ class _Chooser:
         self.movable = [u for u in movable_units({u.index: u.reads for u in workload.units}) if u in self.all_host]
 
     def best(self, candidates: Iterable[Candidate]) -> Candidate:
-        """The fastest that fits, or else what is missing least; of equals the first."""
+        """The fastest that fits, or else what is missing least; of those that are as good as equal the first."""
         found = list(candidates)
         fitting = [c for c in found if c.fits]
         if len(fitting) == 1:
             return fitting[0]
         if fitting:
-            return min(fitting, key=lambda c: c.simulation.step_seconds)
+            least = min(c.simulation.step_seconds for c in fitting)
+            return next(c for c in fitting if c.simulation.step_seconds <= least * (1 + _AS_GOOD_AS_EQUAL))
         return min(found, key=lambda c: sum(c.missing.values()))
 
     def evaluate(self, placement: Placement) -> Candidate:

@@ -99,6 +99,7 @@ class RunPlanner:
         """None: as many as are of use. A device whose memory has no limit leaves nothing over."""
         asked = self._config.engine.resident_units
         if isinstance(asked, int):
+            setup.check_resident_units(asked, self._device)
             return asked
         limit = self._config.engine.device_memory
         limit = self._device.memory_bytes if limit is None and streams(self._device) else limit
