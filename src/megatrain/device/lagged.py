@@ -1,8 +1,9 @@
 """A device for tests: the host in the role of a device with little memory and late copies.
 
 Every race that a GPU could have can happen here, and more often: copies run on threads of their own, each after a
-random delay, as late and as interleaved as the named waits allow; memory has a hard cap (on all that the engine places
-there; what a unit allocates while it runs is the host's, and not counted); what a freed slot held turns into NaN. Values are computed on the host, so a step is bit-equal to the same step on the `cpu` device, or wrong.
+random delay, as late and as interleaved as the named waits allow; what a freed slot held turns into NaN. Memory has a
+hard cap on all that the engine places there; what a unit allocates while it runs is the host's, and not counted. Values
+are computed on the host, so a step is bit-equal to the same step on the `cpu` device, or wrong.
 """
 
 import random
