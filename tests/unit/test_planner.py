@@ -295,6 +295,16 @@ def test_first_units_go_to_the_device_when_host_memory_is_short() -> None:
     assert not plan(work, machine(host_memory=int(needed * 0.6)), resident=0).fits
 
 
+def test_an_embedding_that_is_too_large_does_not_keep_the_units_after_it_away() -> None:
+    work = workload(vocab_size=40_000)
+    least = ledger(work, placed(work, slots=1, inputs_leave=True), 4, in_host_memory=False, process=0)
+    device, host = sum(least[DEVICE].values()), sum(least[HOST].values())
+    block = 14 * next(u.state_count for u in work.homes if u.index == 1)
+    limits = {"device_memory": (device + 2 * block) * 100 // 95, "host_memory": host - block // 2}
+    found = plan(work, machine(), **limits, micro_batch=1, slots=1)
+    assert found.fits and found.placement.units_in(DEVICE)[:1] == [1]
+
+
 def test_state_goes_to_nvme_only_where_that_is_allowed(small_pieces: None) -> None:
     work = workload(num_hidden_layers=12)
     # a device that has room for slots and a step, and none for units

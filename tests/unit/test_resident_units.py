@@ -241,6 +241,13 @@ def test_a_wait_left_out_is_noticed(name: str) -> None:
         assert_same(run([name]), expected)
 
 
+def test_by_name() -> None:
+    found = trained(resident_units=["blocks.2", "embed"])
+    assert_same(found, trained(device="cpu"))
+    with make_engine(Net(count=4), device=LaggedDevice("fp32"), resident_units=["blocks.2", "embed"]) as engine:
+        assert {engine.partition.units[u].name for u in engine.store.on_device} == {"blocks.2", "embed"}
+
+
 def test_what_can_move() -> None:
     reads = {0: {0}, 1: {1}, 2: {2, 1}, 3: {3}, 4: {0, 4}, 5: {5}}
     assert movable_units(reads) == [3, 5]
@@ -249,11 +256,13 @@ def test_what_can_move() -> None:
 def test_bad_settings_are_refused() -> None:
     model = Net(count=3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    for value in (-1, 1.5, "all", True):
+    for value in (-1, 1.5, "all", True, [1]):
         with pytest.raises(ConfigError, match=r"engine\.resident_units is"):
             make_engine(model, device=LaggedDevice("fp32"), resident_units=value)
     with pytest.raises(ConfigError, match=r"engine\.resident_units is 2; it must be 0 on cpu"):
         make_engine(model, device="cpu", resident_units=2)
+    with pytest.raises(ConfigError, match=r"'blocks\.7' is no unit that can stay; these can: embed, blocks\.0"):
+        make_engine(model, device=LaggedDevice("fp32"), resident_units=["blocks.7"])
     with pytest.raises(CapacityError, match="missing"):
         make_engine(model, device=LaggedDevice("fp32", 10_000), resident_units=3)
     engine = make_engine(Net(count=3), device=LaggedDevice("bf16"), precision="bf16", resident_units=2)

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from inspect import signature
 from pathlib import Path
@@ -69,10 +69,10 @@ class Engine:
     host_memory:   bytes of host memory to plan with at most, or a size such as '100GiB'; None: what is free.
     nvme:          folder on a local disk for the optimizer state that host memory has no room for (10 of 12 bytes per
                    parameter, of as many units as it takes); None: what does not fit is refused.
-    resident_units: so many of the first units lie in a streaming device's memory for good, with their optimizer state
-                   (14 bytes per parameter in bf16, gradients included), and are updated there: nothing of them crosses
-                   the link, and the host holds none of them until `close()`. Units that share parameters with others
-                   are passed over.
+    resident_units: so many of the first units, or those with these names (as in named_modules), lie in a streaming
+                   device's memory for good, with their optimizer state (14 bytes per parameter in bf16, gradients
+                   included), and are updated there: nothing of them crosses the link, and the host holds none of them
+                   until `close()`. Units that share parameters with others are passed over.
     head_chunk_tokens: tokens whose logits exist at once where the head runs in chunks; None: as many as suit the
                    device. Sums over tokens are added up chunk by chunk, so the last bits depend on it.
     kernels:       'torch': the model's own code; 'liger': Liger's kernels in place of parts of it, and for the head,
@@ -104,7 +104,7 @@ class Engine:
         kernels: str = "auto",
         host_memory: int | str | None = None,
         nvme: str | Path | None = None,
-        resident_units: int = 0,
+        resident_units: int | Sequence[str] = 0,
         sequence_chunk_tokens: ChunkTokens = "auto",
         *,
         _mapped: bool = False,

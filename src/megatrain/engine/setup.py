@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,10 @@ def check_arguments(optimizer: AdamW | None, settings: Mapping[str, Any]) -> Non
     check_sequence_chunk_tokens(settings.get("sequence_chunk_tokens", "auto"))
     for name in ("device_memory", "host_memory"):
         memory_bytes(name, settings.get(name))
-    if not _is_whole(resident := settings.get("resident_units", 0)) or resident < 0:
-        raise ConfigError(f"engine.resident_units is {resident!r}; it must be a number of units, 0 for none")
+    resident = settings.get("resident_units", 0)
+    names = isinstance(resident, (tuple, list)) and all(isinstance(name, str) for name in resident)
+    if not names and not (_is_whole(resident) and resident >= 0):
+        raise ConfigError(f"engine.resident_units is {resident!r}; it must be a number of units, 0 for none, or names")
     nvme = settings.get("nvme")
     if nvme is not None and not (isinstance(nvme, (str, Path)) and Path(nvme).is_dir()):
         raise ConfigError(f"engine.nvme is {str(nvme)!r}; it must be a folder that exists, on a local disk")
@@ -374,34 +376,46 @@ def plan_for(
     return plan
 
 
-def check_resident_units(count: int, device: ComputeDevice) -> None:
+def check_resident_units(asked: int | Sequence[str], device: ComputeDevice) -> None:
     """Raise ConfigError where units are to stay on a device that computes in the host's memory."""
-    if count and not streams(device):
+    if asked and not streams(device):
         raise ConfigError(
-            f"engine.resident_units is {count}; it must be 0 on {device.name}, which has no memory of its own for units"
+            f"engine.resident_units is {asked}; it must be 0 on {device.name}, which has no memory of its own for units"
             " to stay in"
         )
 
 
 def choose_resident(
-    part: Partition, layouts: dict[int, list[SlabLayout]], count: int, device: ComputeDevice, moments: str
+    part: Partition,
+    layouts: dict[int, list[SlabLayout]],
+    asked: int | Sequence[str],
+    device: ComputeDevice,
+    moments: str,
 ) -> dict[int, int]:
-    """The first `count` units that can lie in the device's memory, with the bytes that they take there. Raises
-    ConfigError for a device without memory of its own, CapacityError where that has no room for them."""
-    check_resident_units(count, device)
-    if not count or not streams(device):
+    """Units that lie in the device's memory, with the bytes that they take there: the first so many that can, or those
+    with these names. Raises ConfigError for a device without memory of its own and for other names, CapacityError
+    where there is no room for them."""
+    check_resident_units(asked, device)
+    if not asked or not streams(device):
         return {}
     fixed = {unit.index for unit in part.units if any(not s.parameter.is_floating_point() for s in unit.slots)}
     movable = movable_units({u.index: {slot.units[0] for slot in u.slots} for u in part.units if u.slots})
-    chosen = [unit for unit in movable if unit in layouts and unit not in fixed][:count]
+    by_name = {part.units[unit].name: unit for unit in movable if unit in layouts and unit not in fixed}
+    chosen = list(by_name.values())[:asked] if isinstance(asked, int) else [_named(by_name, name) for name in asked]
     sizes = {unit: resident_bytes(layouts[unit], moments) for unit in chosen}
     missing = sum(sizes.values()) - (device.memory_bytes if device.memory_bytes is not None else sum(sizes.values()))
     if missing > 0:
         raise CapacityError(
-            f"device memory: {format_bytes(missing)} missing: engine.resident_units is {count}, and these units take"
+            f"device memory: {format_bytes(missing)} missing: the {len(sizes)} units of engine.resident_units take"
             f" {format_bytes(sum(sizes.values()))} of {format_bytes(device.memory_bytes or 0)}"
         )
     return sizes
+
+
+def _named(units: Mapping[str, int], name: str) -> int:
+    if name not in units:
+        raise ConfigError(f"engine.resident_units: {name!r} is no unit that can stay; these can: {', '.join(units)}")
+    return units[name]
 
 
 def open_spill(

@@ -162,12 +162,10 @@ class _Chooser:
             if self.hardware.computes_in_host_memory:
                 yield base
             elif self.settings.resident is not None:
-                yield self._first_resident(base, self.settings.resident)
+                yield self._resident(base, self.movable[: self.settings.resident])
             else:
                 yield base
-                resident = self._with_resident(base)
-                if resident != base:
-                    yield resident
+                yield from self._with_resident(base)
 
     def _bases(self) -> Iterator[Placement]:
         settings = self.settings
@@ -195,17 +193,23 @@ class _Chooser:
         most = max(1, _ENOUGH_TOKENS // self.workload.seq_len)
         return [n for n in range(min(most, sequences), 0, -1) if sequences % n == 0][:4]
 
-    def _with_resident(self, base: Placement) -> Placement:
-        """As many of the first units as there is room for, with some to spare: they stay, whatever a step needs."""
+    def _with_resident(self, base: Placement) -> Iterator[Placement]:
+        """As many of the first units as there is room for, with some to spare: they stay, whatever a step needs. Where
+        the very first is much larger than the next ones, as an embedding is, also as many without it."""
+        found = set()
+        for units in (self.movable, self.movable[1:]):
 
-        def fits(count: int) -> bool:
-            held = sum(self.ledger(self._first_resident(base, count))[DEVICE].values())
-            return held <= self.limits[DEVICE] * (1 - _SPARE_SHARE)
+            def fits(count: int, units: list[int] = units) -> bool:
+                held = sum(self.ledger(self._resident(base, units[:count]))[DEVICE].values())
+                return held <= self.limits[DEVICE] * (1 - _SPARE_SHARE)
 
-        return self._first_resident(base, _most(len(self.movable), fits))
+            chosen = tuple(units[: _most(len(units), fits)])
+            if chosen and chosen not in found:
+                found.add(chosen)
+                yield self._resident(base, chosen)
 
-    def _first_resident(self, base: Placement, count: int) -> Placement:
-        return replace(base, tiers=self.all_host | dict.fromkeys(self.movable[:count], DEVICE))
+    def _resident(self, base: Placement, units: Iterable[int]) -> Placement:
+        return replace(base, tiers=self.all_host | dict.fromkeys(units, DEVICE))
 
     def with_nvme(self, base: Placement) -> Placement:
         """As few units as host memory asks for, spread as the engine does. Small ones stay."""

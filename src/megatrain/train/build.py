@@ -147,7 +147,8 @@ def build_engine(config: Config, settings: ModelSettings, optimizer: "AdamW", pl
     from megatrain.planner.placement import DEVICE
 
     options, attention = _engine_settings(config), config.model.attn_implementation
-    options["resident_units"] = len(plan.placement.units_in(DEVICE))
+    names = {unit.index: unit.name for unit in plan.workload.units}
+    options["resident_units"] = [names[unit] for unit in plan.placement.units_in(DEVICE)]
     if config.model.path is not None:
         path = model_folder(config.model.path)
         try:
