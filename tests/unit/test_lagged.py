@@ -439,6 +439,13 @@ def test_no_update_begins_while_a_copy_still_reads(without: list[str], monkeypat
     engine.close()
 
 
+def test_a_device_serves_one_engine() -> None:
+    device = lagged()
+    make_engine(Net(), device=device).close()
+    with make_engine(Net(), device=device) as engine, pytest.raises(RuntimeError, match="make another one"):
+        engine.train_step(batches_of(0, 1))
+
+
 def test_an_unknown_wait_is_refused() -> None:
     with pytest.raises(ConfigError, match="no wait"):
         lagged(without=["upadte"])

@@ -59,7 +59,7 @@ class LaggedStream:
         self._random = random.Random(seed)
         self._tasks: SimpleQueue[tuple[Callable[[], None], After, str, LaggedEvent] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name=f"megatrain-lagged-{name}", daemon=True)
-        self._started = False
+        self._started = self._closed = False
         self._last: LaggedEvent | None = None
 
     def copy(
@@ -71,6 +71,8 @@ class LaggedStream:
         return self.submit(lambda: _copy(pairs), after, label)
 
     def submit(self, run: Callable[[], None], after: After, label: str) -> LaggedEvent:
+        if self._closed:
+            raise RuntimeError("this device is closed (by the engine that it was given to); make another one")
         if not self._started:
             self._started = True
             self._thread.start()
@@ -122,9 +124,10 @@ class LaggedStream:
             self._device.trace.add(self._track, label, start, time.perf_counter())
 
     def close(self) -> None:
-        if self._started:
+        if self._started and not self._closed:
             self._tasks.put(None)
             self._thread.join()
+        self._closed = True
 
 
 class LaggedDevice:
