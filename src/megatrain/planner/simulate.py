@@ -33,8 +33,8 @@ class Task:
     label: str
     start: float
     end: float
-    after: tuple["Task", ...]
-    before: "Task | None"
+    after: tuple["Task", ...] = field(repr=False)  # shown, all that ever came before would be
+    before: "Task | None" = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
