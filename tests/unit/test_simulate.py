@@ -171,6 +171,20 @@ def test_the_host_as_device_does_one_thing_after_the_other() -> None:
         assert found.step_seconds == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("scope", ["global", "unit"])
+def test_a_disk_takes_its_time_on_the_host_as_device_too(scope: str) -> None:
+    """All of it is read and written; what updates and computation leave, the step waits for."""
+    placement = replace(placed(WORK, NVME), clip_scope=scope)
+    times = durations_of(placement, SECONDS, pieces=3)
+    found = play(placement, times, in_host_memory=True)
+    moved = sum(times.nvme_bytes.values()) * (1 / times.nvme_read + 1 / times.nvme_write)
+    assert found.busy[NVME_WORK] == pytest.approx(moved)
+    memory = play(replace(placed(WORK), clip_scope=scope), durations_of(placed(WORK), SECONDS), in_host_memory=True)
+    slow = replace(times, nvme_read=times.nvme_read / 100, nvme_write=times.nvme_write / 100)
+    assert memory.step_seconds < found.step_seconds <= memory.step_seconds + moved
+    assert play(placement, slow, in_host_memory=True).step_seconds > 50 * moved
+
+
 def test_measured_units_come_before_the_machines_figures() -> None:
     placement, hardware = placed(WORK), machine()
     times = durations(WORK, placement, hardware, 4, Measured({1: UnitTimes(2, 0.5, 1.5)}))

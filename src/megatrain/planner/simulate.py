@@ -133,6 +133,7 @@ class _Player:
         self.reads = {u.index: u.reads for u in workload.units}
         self.trained = {u.index for u in workload.homes if u.state_count}
         self.updated: dict[int, Task] = {}  # by unit, the last update of its state
+        self.ended: Task | None = None  # all that the last step's norm is of
         self.sequences = sequences
 
     def play_step(self) -> Task:
@@ -165,51 +166,82 @@ class _Player:
         self.updated[home] = task
         return task
 
+    def _update_all(self, homes: Iterable[int]) -> None:
+        """By the host, in forward order, when the step is decided."""
+        ordered = sorted(homes)
+        self._expect(ordered)
+        for home in ordered:
+            self._stored_update(home, self.ended)
+
+    def _expect(self, homes: Iterable[int]) -> None:
+        """The order in which state on NVMe will be asked for."""
+        pieces = self.durations.nvme_pieces
+        on_disk = [home for home in homes if self.placement.tiers.get(home) == NVME]
+        self.away = [home for home in on_disk for _ in range(pieces[home])]
+        self.pieces_read: list[Task] = []
+        self.pieces_written: list[Task] = []
+
+    def _stored_update(self, home: int, after: Task | None) -> Task:
+        """State on NVMe is read ahead of the update and written behind it, piece by piece."""
+        self._read_ahead(after)
+        if self.placement.tiers[home] != NVME:
+            return self.host_update(home, HOST_WORK, (after,))
+        count = self.durations.nvme_pieces[home]
+        for _ in range(count):
+            self._read_ahead(after)
+            read = self.pieces_read[len(self.pieces_written)]
+            seconds = self.durations.update[home] / count
+            done = self.clock.add(HOST_WORK, f"update of {self.names[home]}", seconds, (after, read))
+            self.pieces_written.append(self._nvme(home, "write", self.durations.nvme_write, (done,)))
+        self.updated[home] = done
+        return done
+
+    def _read_ahead(self, after: Task | None) -> None:
+        """As many pieces as there are buffers: into those of pieces that have been written."""
+        while len(self.pieces_read) < min(len(self.away), len(self.pieces_written) + BUFFERS):
+            number = len(self.pieces_read)
+            free = self.pieces_written[number - BUFFERS] if number >= BUFFERS else after
+            self.pieces_read.append(self._nvme(self.away[number], "read", self.durations.nvme_read, (free,)))
+
+    def _nvme(self, home: int, what: str, bandwidth: float, after: Iterable[Task | None]) -> Task:
+        seconds = self.durations.nvme_bytes[home] / self.durations.nvme_pieces[home] / bandwidth
+        return self.clock.add(NVME_WORK, f"{what} state of {self.names[home]}", seconds, after)
+
 
 class _HostPlayer(_Player):
-    """The host as its own device: a unit's update is carried out when it next runs, or right after its backward."""
+    """The host as its own device: updates are carried out before the step ends, or each right after its backward."""
 
     def play_step(self) -> Task:
-        last: Task | None = None
+        completed = [h for v in self.visits if v.visit.backward for h in sorted({*_reads(self, v.runs)})]
+        self._expect(reversed(dict.fromkeys(reversed(completed))))  # each after its last backward
+        self.offloaded: list[int] = []
         for number, planned in enumerate(self.visits):
-            if self.placement.keeps_gradients and not planned.visit.backward:
-                self._update(planned.runs)
-            elif self.placement.keeps_gradients and set(planned.runs) & set(self.workload.head):
-                self._update(self.workload.head)
-            last = self.clock.add(COMPUTE, self.label(number), self.compute_seconds(number, None))
+            self.clock.add(COMPUTE, self.label(number), self.compute_seconds(number, None))
             if planned.visit.backward:
                 self._land(number, planned.runs)
-        assert last is not None
-        self._finish()
-        return self.clock.add(COMPUTE, "the rest of the step", self.durations.overhead)
-
-    def _update(self, units: Iterable[int]) -> None:
-        """What the step before has decided; on the threads that compute, so that computation waits."""
-        for home in sorted({h for u in units for h in self.reads[u]} & self.trained):
-            if self.updated.pop(home, None) is not None:
-                done = self.clock.add(
-                    HOST_WORK, f"update of {self.names[home]}", self.durations.update[home], self.clock.last.values()
-                )
-                self.clock.add(COMPUTE, "wait", 0.0, (done,))
+        if self.workload.strays is not None and self.workload.strays.index in self.trained:
+            self._written(self.workload.strays.index)
+        self.ended = self.clock.add(COMPUTE, "the rest of the step", self.durations.overhead)
+        if self.placement.keeps_gradients:
+            self._update_all(self.offloaded)
+        return self._wait()
 
     def _land(self, number: int, runs: Iterable[int]) -> None:
-        for home in sorted({h for u in runs for h in self.reads[u]} & self.trained):
+        for home in sorted({*_reads(self, runs)} & self.trained):
             readers = [n for n, v in enumerate(self.visits) if v.visit.backward and home in {*_reads(self, v.runs)}]
             if readers and readers[-1] == number:
                 self._written(home)
 
-    def _finish(self) -> None:
-        if self.workload.strays is not None and self.workload.strays.index in self.trained:
-            self._written(self.workload.strays.index)
-
     def _written(self, home: int) -> None:
-        self.clock.add(COMPUTE, f"gradient of {self.names[home]}", self.durations.land[home])
-        if self.placement.keeps_gradients and home >= 0:
-            self.updated[home] = self.clock.tasks[-1]  # pending until its unit runs
-        else:
-            done = self.host_update(home, HOST_WORK, self.clock.last.values())
-            self.clock.add(COMPUTE, "wait", 0.0, (done,))
-            self.updated.pop(home)
+        landed = self.clock.add(COMPUTE, f"gradient of {self.names[home]}", self.durations.land[home])
+        self.offloaded.append(home)
+        if not self.placement.keeps_gradients:
+            self._stored_update(home, landed)
+            self._wait()
+
+    def _wait(self) -> Task:
+        """Computation has the threads of the host's updates, and goes on after them."""
+        return self.clock.add(COMPUTE, "wait", 0.0, (self.clock.last.get(HOST_WORK),))
 
 
 def _reads(player: _Player, units: Iterable[int]) -> Iterable[int]:
@@ -236,7 +268,6 @@ class _StreamPlayer(_Player):
         strays = workload.strays.link_gradient_bytes if workload.strays and workload.strays in self.own_memory else 0
         self.d2h_bytes = schedule.d2h_bytes + strays
         self.slot_free: dict[int, Task] = {}
-        self.ended: Task | None = None
 
     def play_step(self) -> Task:
         self.computed: dict[int, Task] = {}
@@ -279,47 +310,6 @@ class _StreamPlayer(_Player):
             if home in self.trained:
                 self.host_update(home, COMPUTE, (self.ended,))
         return self.ended
-
-    def _update_all(self, homes: Iterable[int]) -> None:
-        """On the host thread."""
-        ordered = sorted(homes)
-        self._expect(ordered)
-        for home in ordered:
-            self._stored_update(home, self.ended)
-
-    def _expect(self, homes: Iterable[int]) -> None:
-        """The order in which state on NVMe will be asked for."""
-        pieces = self.durations.nvme_pieces
-        on_disk = [home for home in homes if self.placement.tiers.get(home) == NVME]
-        self.away = [home for home in on_disk for _ in range(pieces[home])]
-        self.pieces_read: list[Task] = []
-        self.pieces_written: list[Task] = []
-
-    def _stored_update(self, home: int, after: Task | None) -> Task:
-        """State on NVMe is read ahead of the update and written behind it, piece by piece."""
-        self._read_ahead(after)
-        if self.placement.tiers[home] != NVME:
-            return self.host_update(home, HOST_WORK, (after,))
-        count = self.durations.nvme_pieces[home]
-        for _ in range(count):
-            self._read_ahead(after)
-            read = self.pieces_read[len(self.pieces_written)]
-            seconds = self.durations.update[home] / count
-            done = self.clock.add(HOST_WORK, f"update of {self.names[home]}", seconds, (after, read))
-            self.pieces_written.append(self._nvme(home, "write", self.durations.nvme_write, (done,)))
-        self.updated[home] = done
-        return done
-
-    def _read_ahead(self, after: Task | None) -> None:
-        """As many pieces as there are buffers: into those of pieces that have been written."""
-        while len(self.pieces_read) < min(len(self.away), len(self.pieces_written) + BUFFERS):
-            number = len(self.pieces_read)
-            free = self.pieces_written[number - BUFFERS] if number >= BUFFERS else after
-            self.pieces_read.append(self._nvme(self.away[number], "read", self.durations.nvme_read, (free,)))
-
-    def _nvme(self, home: int, what: str, bandwidth: float, after: Iterable[Task | None]) -> Task:
-        seconds = self.durations.nvme_bytes[home] / self.durations.nvme_pieces[home] / bandwidth
-        return self.clock.add(NVME_WORK, f"{what} state of {self.names[home]}", seconds, after)
 
     def _copy_up(self, unit: int, after: Iterable[Task | None]) -> Task:
         homes = self.reads.get(unit, (unit,))
