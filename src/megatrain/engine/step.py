@@ -111,9 +111,31 @@ def _run_chunked(engine: "Engine", number: int, batch: Batch, count: int, total:
     hidden, template, auxiliary_loss = engine.head.run_base(batch)
 
     engine.executor.enter_phase(HEAD)
+    losses, hidden_gradient = _run_head(engine, hidden.detach(), labels_on_host, template, batch, total)
+    engine.gradients.release_hold()
+
+    engine.executor.enter_phase(BACKWARD)
+    ends: list[Tensor] = [_end_of_base(hidden, hidden_gradient)] if hidden.requires_grad else []
+    gradients: list[Tensor | None] = [None] if hidden.requires_grad else []
+    if auxiliary_loss is not None:  # a mean over the micro-batch: it counts by the micro-batch's share of targets
+        share = count / total
+        losses.append((auxiliary_loss.detach(), share))
+        ends.append(auxiliary_loss)
+        gradients.append(torch.full_like(auxiliary_loss, share))
+    del hidden, template, auxiliary_loss, hidden_gradient
+    if ends:
+        backward(ends, gradients)
+    return losses
+
+
+def _run_head(
+    engine: "Engine", hidden: Tensor, labels_on_host: Tensor, template: Any, batch: Batch, total: int
+) -> tuple[LossParts, Tensor]:
+    """(losses, gradient of the hidden states). In a function of its own, whose names are gone when the base is
+    differentiated: the last chunk is a view of all hidden states."""
     losses: LossParts = []
     hidden_gradient = torch.zeros_like(hidden)
-    for part, labels, where in engine.head.chunks(hidden.detach(), labels_on_host):
+    for part, labels, where in engine.head.chunks(hidden, labels_on_host):
         with engine.weights.holding(engine.head.logits_bytes(labels.numel())):
             leaf = part.detach().requires_grad_()
             with engine.executor.direct() as weights:
@@ -125,20 +147,26 @@ def _run_chunked(engine: "Engine", number: int, batch: Batch, count: int, total:
                 hidden_gradient.view(-1, hidden.shape[-1])[where] = leaf.grad.view(-1, hidden.shape[-1])
             _take_weight_gradients(engine, weights)
             del chunk_loss, leaf, weights
-    engine.gradients.release_hold()
+    return losses, hidden_gradient
 
-    engine.executor.enter_phase(BACKWARD)
-    ends: list[Tensor] = [hidden] if hidden.requires_grad else []
-    gradients: list[Tensor | None] = [hidden_gradient] if hidden.requires_grad else []
-    if auxiliary_loss is not None:  # a mean over the micro-batch: it counts by the micro-batch's share of targets
-        share = count / total
-        losses.append((auxiliary_loss.detach(), share))
-        ends.append(auxiliary_loss)
-        gradients.append(torch.full_like(auxiliary_loss, share))
-    del hidden, template, auxiliary_loss, hidden_gradient
-    if ends:
-        backward(ends, gradients)
-    return losses
+
+class _EndOfBase(torch.autograd.Function):
+    """Inputs: hidden states, and a list with their gradient. The output says nothing; its backward gives the gradient
+    away. Passed to torch.autograd.backward, hidden states and gradient would both be held until the whole is over."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, gradient: list[Tensor]) -> Tensor:
+        ctx.gradient = gradient
+        return hidden.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor, None]:
+        return ctx.gradient.pop(), None
+
+
+def _end_of_base(hidden: Tensor, gradient: Tensor) -> Tensor:
+    end: Tensor = _EndOfBase.apply(hidden, [gradient])
+    return end
 
 
 def _take_weight_gradients(engine: "Engine", weights: DirectLeaves) -> None:

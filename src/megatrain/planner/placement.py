@@ -237,14 +237,14 @@ def kept_bytes(workload: Workload, placement: Placement, sequences: int) -> int:
 
 def working_bytes(workload: Workload, placement: Placement, sequences: int, *, in_host_memory: bool) -> int:
     """While the most demanding unit is differentiated; or a chunk of the head with its logits. In the C heap what the
-    one has freed is of little use to the other (measured), but where sequences run in parts, it gives all back. And all
-    the time what units read without a gradient, such as rotary embeddings, of each micro-batch."""
+    one has freed is of little use to the other (measured), but where sequences run in parts, it gives all back. Beside
+    the head there are all hidden states and their gradients; and all the time what units read without a gradient, such
+    as rotary embeddings, of each micro-batch."""
     unit = max((_unit_bytes(u, placement) for u in workload.units if u.index not in workload.head), default=0)
     head = head_bytes(workload, placement.micro_batch)
     constants = micro_batches(sequences, placement) * max((u.constants for u in workload.units), default=0)
-    if placement.chunked:  # all hidden states and their gradients are there until backward is over
-        return constants + max(unit + 2 * sequences * _hidden_bytes(workload), head)
-    return constants + (unit + head if in_host_memory else max(unit, head))
+    before = unit + head if in_host_memory and not placement.chunked else unit
+    return constants + max(before, head + 2 * sequences * _hidden_bytes(workload))
 
 
 def _hidden_bytes(workload: Workload) -> int:
@@ -273,11 +273,10 @@ def logits_bytes(workload: Workload, micro_batch: int) -> int:
 
 def head_bytes(workload: Workload, micro_batch: int) -> int:
     """The logits of a chunk in the model's precision and in fp32, their softmax and its gradient; and beside them the
-    gradients of all hidden states and of the head's weights, of this chunk and of those before."""
+    gradients of the head's weights, of this chunk and of those before."""
     tokens = min(workload.chunk_tokens, micro_batch * workload.seq_len)
-    hidden = _hidden_bytes(workload) * micro_batch
     weights = sum(u.flops.matrix_elements for u in workload.units if u.index in workload.head) * workload.itemsize
-    return tokens * workload.vocabulary * (2 * workload.itemsize + 3 * 4) + 2 * hidden + 2 * weights
+    return tokens * workload.vocabulary * (2 * workload.itemsize + 3 * 4) + 2 * weights
 
 
 def _largest_sum(workload: Workload) -> int:
