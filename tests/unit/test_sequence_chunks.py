@@ -2,7 +2,9 @@
 
 import copy
 import gc
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -243,6 +245,78 @@ class Pairing(Wide):
         return super().forward(x), x
 
 
+class Looking(Wide):
+    """Each token looks at the one so many before it: more than a few random tokens would show."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + F.pad(x, (0, 0, 12, 0))[:, : x.shape[1]]
+
+
+class Placing(Wide):
+    """Learned positions, which say nothing at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Parameter(torch.zeros(1, 4 * TOKENS, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + self.places[:, : x.shape[1]])
+
+
+class Masking(Wide):
+    """The last tokens count for nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.arange(4 * TOKENS)[:, None] < TOKENS - 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * self.kept[: x.shape[1]])
+
+
+class Scaling(Wide):
+    """Beyond some length, by how long the sequence is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * max(1.0, math.log(x.shape[1]) / math.log(PART))
+
+
+class TwoWays(Wide):
+    """Called as `across` it is another module; so it is when an attribute says so."""
+
+    across = False
+
+    def forward(self, x: Tensor, across: bool = False) -> Tensor:
+        found = super().forward(x)
+        return found + x.mean(dim=1, keepdim=True) if across or self.across else found
+
+
+class Both(nn.Module):
+    def __init__(self, by_attribute: bool = False) -> None:
+        super().__init__()
+        self.inner_way, self.by_attribute = TwoWays(), by_attribute
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.inner_way(x)
+        self.inner_way.across = self.by_attribute
+        second = self.inner_way(x) if self.by_attribute else self.inner_way(x, True)
+        self.inner_way.across = False
+        return first + second
+
+
+@pytest.mark.parametrize("inner", [Looking, Placing, Masking, Scaling, Both, partial(Both, by_attribute=True)])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_a_few_tokens_would_not_show(inner: Callable[[], nn.Module], precision: str) -> None:
+    torch.manual_seed(0)
+    model = Net(lambda: Residual(inner))
+    results = []
+    for each, setting in ((copy.deepcopy(model), None), (model, PART)):
+        with make_engine(each, sequence_chunk_tokens=setting, precision=precision) as engine:
+            stats = [engine.train_step([make_batch(step, length=TOKENS)]) for step in range(4)]
+            results.append([s.loss for s in stats])
+    assert results[0] == pytest.approx(results[1], rel=1e-6 if precision == "fp32" else 1e-3)
+
+
 class Residual(nn.Module):
     """A block that adds what `inner` makes of its input."""
 
@@ -389,7 +463,7 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         found = result if isinstance(result, (tuple, list)) else [result]
-        self.shapes |= {tuple(t.shape) for t in found if isinstance(t, Tensor)}
+        self.shapes |= {tuple(t.shape) for t in found if isinstance(t, Tensor) and not t.is_meta}
         return result
 
     def quadratic(self, tokens: int) -> list[tuple[int, ...]]:

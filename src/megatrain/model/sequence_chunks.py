@@ -100,23 +100,23 @@ class ChunkedForward:
             return self.forward(*args, **kwargs)
         hidden, run = _apart(self.forward, args, kwargs, key)
         part = part_tokens(self._setting, hidden.shape[1])
-        if part is None or self._has_hooks_inside() or not self._takes_parts(run, hidden):
+        if part is None or self._has_hooks_inside() or not self._takes_parts(run, hidden, part, (args, kwargs)):
             return run(hidden)
         self.last = run, hidden.new_empty((1, part, *hidden.shape[2:]), device="meta")
         return in_parts(self.module, run, hidden, part)
 
-    def _takes_parts(self, run: Run, hidden: Tensor) -> bool:
+    def _takes_parts(self, run: Run, hidden: Tensor, part: int, given: Any) -> bool:
         """Whether the module acts token by token, and its graph holds more than half of its input besides."""
-        verdict = self._verdict(run, hidden)
+        verdict = self._verdict(run, hidden, part, given)
         return verdict.obstacle is None and 2 * verdict.token_bytes > hidden[0, 0].nbytes
 
-    def _verdict(self, run: Run, hidden: Tensor) -> Verdict:
-        modes = tuple(m.training for m in self.module.modules())
-        kind = (hidden.shape[2:], hidden.dtype, hidden.device, modes)
+    def _verdict(self, run: Run, hidden: Tensor, part: int, given: Any) -> Verdict:
+        """By all that decides what the forward does: what it is called with, and attributes of its modules."""
+        kind = (hidden.shape[1:], part, hidden.dtype, hidden.device, _constants_in(given), _states_of(self.module))
         if kind not in self._verdicts:
             _judging.now = True  # what is inside runs as it is
             try:
-                self._verdicts[kind] = judge(self.module, run, hidden)
+                self._verdicts[kind] = judge(self.module, run, hidden, part)
             finally:
                 _judging.now = False
         return self._verdicts[kind]
@@ -125,6 +125,23 @@ class ChunkedForward:
         """Hooks would be called for each part: those that collect a router's outputs, or somebody's own."""
         inside = (m for m in self.module.modules() if m is not self.module)
         return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in inside)
+
+
+def _constants_in(given: tuple[tuple[Any, ...], Mapping[str, Any]]) -> tuple[Any, ...]:
+    """Arguments but tensors, with their places."""
+    args, kwargs = given
+    named = [*enumerate(args), *sorted(kwargs.items())]
+    return tuple((key, str(type(value)), str(value)) for key, value in named if not isinstance(value, Tensor))
+
+
+def _states_of(module: nn.Module) -> tuple[Any, ...]:
+    """Attributes of the modules inside: plain ones by value, others by which they are."""
+    plain = (bool, int, float, str, type(None))
+    return tuple(
+        (name, value if isinstance(value, plain) else id(value))
+        for inside in module.modules()
+        for name, value in inside.__dict__.items()
+    )
 
 
 def _place_of_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str | None:

@@ -1,12 +1,13 @@
 """Whether a module acts on each token by itself, so that a sequence may pass it in parts.
 
-Its operations are watched as it runs on a few random tokens: products, operations element by element, reductions and
-views. What chooses by values (a router), draws random numbers (dropout) or looks anything up is refused: a few tokens
-would not show what it does to many. Then its results are compared: whole and in two parts, and with one token made NaN,
-which may reach no other.
+Its operations are followed by shapes (`token_dims`): none may mix tokens, choose by values (a router), draw random
+numbers (dropout), or meet anything else that has a row for each token. They must be the same, with the same numbers,
+for the whole sequence and for its parts: a scale that depends on the length would differ. Then results on a few random
+tokens are compared: whole and in two parts, and with one token made NaN, which may reach no other.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatrain.errors import CapacityError
 from megatrain.model.foreign import refuse_foreign_tensors
 from megatrain.model.side_effects import CapturedOutputs, RandomState
+from megatrain.model.token_dims import MixesTokensError, TokenDims, Trail
 
+_PRIMES = (1009, 1013, 1019, 1021, 1031, 1033, 1039, 1049, 1051, 1061, 1063, 1069, 1087, 1091, 1093, 1097, 1103, 1109)
 _TOKENS, _CUT = 8, 3  # of the probe, and where its two parts meet
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}  # of the largest result; half precision: 3e-2
 _PRODUCTS_AND_NORMS = ("mm", "addmm", "bmm", "baddbmm", "native_layer_norm", "_fused_rms_norm", "_softmax", "glu")
@@ -37,12 +40,13 @@ class Verdict:
     token_bytes: float = 0.0
 
 
-def judge(module: nn.Module, run: Run, like: Tensor) -> Verdict:
+def judge(module: nn.Module, run: Run, like: Tensor, part: int) -> Verdict:
     """Try `run`, which is the forward of `module` with its weights bound, on an input of the kind of `like`
-    [batch, tokens, ...]. Nothing is left changed."""
+    [batch, tokens, ...], of which parts of `part` tokens are to be made. Nothing is left changed."""
     random = RandomState(like.device) if not like.is_meta else None
     attributes = _Attributes(module)
     try:
+        _require_the_same_for_each_token(module, run, like, part)
         return _judge(module, run, like, attributes)
     except (CapacityError, torch.OutOfMemoryError, MemoryError):
         raise
@@ -52,6 +56,60 @@ def judge(module: nn.Module, run: Run, like: Tensor) -> Verdict:
         attributes.put_back()
         if random is not None:
             random.restore()
+
+
+def _require_the_same_for_each_token(module: nn.Module, run: Run, like: Tensor, part: int) -> None:
+    """Raises MixesTokensError. On the meta device, where lengths cost nothing."""
+    weights = [*module.parameters(), *module.buffers()]
+    sizes = {n for t in (like, *weights) for n in t.shape}
+    length = next(n for n in _PRIMES if n not in sizes and not any(size % n == 0 for size in sizes if size))
+    whole = like.shape[1]
+    lengths = [length, *dict.fromkeys((whole, min(part, whole), whole % part or part))]
+    with _on_meta(module), torch.enable_grad():
+        trails = []
+        for number, tokens in enumerate(lengths):
+            probe = torch.empty((1, tokens, *like.shape[2:]), dtype=like.dtype, device="meta").requires_grad_()
+            if number == 0:
+                with TokenDims(probe) as watch:
+                    result = run(probe)
+                if not isinstance(result, Tensor) or watch.dim_of(result) != 1:
+                    raise MixesTokensError("it does not return one tensor of tokens")
+            with Trail() as trail:
+                run(probe)
+            trails.append(trail.steps)
+    for tokens, steps in zip(lengths[1:], trails[1:], strict=True):
+        if not _same_steps(trails[0], length, steps, tokens):
+            raise MixesTokensError(f"it does something else over {tokens:,} tokens than over {length:,}")
+
+
+def _same_steps(one: list[Any], length: int, other: list[Any], other_length: int) -> bool:
+    """Operations and their numbers, but for the lengths themselves."""
+    if len(one) != len(other):
+        return False
+    for (name, numbers), (other_name, other_numbers) in zip(one, other, strict=True):
+        if name != other_name or len(numbers) != len(other_numbers):
+            return False
+        for a, b in zip(numbers, other_numbers, strict=True):
+            if a != b and not (a == length and b == other_length) and not (a != a and b != b):
+                return False
+    return True
+
+
+@contextmanager
+def _on_meta(module: nn.Module) -> Iterator[None]:
+    """Weights and buffers without their values."""
+    holders: list[dict[str, Any]] = [h for m in module.modules() for h in (m._parameters, m._buffers)]
+    before = [(holder, dict(holder)) for holder in holders]
+    try:
+        for holder, tensors in before:
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    holder[name] = torch.empty_like(tensor, device="meta", requires_grad=tensor.requires_grad)
+        yield
+    finally:
+        for holder, tensors in before:
+            holder.clear()
+            holder.update(tensors)
 
 
 def _judge(module: nn.Module, run: Run, like: Tensor, attributes: "_Attributes") -> Verdict:
