@@ -414,6 +414,6 @@ def test_no_tensor_of_sequence_by_sequence_exists(masked: bool) -> None:
 def test_the_watch_notices_attention_that_is_quadratic() -> None:
     tokens = 128
     model = tiny_llama(attn_implementation="eager", max_position_embeddings=tokens)
-    with make_engine(model, sequence_chunk_tokens=16) as engine, Largest() as largest:
+    with make_engine(model, sequence_chunk_tokens=None) as engine, Largest() as largest:
         engine.train_step(text(0, count=1, length=tokens))
     assert largest.quadratic(tokens)

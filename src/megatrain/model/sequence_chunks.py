@@ -13,6 +13,7 @@ classes do not matter.
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
@@ -156,7 +157,8 @@ def in_parts(module: nn.Module, run: Run, hidden: Tensor, part: int) -> Tensor:
         return _forward_in_parts(run, hidden, part)
     places = [(m, name) for m in module.modules() for name, p in m._parameters.items() if p is not None]
     weights = [owner._parameters[name] for owner, name in places]
-    return _InParts.apply(_Record(module, run, part, places, hidden.device), hidden, *weights)  # type: ignore[no-any-return]
+    record = _Record(run, part, Repetition(module, places, hidden.device))
+    return _InParts.apply(record, hidden, *weights)  # type: ignore[no-any-return]
 
 
 def _forward_in_parts(run: Run, hidden: Tensor, part: int) -> Tensor:
@@ -174,11 +176,12 @@ def _parts(hidden: Tensor, part: int) -> list[slice]:
     return [slice(start, start + part) for start in range(0, hidden.shape[1], part)]
 
 
-class _Record:
-    """From which a backward repeats a forward."""
+class Repetition:
+    """What a backward needs of a forward that it repeats, beside what ran: where the weights of `module` go (`places`),
+    attributes and autocast as they were."""
 
-    def __init__(self, module: nn.Module, run: Run, part: int, places: list[Place], device: torch.device) -> None:
-        self.run, self.part, self.places = run, part, places
+    def __init__(self, module: nn.Module, places: list[Place], device: torch.device) -> None:
+        self._places = places
         self._attributes = WrittenAttributes(module, type(module).__name__)
         self._found: Attributes = self._attributes.worth_keeping(self._attributes.snapshot())
         self._autocast = AutocastState(torch.device("cpu") if device.type == "meta" else device)
@@ -189,9 +192,18 @@ class _Record:
         stack.enter_context(self._autocast.entered())
         stack.enter_context(no_autocast_cache())
         stack.enter_context(self._attributes.replaying(self._found))
-        stack.enter_context(bound_at(self.places, leaves))
-        stack.enter_context(_graph_of_ones_own())
+        stack.enter_context(bound_at(self._places, leaves))
+        stack.enter_context(graph_of_ones_own())
         return stack
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """From which a backward repeats a forward over parts of so many tokens."""
+
+    run: Run
+    part: int
+    repetition: Repetition
 
 
 class _InParts(torch.autograd.Function):
@@ -199,7 +211,7 @@ class _InParts(torch.autograd.Function):
     def forward(ctx: Any, record: _Record, hidden: Tensor, *weights: Tensor) -> Tensor:
         ctx.record = record
         ctx.save_for_backward(hidden, *weights)
-        with _graph_of_ones_own():
+        with graph_of_ones_own():
             return _forward_in_parts(record.run, hidden, record.part)
 
     @staticmethod
@@ -211,7 +223,7 @@ class _InParts(torch.autograd.Function):
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[1] else None
         sums = GradientSums(wanted)
-        with record.repeating(leaves):
+        with record.repetition.repeating(leaves):
             for rows in reversed(_parts(hidden, record.part)):  # autograd would add up gradients in this order
                 given = hidden[:, rows].detach().requires_grad_(hidden_gradient is not None)
                 first = [given] if hidden_gradient is not None else []
@@ -247,7 +259,7 @@ class GradientSums:
         return [None if s is None else s.to(w.dtype) for s, w in zip(self._sums, self._weights, strict=True)]
 
 
-def _graph_of_ones_own() -> AbstractContextManager[Any]:
+def graph_of_ones_own() -> AbstractContextManager[Any]:
     """Gradients on, as in plain PyTorch, since whether a product is folded depends on it; what the graph saves is of no
     interest to those who look at what the unit's saves."""
     stack = ExitStack()
