@@ -164,7 +164,7 @@ def in_parts(module: nn.Module, run: Run, hidden: Tensor, part: int) -> Tensor:
 def _forward_in_parts(run: Run, hidden: Tensor, part: int) -> Tensor:
     result: Tensor | None = None
     for rows in _parts(hidden, part):
-        found = run(hidden[:, rows].detach().requires_grad_(hidden.requires_grad)).detach()
+        found = run(_part(hidden, rows).requires_grad_(hidden.requires_grad)).detach()
         if result is None:
             result = found.new_empty((*hidden.shape[:2], *found.shape[2:]))
         result[:, rows] = found
@@ -174,6 +174,11 @@ def _forward_in_parts(run: Run, hidden: Tensor, part: int) -> Tensor:
 
 def _parts(hidden: Tensor, part: int) -> list[slice]:
     return [slice(start, start + part) for start in range(0, hidden.shape[1], part)]
+
+
+def _part(hidden: Tensor, rows: slice) -> Tensor:
+    """Of its own, and contiguous: modules view the whole sequences so, of however many there are."""
+    return hidden[:, rows].detach().contiguous()
 
 
 class Repetition:
@@ -225,7 +230,7 @@ class _InParts(torch.autograd.Function):
         sums = GradientSums(wanted)
         with record.repetition.repeating(leaves):
             for rows in reversed(_parts(hidden, record.part)):  # autograd would add up gradients in this order
-                given = hidden[:, rows].detach().requires_grad_(hidden_gradient is not None)
+                given = _part(hidden, rows).requires_grad_(hidden_gradient is not None)
                 first = [given] if hidden_gradient is not None else []
                 found = torch.autograd.grad(
                     record.run(given), [*first, *wanted], gradient[:, rows], allow_unused=True, materialize_grads=False
