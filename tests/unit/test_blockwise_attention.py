@@ -43,7 +43,7 @@ BOTH_KINDS = {"layer_types": ["sliding_attention", "full_attention"]}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 KINDS: dict[str, dict[str, Any]] = {
     "mistral": {},
-    "gemma2": BOTH_KINDS,  # eager, with a soft-cap
+    "gemma2": BOTH_KINDS | {"attn_implementation": "eager"},  # which soft-caps are for
     "gemma3_text": BOTH_KINDS,
     "qwen2": BOTH_KINDS | {"use_sliding_window": True},
     "gpt_oss": BOTH_KINDS | EXPERTS,  # eager, with sinks
@@ -219,6 +219,21 @@ def test_attention_that_looks_at_more_than_its_arguments_runs_with_the_whole_mas
     with pytest.warns(UserWarning, match="biased gives other results for some queries than for all"):
         found = train(build("mistral", attn_implementation="eager"), PART)
     assert_same(found, train(build("mistral", attn_implementation="eager"), None))
+
+
+def test_a_model_that_asks_whether_its_mask_is_a_tensor_gets_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.mistral.modeling_mistral import MistralAttention
+
+    own = MistralAttention.forward
+
+    def forward(self: Any, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
+        mask = attention_mask if isinstance(attention_mask, torch.Tensor) else None
+        return own(self, hidden_states, attention_mask=mask, **kwargs)
+
+    monkeypatch.setattr(MistralAttention, "forward", forward)
+    with pytest.warns(UserWarning, match="MistralAttention asks whether its arguments are tensors"):
+        found = train(build("mistral"), PART)
+    assert_same(found, train(build("mistral"), None))
 
 
 def test_code_of_the_model_s_own_gets_the_whole_mask() -> None:

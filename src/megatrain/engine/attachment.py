@@ -19,7 +19,7 @@ from megatrain.model.blockwise_attention import BlockwiseAttention
 from megatrain.model.fused_loss import liger_loss
 from megatrain.model.head import ChunkedHead
 from megatrain.model.hidden import HiddenParameters
-from megatrain.model.root import RootForward, configurations, guard, report_device
+from megatrain.model.root import RootForward, guard, report_device
 from megatrain.model.sequence_chunks import ChunkedModules, ChunkTokens
 from megatrain.model.stand_in import StandIn
 
@@ -43,7 +43,7 @@ class Attachment:
             # units stand around them, and go before they do
             chunked = ChunkedModules([unit.module for unit in engine.partition.units], sequence_chunk_tokens)
             self._undo.callback(chunked.remove)
-            self._undo.callback(BlockwiseAttention(configurations(engine.model), sequence_chunk_tokens).remove)
+            self._undo.callback(BlockwiseAttention(engine.model, sequence_chunk_tokens).remove)
             self._attach(engine, compile, head_chunk_tokens)
         except BaseException:
             self.remove()

@@ -8,6 +8,7 @@ and values, which several blocks share, add up in fp32.
 Whether a function takes queries apart is tried out on a few random ones.
 """
 
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from megatrain.errors import CapacityError
 from megatrain.model.deferred_masks import DeferredMask, DeferredMasks
+from megatrain.model.root import configurations
 from megatrain.model.sequence_chunks import ChunkTokens, GradientSums, Repetition, graph_of_ones_own
 from megatrain.model.side_effects import RandomState
 from megatrain.model.stand_in import StandIn
@@ -31,15 +33,15 @@ _TOKENS, _WINDOW, _CUT = 8, 3, 4  # of the probe, and where its two blocks meet
 
 
 class BlockwiseAttention:
-    """Attention of the transformers models of these configurations where their sequences run in parts, until `remove`.
+    """Attention of a transformers model where its sequences run in parts, until `remove`.
 
     Other models find what they would have found: their masks are not deferred.
     """
 
-    def __init__(self, configurations: Iterable[Any], setting: ChunkTokens) -> None:
-        found = list(configurations)
+    def __init__(self, model: nn.Module, setting: ChunkTokens) -> None:
+        found = configurations(model)
         used = setting is not None and found and "transformers.modeling_utils" in sys.modules
-        self._masks = DeferredMasks(found, setting) if used else None
+        self._masks = DeferredMasks(found, setting, _why_masks_have_to_be_tensors(model)) if used else None
         if used:
             _count(1)
 
@@ -53,6 +55,16 @@ class BlockwiseAttention:
         """Of attention inside `module` that has run over blocks on the meta device."""
         on_meta = self._masks.on_meta if self._masks is not None else {}
         return [on_meta[id(m)] for m in module.modules() if id(m) in on_meta]
+
+
+def _why_masks_have_to_be_tensors(model: nn.Module) -> str | None:
+    """A forward that asks whether its mask is a tensor would take a deferred one for none."""
+    for kind in {type(m) for m in model.modules()}:
+        code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+        names = set(code.co_names) if code is not None else set()
+        if code is not None and {"isinstance", "Tensor"} <= names and any("mask" in n for n in code.co_varnames):
+            return f"{kind.__name__} asks whether its arguments are tensors"
+    return None
 
 
 _changing = threading.Lock()

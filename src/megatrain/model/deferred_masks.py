@@ -183,11 +183,14 @@ def _makers() -> dict[Any, str]:
 
 
 class DeferredMasks:
-    """Masks for models of these configurations are deferred where sequences run in parts, until `remove`."""
+    """Masks for models of these configurations are deferred where sequences run in parts, until `remove`.
 
-    def __init__(self, configurations: Iterable[Any], setting: ChunkTokens) -> None:
+    obstacle: why they have to be tensors, of a model that can do with nothing else.
+    """
+
+    def __init__(self, configurations: Iterable[Any], setting: ChunkTokens, obstacle: str | None = None) -> None:
         self.configurations = {id(c): c for c in configurations}
-        self.setting = setting
+        self.setting, self.obstacle = setting, obstacle
         self.verdicts: dict[Any, Any] = {}  # of kinds of attention: whether they can run over blocks
         self.warned = False
         self.on_meta: dict[int, Any] = {}  # the last attention over blocks on the meta device, by id of its module
@@ -240,7 +243,8 @@ def _deferring(make: MaskFunction, *, additive: bool) -> MaskFunction:
         part = _part_of(arguments, owner.setting) if owner is not None else None
         if owner is None or part is None or not _needs_mask(make, arguments):
             return make(**arguments)
-        return DeferredMask(make, arguments, part, owner, additive=additive)
+        mask = DeferredMask(make, arguments, part, owner, additive=additive)
+        return mask if owner.obstacle is None else mask.whole(owner.obstacle)
 
     return mask
 

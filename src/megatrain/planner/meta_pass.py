@@ -15,7 +15,6 @@ from torch.overrides import TorchFunctionMode
 from megatrain.errors import MegaTrainError
 from megatrain.model.blockwise_attention import BlockwiseAttention
 from megatrain.model.partition import Partition, Unit, partition
-from megatrain.model.root import configurations
 from megatrain.model.sequence_chunks import ChunkedModules, ChunkTokens
 from megatrain.model.stand_in import StandIn
 from megatrain.model.trees import FlatTree
@@ -52,7 +51,7 @@ def run_on_meta(model: nn.Module, seq_len: int, sequence_chunk_tokens: ChunkToke
     """Run `model`, which is on the meta device in the precision of its computation, on one sequence."""
     part, found = partition(model), MetaPass()
     chunked = ChunkedModules([unit.module for unit in part.units], sequence_chunk_tokens)
-    attention = BlockwiseAttention(configurations(model), sequence_chunk_tokens)
+    attention = BlockwiseAttention(model, sequence_chunk_tokens)
     recorders = [_Recorder(unit, found, chunked, attention) for unit in part.units]
     seen: dict[Any, tuple[UnitRun, Any]] = {}
     for recorder in recorders:
