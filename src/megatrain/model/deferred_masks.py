@@ -100,7 +100,7 @@ class DeferredMask:
         return self.ndim
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("__") or not hasattr(Tensor, name):
             raise AttributeError(name)
         return getattr(self.whole(f"the model reads its {name}"), name)
 
@@ -239,6 +239,8 @@ class _NeededError(Exception):
 
 def _deferring(make: MaskFunction, *, additive: bool) -> MaskFunction:
     def mask(**arguments: Any) -> Any:
+        if isinstance(arguments.get("attention_mask"), DeferredMask):
+            return arguments["attention_mask"]  # handed on by an outer model, as masks of four dimensions are
         owner = next((each for each in _open if id(arguments.get("config")) in each.configurations), None)
         part = _part_of(arguments, owner.setting) if owner is not None else None
         if owner is None or part is None or not _needs_mask(make, arguments):
