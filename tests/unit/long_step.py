@@ -1,6 +1,8 @@
 """One step over a long sequence in a process of its own: what the plan says of its memory, and what it took.
 
-python tests/unit/long_step.py TOKENS HIDDEN SEQUENCE_CHUNK_TOKENS|auto|whole
+python tests/unit/long_step.py TOKENS HIDDEN SEQUENCE_CHUNK_TOKENS|auto|whole [WINDOW]
+
+WINDOW: of attention; without, each token attends to all before it.
 
 Prints a JSON object. Bytes are those beyond what the engine held before the step; a step over few tokens came first.
 """
@@ -19,10 +21,11 @@ from megatrain.planner.workload import build_workload
 _HELD_BEFORE = ("weights", "remainders", "moments", "gradients", "process")
 
 
-def main(tokens: int, hidden: int, setting: int | str | None) -> None:
+def main(tokens: int, hidden: int, setting: int | str | None, window: int | None) -> None:
     config = load_config(
         {
-            "model_type": "llama",
+            "model_type": "mistral",  # without a window a llama
+            "sliding_window": window,
             "hidden_size": hidden,
             "intermediate_size": 4 * hidden,
             "num_hidden_layers": 2,
@@ -56,4 +59,5 @@ def main(tokens: int, hidden: int, setting: int | str | None) -> None:
 
 if __name__ == "__main__":
     known = {"auto": "auto", "whole": None}
-    main(int(sys.argv[1]), int(sys.argv[2]), known[sys.argv[3]] if sys.argv[3] in known else int(sys.argv[3]))
+    tokens, hidden, setting, *rest = sys.argv[1:]
+    main(int(tokens), int(hidden), known[setting] if setting in known else int(setting), int(rest[0]) if rest else None)

@@ -18,9 +18,9 @@ _SCRIPT = Path(__file__).with_name("long_step.py")
 _QWEN = Path(__file__).parents[2] / "examples" / "plans" / "qwen2.5-7b.json"
 
 
-def step(tokens: int, hidden: int, setting: str) -> dict[str, float]:
+def step(tokens: int, hidden: int, setting: str, *window: int) -> dict[str, float]:
     """In a process of its own: a peak is that of a whole process."""
-    command = [sys.executable, str(_SCRIPT), *map(str, (tokens, hidden, setting))]
+    command = [sys.executable, str(_SCRIPT), *map(str, (tokens, hidden, setting, *window))]
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "2"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=3000, env=environment)
     assert done.returncode == 0, done.stderr
@@ -36,6 +36,13 @@ def test_a_long_step_takes_what_is_planned() -> None:
     assert parts["measured_bytes"] < whole["measured_bytes"] / 3
     assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-6)
     assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-6)
+
+
+def test_a_long_step_in_a_window_takes_what_is_planned() -> None:
+    """The mask of sequence x sequence alone would take as much."""
+    found = step(12_288, 256, "1024", 512)
+    assert found["measured_bytes"] == pytest.approx(found["predicted_bytes"], rel=0.05)
+    assert found["measured_bytes"] < 1.25 * 12_288**2
 
 
 @pytest.mark.long

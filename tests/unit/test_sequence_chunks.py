@@ -90,6 +90,20 @@ def test_trains_like_plain_pytorch_over_the_same_parts(
     assert sorted(in_parts(mine)) == sorted(names)
 
 
+def test_modules_that_view_several_sequences_as_one_run_in_parts() -> None:
+    """GPT-2's products do."""
+    results = []
+    for setting in (PART, None):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(tiny_config("gpt2"))
+        with make_engine(model.eval(), sequence_chunk_tokens=setting) as engine:
+            ids = text(0)[0]["input_ids"].expand(3, -1)
+            results.append(engine.train_step([{"input_ids": ids, "labels": ids}]))
+            assert ("transformer.h.0.mlp" in in_parts(model)) == (setting is not None)
+    assert results[0].loss == pytest.approx(results[1].loss, rel=1e-6)
+    assert results[0].grad_norm == pytest.approx(results[1].grad_norm, rel=1e-6)
+
+
 def test_the_reference_over_parts_differs_from_whole_sequences() -> None:
     """In the last bits of weights' gradients, and no more: a reference that did not differ would prove nothing."""
     whole, parts = (
@@ -488,6 +502,6 @@ def test_no_tensor_of_sequence_by_sequence_exists(masked: bool) -> None:
 def test_the_watch_notices_attention_that_is_quadratic() -> None:
     tokens = 128
     model = tiny_llama(attn_implementation="eager", max_position_embeddings=tokens)
-    with make_engine(model, sequence_chunk_tokens=16) as engine, Largest() as largest:
+    with make_engine(model, sequence_chunk_tokens=None) as engine, Largest() as largest:
         engine.train_step(text(0, count=1, length=tokens))
     assert largest.quadratic(tokens)

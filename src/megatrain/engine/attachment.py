@@ -15,6 +15,7 @@ from megatrain.engine.gradients import GradientBook
 from megatrain.engine.targets import labels_are_shifted
 from megatrain.engine.weight_stream import WeightStream
 from megatrain.model.block import install_units
+from megatrain.model.blockwise_attention import BlockwiseAttention
 from megatrain.model.fused_loss import liger_loss
 from megatrain.model.head import ChunkedHead
 from megatrain.model.hidden import HiddenParameters
@@ -42,6 +43,7 @@ class Attachment:
             # units stand around them, and go before they do
             chunked = ChunkedModules([unit.module for unit in engine.partition.units], sequence_chunk_tokens)
             self._undo.callback(chunked.remove)
+            self._undo.callback(BlockwiseAttention(engine.model, sequence_chunk_tokens).remove)
             self._attach(engine, compile, head_chunk_tokens)
         except BaseException:
             self.remove()

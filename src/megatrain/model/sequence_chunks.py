@@ -13,6 +13,7 @@ classes do not matter.
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
@@ -173,13 +174,14 @@ def in_parts(module: nn.Module, run: Run, hidden: Tensor, part: int) -> Tensor:
         return _forward_in_parts(run, hidden, part)
     places = [(m, name) for m in module.modules() for name, p in m._parameters.items() if p is not None]
     weights = [owner._parameters[name] for owner, name in places]
-    return _InParts.apply(_Record(module, run, part, places, hidden.device), hidden, *weights)  # type: ignore[no-any-return]
+    record = _Record(run, part, Repetition(module, places, hidden.device))
+    return _InParts.apply(record, hidden, *weights)  # type: ignore[no-any-return]
 
 
 def _forward_in_parts(run: Run, hidden: Tensor, part: int) -> Tensor:
     result: Tensor | None = None
     for rows in _parts(hidden, part):
-        found = run(hidden[:, rows].detach().requires_grad_(hidden.requires_grad)).detach()
+        found = run(_part(hidden, rows).requires_grad_(hidden.requires_grad)).detach()
         if result is None:
             result = found.new_empty((*hidden.shape[:2], *found.shape[2:]))
         result[:, rows] = found
@@ -191,11 +193,17 @@ def _parts(hidden: Tensor, part: int) -> list[slice]:
     return [slice(start, start + part) for start in range(0, hidden.shape[1], part)]
 
 
-class _Record:
-    """From which a backward repeats a forward."""
+def _part(hidden: Tensor, rows: slice) -> Tensor:
+    """Of its own, and contiguous: modules view the whole sequences so, of however many there are."""
+    return hidden[:, rows].detach().contiguous()
 
-    def __init__(self, module: nn.Module, run: Run, part: int, places: list[Place], device: torch.device) -> None:
-        self.run, self.part, self.places = run, part, places
+
+class Repetition:
+    """What a backward needs of a forward that it repeats, beside what ran: where the weights of `module` go (`places`),
+    attributes and autocast as they were."""
+
+    def __init__(self, module: nn.Module, places: list[Place], device: torch.device) -> None:
+        self._places = places
         self._attributes = WrittenAttributes(module, type(module).__name__)
         self._found: Attributes = self._attributes.worth_keeping(self._attributes.snapshot())
         self._autocast = AutocastState(torch.device("cpu") if device.type == "meta" else device)
@@ -206,9 +214,18 @@ class _Record:
         stack.enter_context(self._autocast.entered())
         stack.enter_context(no_autocast_cache())
         stack.enter_context(self._attributes.replaying(self._found))
-        stack.enter_context(bound_at(self.places, leaves))
-        stack.enter_context(_graph_of_ones_own())
+        stack.enter_context(bound_at(self._places, leaves))
+        stack.enter_context(graph_of_ones_own())
         return stack
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """From which a backward repeats a forward over parts of so many tokens."""
+
+    run: Run
+    part: int
+    repetition: Repetition
 
 
 class _InParts(torch.autograd.Function):
@@ -216,7 +233,7 @@ class _InParts(torch.autograd.Function):
     def forward(ctx: Any, record: _Record, hidden: Tensor, *weights: Tensor) -> Tensor:
         ctx.record = record
         ctx.save_for_backward(hidden, *weights)
-        with _graph_of_ones_own():
+        with graph_of_ones_own():
             return _forward_in_parts(record.run, hidden, record.part)
 
     @staticmethod
@@ -228,9 +245,9 @@ class _InParts(torch.autograd.Function):
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[1] else None
         sums = GradientSums(wanted)
-        with record.repeating(leaves):
+        with record.repetition.repeating(leaves):
             for rows in reversed(_parts(hidden, record.part)):  # autograd would add up gradients in this order
-                given = hidden[:, rows].detach().requires_grad_(hidden_gradient is not None)
+                given = _part(hidden, rows).requires_grad_(hidden_gradient is not None)
                 first = [given] if hidden_gradient is not None else []
                 found = torch.autograd.grad(
                     record.run(given), [*first, *wanted], gradient[:, rows], allow_unused=True, materialize_grads=False
@@ -264,7 +281,7 @@ class GradientSums:
         return [None if s is None else s.to(w.dtype) for s, w in zip(self._sums, self._weights, strict=True)]
 
 
-def _graph_of_ones_own() -> AbstractContextManager[Any]:
+def graph_of_ones_own() -> AbstractContextManager[Any]:
     """Gradients on, as in plain PyTorch, since whether a product is folded depends on it; what the graph saves is of no
     interest to those who look at what the unit's saves."""
     stack = ExitStack()

@@ -114,7 +114,7 @@ def _on_meta(module: nn.Module) -> Iterator[None]:
 
 def _judge(module: nn.Module, run: Run, like: Tensor, attributes: "_Attributes") -> Verdict:
     weights: list[Tensor] = list(module.parameters())
-    probe = _random((1, _TOKENS, *like.shape[2:]), like).requires_grad_()
+    probe = random_like((1, _TOKENS, *like.shape[2:]), like).requires_grad_()
     with CapturedOutputs().collecting() as captured, _Watched([probe, *weights, *module.buffers()]):
         whole, saved = _run_saving(run, probe, weights)
     if any(captured.values()):
@@ -138,17 +138,19 @@ def _mixes_tokens(run: Run, probe: Tensor, whole: Tensor, first: Tensor) -> str 
         undisturbed = run(probe)[:, others]
     if not bool(torch.isfinite(whole).all()):
         return "its results on random tokens are not finite"
-    if not _close(parts, whole):
+    if not close(parts, whole):
         return "its results on parts of a sequence differ from those on the whole"
-    return None if _close(undisturbed, whole[:, others]) else "a token has an effect on the results of others"
+    return None if close(undisturbed, whole[:, others]) else "a token has an effect on the results of others"
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
+def close(found: Tensor, expected: Tensor) -> bool:
+    """Equal but for rounding."""
     tolerance = _TOLERANCE.get(expected.dtype, 3e-2) * float(expected.abs().max())
     return bool(((found - expected).abs() <= tolerance).all())
 
 
-def _random(shape: tuple[int, ...], like: Tensor) -> Tensor:
+def random_like(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """The same numbers each time, where and in what precision `like` is."""
     if like.is_meta:
         return like.new_empty(shape)
     generator = torch.Generator().manual_seed(0)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from megatrain.errors import UnsupportedModelError
+from megatrain.model.deferred_masks import DeferredMask
 
 _CONSTANT_TYPES = (
     type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, torch.layout,
@@ -43,6 +44,7 @@ class FlatTree:
     def __init__(self, tree: Any, where: str) -> None:
         self.where = where
         self.tensors: list[Tensor] = []
+        self.masks: list[DeferredMask] = []
         self._index_of: dict[int, int] = {}
         self.skeleton = self._flatten(tree, ())
 
@@ -60,6 +62,8 @@ class FlatTree:
             return _Constant(node)
         if _is_cache(node):
             return _EmptyCache(node, self.where)
+        if isinstance(node, DeferredMask):
+            self.masks.append(node)
         children = list(_children(node, self.where, path))
         return _Container(node, [(key, self._flatten(value, (*path, key))) for key, value in children])
 
@@ -224,8 +228,9 @@ def copy_whole_caches(arguments: Iterable[Any], depth: int = 3) -> None:
 
 
 def _is_known_constant(node: Any) -> bool:
-    """Configurations, and masks made by flex attention: read by the unit, never written."""
-    return hasattr(node, "model_type") or type(node).__name__ == "BlockMask"
+    """Configurations, masks made by flex attention, and masks that are yet to be made: read by the unit, never
+    written."""
+    return type(node).__name__ == "BlockMask" or isinstance(node, DeferredMask) or hasattr(node, "model_type")
 
 
 def _build(node: Any, tensors: list[Tensor]) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from megatrain.errors import MegaTrainError
+from megatrain.model.blockwise_attention import BlockwiseAttention
 from megatrain.model.partition import Partition, Unit, partition
 from megatrain.model.sequence_chunks import ChunkedModules, ChunkTokens
 from megatrain.model.stand_in import StandIn
@@ -24,7 +25,8 @@ from megatrain.planner.live_bytes import differentiation_bytes
 class UnitRun:
     """One call of a unit over one sequence: bytes of its inputs that carry gradients, of those that carry none, of what
     its graph holds beside weights and inputs, and what it was called with. Of what runs over a part of the sequence at
-    a time: the most that a part takes while it is differentiated, and elements of its matrices."""
+    a time: the most that a part takes while it is differentiated, and elements of its matrices; `blockwise`: whether
+    attention runs over a block of queries at a time."""
 
     input_bytes: int
     graph_bytes: int
@@ -32,6 +34,7 @@ class UnitRun:
     arguments: FlatTree | None = None
     part_bytes: int = 0
     part_elements: int = 0
+    blockwise: bool = False
 
 
 @dataclass(slots=True)
@@ -48,7 +51,8 @@ def run_on_meta(model: nn.Module, seq_len: int, sequence_chunk_tokens: ChunkToke
     """Run `model`, which is on the meta device in the precision of its computation, on one sequence."""
     part, found = partition(model), MetaPass()
     chunked = ChunkedModules([unit.module for unit in part.units], sequence_chunk_tokens)
-    recorders = [_Recorder(unit, found, chunked) for unit in part.units]
+    attention = BlockwiseAttention(model, sequence_chunk_tokens)
+    recorders = [_Recorder(unit, found, chunked, attention) for unit in part.units]
     seen: dict[Any, tuple[UnitRun, Any]] = {}
     for recorder in recorders:
         recorder.install(seen)
@@ -63,6 +67,7 @@ def run_on_meta(model: nn.Module, seq_len: int, sequence_chunk_tokens: ChunkToke
     finally:
         for recorder in recorders:
             recorder.remove()
+        attention.remove()
         chunked.remove()
     return found
 
@@ -70,8 +75,8 @@ def run_on_meta(model: nn.Module, seq_len: int, sequence_chunk_tokens: ChunkToke
 class _Recorder:
     """Stands in for a unit's forward."""
 
-    def __init__(self, unit: Unit, found: MetaPass, chunked: ChunkedModules) -> None:
-        self.unit, self.found, self.chunked = unit, found, chunked
+    def __init__(self, unit: Unit, found: MetaPass, chunked: ChunkedModules, attention: BlockwiseAttention) -> None:
+        self.unit, self.found, self.chunked, self.attention = unit, found, chunked, attention
         self.forward: Callable[..., Any] = unit.module.forward
         self._stand_in: StandIn | None = None
         self._seen: dict[Any, tuple[UnitRun, Any]] = {}
@@ -86,7 +91,8 @@ class _Recorder:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = FlatTree((args, kwargs), self.unit.name)
-        key = (_kind_of(self.unit.module), tuple((t.shape, t.dtype) for t in arguments.tensors))
+        given = tuple((t.shape, t.dtype) for t in arguments.tensors)
+        key = (_kind_of(self.unit.module), given, tuple(id(mask) for mask in arguments.masks))
         if key not in self._seen:
             saved = _Saved([*arguments.tensors, *self.unit.module.parameters()])
             with torch.autograd.graph.saved_tensors_hooks(saved, saved.unpack):
@@ -100,14 +106,18 @@ class _Recorder:
 
     def _run(self, arguments: FlatTree, graph_bytes: int) -> UnitRun:
         in_parts = self.chunked.in_parts_inside(self.unit.module)
+        blocks = self.attention.largest_blocks_inside(self.unit.module)
+        part_bytes = [differentiation_bytes(*f.last, [*f.module.parameters()]) for f in in_parts if f.last]
+        part_bytes += [differentiation_bytes(b.run, b.query, b.states) + b.sum_bytes for b in blocks]
         matrices = {id(p): p.numel() for f in in_parts for p in f.module.parameters() if p.ndim >= 2}
         return UnitRun(
             sum(t.nbytes for t in arguments.tensors if t.requires_grad),
             graph_bytes,
             sum(t.nbytes for t in arguments.tensors if not t.requires_grad),
             arguments,
-            max((differentiation_bytes(*f.last, [*f.module.parameters()]) for f in in_parts if f.last), default=0),
+            max(part_bytes, default=0),
             sum(matrices.values()),
+            bool(blocks),
         )
 
 
@@ -157,22 +167,29 @@ class _MetaAnswers(TorchFunctionMode):
     ) -> Any:
         given = dict(kwargs or {})
         if func is torch.nn.functional.scaled_dot_product_attention:
-            query, key, value = (given.get(n, args[i] if i < len(args) else None) for i, n in enumerate(_OPERANDS))
-            return _FusedAttention.apply(query, key, value)
+            operands = (given.get(n, args[i] if i < len(args) else None) for i, n in enumerate(_OPERANDS))
+            return _FusedAttention.apply(*operands)
         if func is Tensor.__bool__ and args[0].is_meta:
             return True  # such as `(mask == 1).all()`
         return func(*args, **given)
 
 
-_OPERANDS = ("query", "key", "value")
+_OPERANDS = ("query", "key", "value", "attn_mask")
 
 
 class _FusedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         result = query.new_empty((*query.shape[:-1], value.shape[-1]))
-        ctx.save_for_backward(query, key, value, result, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        rows = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        # as numbers to be added, made anew where it is boolean
+        added = [] if mask is None else [query.new_empty(mask.shape) if mask.dtype == torch.bool else mask]
+        ctx.save_for_backward(query, key, value, result, rows, *added)
         return result
+
+    @staticmethod
+    def backward(ctx: Any, _gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return *(torch.empty_like(t) for t in ctx.saved_tensors[: len(_OPERANDS) - 1]), None
 
 
 def _fill_in(found: MetaPass, part: Partition, model: nn.Module, seq_len: int) -> None:

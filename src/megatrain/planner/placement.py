@@ -242,7 +242,8 @@ def working_bytes(workload: Workload, placement: Placement, sequences: int, *, i
     as rotary embeddings, of each micro-batch."""
     unit = max((_unit_bytes(u, placement) for u in workload.units if u.index not in workload.head), default=0)
     head = head_bytes(workload, placement.micro_batch)
-    constants = micro_batches(sequences, placement) * max((u.constants for u in workload.units), default=0)
+    each = [u.held_constants(chunked=placement.chunked) for u in workload.units]
+    constants = micro_batches(sequences, placement) * max(each, default=0)
     before = unit + head if in_host_memory and not placement.chunked else unit
     return constants + max(before, head + 2 * sequences * _hidden_bytes(workload))
 

@@ -31,11 +31,13 @@ _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "experts_per_token", "num_experts_p
 @dataclass(frozen=True, slots=True)
 class InParts:
     """A unit over a part of the sequence at a time, as far as it can: bytes of its graph for one sequence, what
-    one part of it takes while it is differentiated, and how much of its forward each backward repeats."""
+    one part of it takes while it is differentiated, how much of its forward each backward repeats, and bytes of its
+    inputs without a gradient."""
 
     graph: int
     part: int
     repeated: float
+    constants: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,10 @@ class UnitWork:
     def held_graph(self, *, chunked: bool) -> int:
         """Bytes of the graph of one sequence."""
         return self.in_parts.graph if chunked and self.in_parts is not None else self.graph
+
+    def held_constants(self, *, chunked: bool) -> int:
+        """Bytes of the inputs without a gradient: no masks of sequence x sequence where it runs in parts."""
+        return self.in_parts.constants if chunked and self.in_parts is not None else self.constants
 
     @property
     def weight_bytes(self) -> int:
@@ -232,7 +238,8 @@ def _in_parts(run: UnitRun | None, seq_len: int, flops: UnitFlops) -> InParts | 
     if run is None or not run.part_bytes:
         return None
     whole = flops.forward(seq_len)
-    return InParts(run.graph_bytes, run.part_bytes, 2 * run.part_elements * seq_len / whole if whole else 1.0)
+    repeated = 2 * run.part_elements * seq_len + (flops.attention_forward(seq_len) if run.blockwise else 0)
+    return InParts(run.graph_bytes, run.part_bytes, repeated / whole if whole else 1.0, run.constant_bytes)
 
 
 def _strays_work(
