@@ -65,7 +65,9 @@ def _require_the_same_for_each_token(module: nn.Module, run: Run, like: Tensor, 
     length = next(n for n in _PRIMES if n not in sizes and not any(size % n == 0 for size in sizes if size))
     whole = like.shape[1]
     lengths = [length, *dict.fromkeys((whole, min(part, whole), whole % part or part))]
-    with _on_meta(module), torch.enable_grad():
+    # what these graphs save is of no interest to those who look at what the unit's saves
+    unseen = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
+    with _on_meta(module), torch.enable_grad(), unseen:
         trails = []
         for number, tokens in enumerate(lengths):
             probe = torch.empty((1, tokens, *like.shape[2:]), dtype=like.dtype, device="meta").requires_grad_()
