@@ -155,6 +155,13 @@ def run(tmp_path: Path) -> Path:
     return path
 
 
+def test_a_run_is_planned_as_it_would_be_carried_out(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A plan's own defaults, and its choice of micro-batch, are for models by themselves."""
+    for hardware in ((), ("--hardware", "h200", "--engine.precision", "bf16")):
+        _, found = plan_of(capsys, str(run), *hardware)
+        assert (found["tokens_per_step"], found["placement"]["micro_batch"]) == (32, 1)
+
+
 def test_a_run_says_what_was_predicted_and_what_came(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

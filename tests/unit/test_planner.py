@@ -18,7 +18,7 @@ from megatrain.model.loading import build_on_meta, initialise, load_config
 from megatrain.optim import int8_moments
 from megatrain.planner.choose import Settings, choose
 from megatrain.planner.flops import UnitFlops, attended_pairs
-from megatrain.planner.hardware import FIGURES, Hardware, load_hardware, parse_hardware, profile_names
+from megatrain.planner.hardware import FIGURES, PROFILES, Hardware, load_hardware, parse_hardware, profile_names
 from megatrain.planner.meta_pass import run_on_meta
 from megatrain.planner.placement import (
     DEVICE,
@@ -391,3 +391,19 @@ def test_many_small_micro_batches_are_not_refused_for_their_threads() -> None:
     work = workload()
     held = [ledger(work, placed(work), n, in_host_memory=True, process=0)[HOST]["threads"] for n in (20, 10_000)]
     assert held[0] == held[1]
+
+
+def test_fp32_is_planned_at_the_rate_of_fp32() -> None:
+    bf16, fp32 = (
+        plan(workload(precision), machine(matmul_flops=1e15, matmul_flops_fp32=1e13)) for precision in ("bf16", "fp32")
+    )
+    assert fp32.hardware.product_rate == pytest.approx(bf16.hardware.product_rate / 100)
+    with pytest.raises(ConfigError, match="matmul_flops_fp32: missing"):
+        plan(workload("fp32"), machine(matmul_flops_fp32=None))
+
+
+def test_a_rate_of_nothing_is_refused() -> None:
+    known = read_yaml(PROFILES / "h200.yaml")
+    for key, value in (("h2d_bandwidth", 1e-300), ("nvme_read", 0), ("name", 5)):
+        with pytest.raises(ConfigError, match=f"{key}: "):
+            parse_hardware(known | {key: value}, "mine")

@@ -7,16 +7,19 @@ Every figure of a profile says in `sources` where it comes from: a data sheet, a
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from megatrain.config_kinds import ABOVE_0, AT_LEAST_0, BYTES, TEXT, Kind, or_null, real, whole
+from megatrain.config_kinds import AT_LEAST_0, BYTES, TEXT, Kind, or_null, real, whole
 from megatrain.errors import ConfigError
 from megatrain.yaml_file import read_yaml
 
 PROFILES = Path(__file__).parent / "profiles"
 _SHARE = real("a number above 0, at most 1", lambda number: 0 < number <= 1)
+
+
+_RATE = real("a number of at least 1, per second", lambda number: 1 <= number < float("inf"))
 
 
 def _key(kind: Kind, default: Any = dataclasses.MISSING) -> Any:
@@ -27,25 +30,27 @@ def _key(kind: Kind, default: Any = dataclasses.MISSING) -> Any:
 class Hardware:
     """A machine with one compute device. Memory in bytes, bandwidths in bytes per second.
 
-    `matmul_flops` is what the device could do in dense bf16 products, in operations per second, the two efficiencies
-    the shares that large products and attention reach. `device_memory` None: the host computes in its own memory.
-    `host_bandwidth` is what the host's optimizer reaches, the reads and writes that it must do counted once.
+    `matmul_flops` is what the device could do in dense bf16 products, in operations per second, `matmul_flops_fp32` in
+    fp32 ones without TF32, the two efficiencies the shares that large products and attention reach. `device_memory`
+    None: the host computes in its own memory. `host_bandwidth` is what the host's optimizer reaches, the reads and
+    writes that it must do counted once.
     """
 
     name: str = _key(TEXT, "")
     description: str = _key(TEXT, "")
     device_memory: int | None = _key(or_null(BYTES))
-    matmul_flops: float = _key(ABOVE_0)
+    matmul_flops: float = _key(_RATE)
+    matmul_flops_fp32: float | None = _key(or_null(_RATE), None)
     matmul_efficiency: float = _key(_SHARE)
     attention_efficiency: float = _key(_SHARE)
-    device_bandwidth: float = _key(ABOVE_0)
-    h2d_bandwidth: float = _key(ABOVE_0)
-    d2h_bandwidth: float = _key(ABOVE_0)
+    device_bandwidth: float = _key(_RATE)
+    h2d_bandwidth: float = _key(_RATE)
+    d2h_bandwidth: float = _key(_RATE)
     host_memory: int = _key(BYTES)
-    host_bandwidth: float = _key(ABOVE_0)
+    host_bandwidth: float = _key(_RATE)
     cores: int = _key(whole(1))
-    nvme_read: float = _key(ABOVE_0)
-    nvme_write: float = _key(ABOVE_0)
+    nvme_read: float = _key(_RATE)
+    nvme_write: float = _key(_RATE)
     watts: float = _key(AT_LEAST_0)
     dollars_per_hour: float = _key(AT_LEAST_0)
     sources: Mapping[str, str] = field(default_factory=dict)
@@ -53,6 +58,18 @@ class Hardware:
     @property
     def computes_in_host_memory(self) -> bool:
         return self.device_memory is None
+
+    def in_precision(self, precision: str) -> "Hardware":
+        """With the products of `precision`, bf16 or fp32, as `matmul_flops`. Raises ConfigError where those are not
+        known."""
+        if precision == "bf16":
+            return self
+        if self.matmul_flops_fp32 is None:
+            raise ConfigError(
+                f"hardware {self.name}: matmul_flops_fp32: missing; a plan in fp32 needs it: operations per second of"
+                " products in fp32"
+            )
+        return replace(self, matmul_flops=self.matmul_flops_fp32)
 
     @property
     def product_rate(self) -> float:
@@ -92,6 +109,8 @@ def parse_hardware(values: Mapping[str, Any], name: str) -> Hardware:
             near = difflib.get_close_matches(str(key), FIGURES, 1, 0.5)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(FIGURES)}"
             raise ConfigError(f"hardware {name}: {key}: unknown key; {hint}")
+    if not isinstance(values.get("name", name), str):
+        raise ConfigError(f"hardware {name}: name: {values['name']!r} is wrong; expected text")
     found: dict[str, Any] = {"name": values.get("name", name), "sources": _sources(values.get("sources"), name)}
     for key, spec in FIGURES.items():
         kind: Kind = spec.metadata["kind"]

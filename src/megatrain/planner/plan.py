@@ -130,6 +130,7 @@ def make_plan(
     at_length: Callable[[int], Workload] | None = None,
 ) -> Plan:
     """`at_length`: the same model at another sequence length, to look for a context that fits."""
+    hardware = hardware.in_precision(workload.precision)
     found = choose(workload, hardware, settings, measured)
     remedies = () if found.fits else tuple(_remedies(workload, hardware, settings, found, at_length))
     return Plan(workload, hardware, settings, found, remedies)

@@ -34,6 +34,7 @@ def describe_machine(device: ComputeDevice) -> Hardware:
         description=_describe(device),
         device_memory=(device.memory_bytes or limits.free_bytes) if streams(device) else None,
         matmul_flops=_GUESSED_RATE,
+        matmul_flops_fp32=_GUESSED_RATE,
         matmul_efficiency=1.0,
         attention_efficiency=0.5,
         device_bandwidth=_GUESSED_BANDWIDTH,
@@ -67,6 +68,7 @@ def probe(device: ComputeDevice, precision: str, threads: int | None = None) -> 
     }
     if device.torch_device.type == "cuda":
         measured["h2d_bandwidth"], measured["d2h_bandwidth"] = _link(device.torch_device)
+    measured["matmul_flops_fp32"] = measured["matmul_flops"]  # of the precision that was asked for
     found = describe_machine(device)
     sources = {**found.sources, **dict.fromkeys(measured, "measured here, now")}
     return replace(found, **measured, sources=sources)  # type: ignore[arg-type]

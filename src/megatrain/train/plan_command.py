@@ -33,10 +33,12 @@ def plan_command(known: argparse.Namespace, overrides: Sequence[tuple[str, str]]
     options = _options(known)
     settings = _settings(known.what)
     override(settings, overrides)
+    is_run = _section(settings, "data").get("train") is not None  # planned as `train` would carry it out
     _take_options(settings, options)
     found = _model(settings)
-    chooses_micro_batch = "micro_batch" not in _section(settings, "engine")
-    _take_defaults(settings, found.config)
+    chooses_micro_batch = not is_run and "micro_batch" not in _section(settings, "engine")
+    if not is_run:
+        _take_defaults(settings, found.config)
     config = parse_config(settings, for_training=False)
     plan = _plan(config, found, known, options, chooses_micro_batch=chooses_micro_batch)
     if known.timeline is not None:
