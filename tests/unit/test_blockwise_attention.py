@@ -204,19 +204,27 @@ def test_what_blocks_cannot_do_runs_with_the_whole_mask(settings: dict[str, Any]
     assert len([w for w in said if "exists as a whole: attention" in str(w.message)]) == 1
 
 
+@pytest.mark.parametrize(
+    ("beyond", "module", "warning"),
+    [
+        (0, "transformers.mine", "gives other results for some queries than for all"),
+        (10, "mine", "not of transformers"),
+    ],
+)
 def test_attention_that_looks_at_more_than_its_arguments_runs_with_the_whole_mask(
-    monkeypatch: pytest.MonkeyPatch,
+    beyond: int, module: str, warning: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A bias by the number of keys, which differs from block to block."""
+    """A bias by the number of keys, which differs from block to block; of many keys, where a few would not show it."""
     from transformers.models.mistral import modeling_mistral
 
     own = modeling_mistral.eager_attention_forward
 
     def biased(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **kwargs: Any) -> Any:
-        return own(module, query, key * key.shape[2] ** 0.5, value, mask, **kwargs)
+        return own(module, query, key * max(1, key.shape[2] - beyond) ** 0.5, value, mask, **kwargs)
 
+    biased.__module__ = module
     monkeypatch.setattr(modeling_mistral, "eager_attention_forward", biased)
-    with pytest.warns(UserWarning, match="biased gives other results for some queries than for all"):
+    with pytest.warns(UserWarning, match=f"biased .*{warning}"):
         found = train(build("mistral", attn_implementation="eager"), PART)
     assert_same(found, train(build("mistral", attn_implementation="eager"), None))
 

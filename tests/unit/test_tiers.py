@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
+from test_cli import run
 from test_engine_toys import WIDTH, Block, Net, assert_trains_like_plain, batches_of, make_batch, make_engine
 from torch import Tensor, nn
 
 import megatrain as mt
-from megatrain import cli
 from megatrain.device.lagged import LaggedDevice
 from megatrain.errors import CapacityError, ConfigError, IntegrityError
 from megatrain.memory import pieces
@@ -286,12 +285,6 @@ def settings(tmp_path: Path) -> dict[str, Any]:
         "engine": {"precision": "fp32"},
         "output": str(tmp_path / "run"),
     }
-
-
-def run(settings: dict[str, Any], tmp_path: Path, *overrides: str) -> int:
-    path = tmp_path / "settings.yaml"
-    path.write_text(yaml.safe_dump(settings))
-    return cli.main(["train", str(path), *overrides])
 
 
 def losses(tmp_path: Path, name: str) -> list[float]:

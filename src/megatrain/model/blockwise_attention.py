@@ -5,7 +5,8 @@ mask reaches, and a mask of that size: windows, sinks, soft-caps and groups of h
 block's graph is dropped with the block; going back each is run again, differentiated and forgotten. Gradients of keys
 and values, which several blocks share, add up in fp32.
 
-Whether a function takes queries apart is tried out on a few random ones.
+Only functions of transformers itself are called so: what another one does to many keys a trial would not show. Theirs
+are tried out all the same, on a few random queries.
 """
 
 import inspect
@@ -237,6 +238,8 @@ def _obstacle(
     name = getattr(function, "__name__", type(function).__name__)
     if args or not isinstance(module, nn.Module):
         return f"{name} is called in a way of its own"
+    if not getattr(function, "__module__", "").startswith("transformers."):
+        return f"{name} is not of transformers, and a trial on a few tokens would not show what it does to many"
     if [s.shape[2] if s.ndim == 4 else None for s in states] != [mask.shape[2], mask.shape[3], mask.shape[3]]:
         return f"{name} gets states of another shape than its mask"
     if others.get("dropout"):
@@ -281,7 +284,8 @@ def _verdict(
     others: Others,
 ) -> _Verdict:
     verdicts, query = mask.owner.verdicts, states[0]
-    key = (function, id(module), module.training, query.dtype, query.device, mask.additive)
+    constants = tuple((n, str(v)) for n, v in sorted(others.items()) if not isinstance(v, Tensor))
+    key = (function, id(module), module.training, query.dtype, query.device, mask.additive, constants)
     if key not in verdicts:
         random = RandomState(query.device) if not query.is_meta else None
         try:
