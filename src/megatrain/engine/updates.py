@@ -43,19 +43,21 @@ class SlabUpdate:
     def run(self, workers: Workers, piece: Piece, state: SlabState) -> None:
         """Of the elements in `piece`, whose state is in memory: on the device in the order of computation."""
         if self.slab.on_device:
-            weight = self.slab.weight[: self.slab.layout.state_count]
-            rest = (self.gradient, self.segments, self.gradient_scale, self.seed)
-            device_kernels.adamw(weight, state.remainder, state.moments, *rest)
+            weights = self.slab.weight[: self.slab.layout.state_count]
+            update = (self.gradient, self.segments, self.gradient_scale, self.seed)
+            device_kernels.adamw(weights, state.remainder, state.moments, *update)
             return
         here = slice(piece.start, piece.stop)
         remainder = None if state.remainder is None else state.remainder.numpy()
         held = {name: part.numpy() for name, part in state.moments.items()}
-        arrays, update = (self.slab.weight_bits[here], remainder), (bits(self.gradient[here]), self._within(piece))
+        weight, rest = (
+            self.slab.weight_bits[here],
+            (bits(self.gradient[here]), self._within(piece), self.gradient_scale),
+        )
         if "exp_avg_scale" in held:
-            moments = Int8Moments(**held)
-            adamw_int8(workers, *arrays, moments, *update, self.gradient_scale, seed=self.seed, first=piece.start)
+            adamw_int8(workers, weight, remainder, Int8Moments(**held), *rest, seed=self.seed, first=piece.start)
         else:
-            adamw(workers, *arrays, **held, grad=update[0], segments=update[1], grad_scale=self.gradient_scale)
+            adamw(workers, weight, remainder, held["exp_avg"], held["exp_avg_sq"], *rest)
 
     def _within(self, piece: Piece) -> list[Segment]:
         """The segments that reach into a piece, cut, counted from its first element."""
