@@ -25,7 +25,7 @@ def describe_machine(device: str, commit: str = "") -> dict[str, str]:
     versions += [f"{name} {installed_version(name)}" for name in _PACKAGES]
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
-        "commit": commit or _first_line(["git", "-C", str(BENCHMARKS), "describe", "--always", "--dirty"]),
+        "commit": commit or commit_of(BENCHMARKS.parent),
         "device": torch.cuda.get_device_name(int(number or 0)) if on_gpu else kind,
         "driver": _first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]) if on_gpu else "",
         "cpu": cpu_name(),
@@ -34,6 +34,14 @@ def describe_machine(device: str, commit: str = "") -> dict[str, str]:
         "load": f"{os.getloadavg()[0]:.1f}",  # of the minute before: how idle it was
         "versions": " ".join(versions),
     }
+
+
+def commit_of(repository: Path) -> str:
+    """The commit that is measured, with "-dirty" where its code was changed; results are no code."""
+    git = ["git", "-C", str(repository)]
+    head = _first_line([*git, "rev-parse", "--short", "HEAD"])
+    changed = _first_line([*git, "status", "--porcelain", "--", "*.py", "*.toml", "constraints.txt"], nothing="")
+    return head + ("-dirty" if changed and head != "unknown" else "")
 
 
 def installed_version(name: str) -> str:
@@ -52,10 +60,10 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _first_line(command: list[str]) -> str:
-    """That a command prints; 'unknown' where it cannot be run."""
+def _first_line(command: list[str], nothing: str = "unknown") -> str:
+    """That a command prints; 'unknown' where it cannot be run, `nothing` where it prints none."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return next(iter(done.stdout.strip().splitlines()), "unknown")
+    return next(iter(done.stdout.strip().splitlines()), nothing)

@@ -1,8 +1,10 @@
 """benchmarks/harness: how measurements are summed up, counted and written."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
+from harness.machine import commit_of
 from harness.models import NAMED_MODELS, config_of
 from harness.percentiles import Spread
 from harness.rates import count_step
@@ -62,3 +64,22 @@ def test_rows_are_appended_and_read_back(tmp_path: Path) -> None:
     assert [second[name] for name in ("metric", "value", "p20", "note")] == ["parameters", "7", "", ""]
     assert (third["metric"], third["value"], third["note"]) == ("not_measured", "", "its checkout is not on the path")
     assert read_results(tmp_path / "none.csv") == []
+
+
+def test_results_do_not_make_a_commit_another_one_and_code_does(tmp_path: Path) -> None:
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(["git", *who, *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    assert commit_of(tmp_path) == "unknown"
+    git("init", "--quiet")
+    for name in ("code.py", "results.csv"):
+        (tmp_path / name).write_text("1\n")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "first")
+    head = git("rev-parse", "--short", "HEAD").strip()
+    assert commit_of(tmp_path) == head
+    (tmp_path / "results.csv").write_text("2\n")
+    assert commit_of(tmp_path) == head
+    (tmp_path / "code.py").write_text("2\n")
+    assert commit_of(tmp_path) == f"{head}-dirty"
