@@ -85,7 +85,7 @@ def _section(text: str, first: str, columns: Sequence[Column], found: Sequence[C
 
 def _beside_other_work(comparison: Comparison) -> str | None:
     load, cores = float(comparison.machine["load"]), int(comparison.machine["cores"])
-    if load <= cores / 2:
+    if load <= cores:  # the part before leaves up to one
         return None
     return f"Measured beside other work (a load of {load:g} on {cores} cores before it began): times are uncertain."
 

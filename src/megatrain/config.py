@@ -27,6 +27,7 @@ from megatrain.config_kinds import (
     MAPPING,
     PATH,
     RATIO,
+    SEQUENCE_LENGTH,
     SOURCES,
     TEXT,
     Kind,
@@ -95,7 +96,7 @@ class DataConfig:
         ),
     )
     text_field: str = field(default="text", metadata=_about(TEXT, "field of a .jsonl line that holds its text"))
-    seq_len: int = field(default=1024, metadata=_about(whole(2), "tokens per sequence"))
+    seq_len: int = field(default=1024, metadata=_about(SEQUENCE_LENGTH, "tokens per sequence"))
     packing: str = field(
         default="joined",
         metadata=_about(choice("joined"), "joined: documents follow each other, an end-of-text token between them"),

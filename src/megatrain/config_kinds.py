@@ -63,6 +63,17 @@ def whole(minimum: int) -> Kind:
     return Kind(f"a whole number of at least {minimum}", parse)
 
 
+def _sequence_length(value: Any) -> int:
+    found = whole(2).parse(value)
+    if found > LONGEST_SEQUENCE:
+        raise ValueError
+    return int(found)
+
+
+LONGEST_SEQUENCE = 1 << 24  # 32 times what anybody has trained at once; planning longer ones takes minutes
+SEQUENCE_LENGTH = Kind(f"a whole number from 2 to {LONGEST_SEQUENCE:,}", _sequence_length)
+
+
 def choice(*names: str) -> Kind:
     """One of `names`."""
 

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from megatrain import cli
+from megatrain.memory import pieces
 from megatrain.memory.limits import HostLimits
 from megatrain.train import planning
 
@@ -120,7 +121,7 @@ def test_this_machine_is_measured(model: Path, capsys: pytest.CaptureFixture[str
         (["--hardware", "h300"], "--hardware: 'h300' is no file and none of a100-80, "),
         (["--host-memory", "much"], "--host-memory: 'much' is wrong; expected a size such as 24GiB"),
         (["--tokens", "few"], "--tokens: 'few' is no number of tokens; write for example 10B or 512k"),
-        (["--seq-len", "1"], "--seq-len: '1' is wrong; expected a whole number of at least 2"),
+        (["--seq-len", "1"], "--seq-len: '1' is wrong; expected a whole number from 2 to 16,777,216"),
         (["--engine.slotss", "3"], "engine.slotss: unknown key; did you mean engine.slots?"),
         (["--train.clip_norm"], "--train.clip_norm has no value"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
@@ -189,3 +190,36 @@ def test_training_refuses_what_does_not_fit_before_it_writes(
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("megatrain: host memory: ") and " missing: " in last
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_planned_with_its_own_memory_and_moments(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the file says holds, and an option says otherwise."""
+    monkeypatch.setattr(pieces, "PIECE_ELEMENTS", 4096)  # as small beside this model as they are beside large ones
+    settings = {
+        "model": {"config": str(model)},
+        "data": {"seq_len": 32},
+        "optimizer": {"moments": "int8"},
+        "engine": {"host_memory": "700kB", "nvme": str(tmp_path)},
+    }
+    run = tmp_path / "run.yaml"
+    run.write_text(yaml.safe_dump(settings))
+    _, small = plan_of(capsys, str(run), "--hardware", "h200", "--engine.nvme", "null", "--engine.resident_units", "0")
+    assert not small["fits"] and small["placement"]["moments"] == "int8"
+    _, spilled = plan_of(capsys, str(run), "--hardware", "h200", "--engine.resident_units", "0")
+    assert spilled["bytes"]["nvme"]
+    code, large = plan_of(capsys, str(run), "--hardware", "h200", "--host-memory", "8GB", "--moments", "fp32")
+    assert code == 0 and large["placement"]["moments"] == "fp32"
+
+
+def test_another_machine_and_a_device_of_this_one_contradict(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for device in ("cpu", "lagged"):
+        assert cli.main(["plan", str(model), "--hardware", "h200", "--engine.device", device]) == 2
+        assert f"engine.device is {device!r}, which is not what computes in --hardware h200" in capsys.readouterr().err
+    assert cli.main(["plan", str(model), "--hardware", "h200", "--engine.device", "cuda"]) == 0
+
+
+def test_a_sequence_that_nobody_can_train_is_refused_at_once(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", str(model), "--hardware", "h200", "--seq-len", "1e8"]) == 2
+    assert "--seq-len: '1e8' is wrong; expected a whole number from 2 to 16,777,216" in capsys.readouterr().err

@@ -266,10 +266,9 @@ def test_a_refusal_names_the_missing_bytes_and_what_fits() -> None:
     assert not short.fits and short.missing_bytes == 1000
     assert short.candidate.missing == {HOST: 1000}
     assert short.refusal().startswith(f"host memory: 1.00 kB missing: {PARAMETERS:,} parameters need ")
-    assert short.refusal().endswith(
-        "; it would fit with train.clip_scope unit; or give fewer tokens per step (train.tokens_per_step)"
-    )
-    assert [r.change for r in short.remedies if r.fits] == ["train.clip_scope unit", "optimizer.moments int8"]
+    assert short.refusal().endswith("; it would fit with train.clip_scope unit or with train.tokens_per_step 64")
+    fitting = ["train.clip_scope unit", "optimizer.moments int8", "train.tokens_per_step 64"]
+    assert [r.change for r in short.remedies if r.fits] == fitting
 
 
 def test_with_a_disk_the_engine_itself_spills(small_pieces: None) -> None:
@@ -328,6 +327,49 @@ def test_a_shorter_context_is_offered_where_it_is_what_is_missing() -> None:
     )
     assert not found.fits
     assert "sequences of 256 tokens" in [r.change for r in found.remedies if r.fits]
+
+
+def _needed_on_device(work: Workload, sequences: int, micro_batch: int) -> int:
+    needs = placed(work, inputs_leave=True, slots=1, micro_batch=micro_batch)
+    return sum(ledger(work, needs, sequences, in_host_memory=False, process=0)[DEVICE].values())
+
+
+def test_fewer_tokens_per_step_are_offered_where_those_are_what_is_missing() -> None:
+    """Whole micro-batches as long as there are any, then smaller ones; what is offered does fit."""
+    work = workload(seq_len=512)
+    tight = {"device_memory": (_needed_on_device(work, 2, 2) + _needed_on_device(work, 4, 4)) // 2}
+    found = plan(work, machine(), sequences=8, micro_batch=4, **tight)
+    assert not found.fits
+    assert "engine.micro_batch 2 and train.tokens_per_step 1024" in [r.change for r in found.remedies if r.fits]
+    assert found.refusal().endswith(" it would fit with engine.micro_batch 2 and train.tokens_per_step 1024")
+    assert plan(work, machine(), sequences=2, micro_batch=2, **tight).fits
+
+    needed = sum(plan(work, machine(), sequences=8, micro_batch=4, resident=0).ledger[HOST].values())
+    kept = plan(work, machine(host_memory=needed - 1), sequences=8, micro_batch=4, resident=0)
+    assert not kept.fits and "train.tokens_per_step 2048" in [r.change for r in kept.remedies if r.fits]
+
+
+def test_all_changes_together_may_need_fewer_tokens_too() -> None:
+    """Host memory for int8 moments with clipping by unit, device memory for half the tokens."""
+    work = workload(seq_len=512)
+    one = plan(work, machine(), sequences=4, micro_batch=4, clip_scope="unit", moments="int8", resident=0)
+    limits = {
+        "host_memory": one.used_bytes(HOST),
+        "device_memory": (_needed_on_device(work, 2, 2) + _needed_on_device(work, 4, 4)) // 2,
+    }
+    found = plan(work, machine(), sequences=4, micro_batch=4, resident=0, **limits)
+    fitting = [r.change for r in found.remedies if r.fits]
+    assert fitting == [
+        "train.clip_scope unit and optimizer.moments int8 and engine.micro_batch 2 and train.tokens_per_step 1024"
+    ]
+
+
+def test_more_units_than_there_are_cannot_stay() -> None:
+    work = workload()
+    with pytest.raises(ConfigError, match=r"engine.resident_units is 99; it must be at most 6"):
+        plan(work, machine(), resident=99)
+    with pytest.raises(ConfigError, match=r"engine.resident_units is 1; it must be 0 on .*no memory of its own"):
+        plan(work, machine(device_memory=None), resident=1)
 
 
 def test_micro_batches_divide_a_step() -> None:

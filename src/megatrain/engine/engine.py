@@ -444,10 +444,10 @@ class Engine:
         self.flush()
         by_id = {id(slot.parameter): slot.index for slot in self.partition.slots}
 
-        def read(_name: str, parameter: nn.Parameter) -> Tensor:
-            index = by_id.get(id(parameter))
+        def read(_name: str, tensor: Tensor) -> Tensor:
+            index = by_id.get(id(tensor))
             exact = dtype == "fp32" and index is not None and index in self.store.slots
-            return self.store.read_master(index) if exact and index is not None else parameter.detach()
+            return self.store.read_master(index) if exact and index is not None else tensor.detach()
 
         save_model(self.model, Path(folder), read, TORCH_DTYPE[dtype], tokenizer=tokenizer, **options)
 

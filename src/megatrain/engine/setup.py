@@ -376,13 +376,19 @@ def plan_for(
     return plan
 
 
-def check_resident_units(asked: int | Sequence[str], device: ComputeDevice) -> None:
-    """Raise ConfigError where units are to stay on a device that computes in the host's memory."""
-    if asked and not streams(device):
+def require_own_memory(asked: int | Sequence[str], name: str, *, there_is: bool) -> None:
+    """Raise ConfigError where units are to stay on a device, `name`, that computes in the host's memory."""
+    if asked and not there_is:
         raise ConfigError(
-            f"engine.resident_units is {asked}; it must be 0 on {device.name}, which has no memory of its own for units"
-            " to stay in"
+            f"engine.resident_units is {asked}; it must be 0 on {name}, which has no memory of its own for units to"
+            " stay in"
         )
+
+
+def check_resident_count(asked: int, movable: int) -> None:
+    """Raise ConfigError where more units are to stay than there are that can."""
+    if asked > movable:
+        raise ConfigError(f"engine.resident_units is {asked}; it must be at most {movable}: so many units can stay")
 
 
 def choose_resident(
@@ -395,12 +401,14 @@ def choose_resident(
     """Units that lie in the device's memory, with the bytes that they take there: the first so many that can, or those
     with these names. Raises ConfigError for a device without memory of its own and for other names, CapacityError
     where there is no room for them."""
-    check_resident_units(asked, device)
+    require_own_memory(asked, device.name, there_is=streams(device))
     if not asked or not streams(device):
         return {}
     fixed = {unit.index for unit in part.units if any(not s.parameter.is_floating_point() for s in unit.slots)}
     movable = movable_units({u.index: {slot.units[0] for slot in u.slots} for u in part.units if u.slots})
     by_name = {part.units[unit].name: unit for unit in movable if unit in layouts and unit not in fixed}
+    if isinstance(asked, int):
+        check_resident_count(asked, len(by_name))
     chosen = list(by_name.values())[:asked] if isinstance(asked, int) else [_named(by_name, name) for name in asked]
     sizes = {unit: resident_bytes(layouts[unit], moments) for unit in chosen}
     missing = sum(sizes.values()) - (device.memory_bytes if device.memory_bytes is not None else sum(sizes.values()))

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 
 from megatrain.device.cuda import USABLE_SHARE
 from megatrain.engine.kept_graphs import graph_budget, last_that_fit
-from megatrain.engine.setup import SMALL_UNIT_SHARE, device_chunk_tokens
+from megatrain.engine.setup import SMALL_UNIT_SHARE, check_resident_count, device_chunk_tokens, require_own_memory
 from megatrain.engine.weight_stream import DEFAULT_SLOTS
 from megatrain.memory.placement import movable_units, spread
 from megatrain.model.head import BYTES_PER_LOGIT
@@ -117,6 +117,9 @@ class _Chooser:
         self.limits = limits(hardware, settings)
         self.all_host = {u.index: HOST for u in workload.homes}
         self.movable = [u for u in movable_units({u.index: u.reads for u in workload.units}) if u in self.all_host]
+        if settings.resident:
+            require_own_memory(settings.resident, hardware.name, there_is=not hardware.computes_in_host_memory)
+            check_resident_count(settings.resident, len(self.movable))
 
     def best(self, candidates: Iterable[Candidate]) -> Candidate:
         """The fastest that fits, or else what is missing least; of those that are as good as equal the first."""

@@ -1,21 +1,28 @@
-"""Units timed on this machine: one of each kind, with random weights, forward and backward, at the plan's shapes."""
+"""Units timed on this machine: one of each kind, with random weights, forward and backward, at the plan's shapes; and
+what the engine itself takes around them."""
 
 import copy
-from collections.abc import Iterator, Mapping
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-from megatrain.device.base import ComputeDevice
+from megatrain.device.base import ComputeDevice, streams
+from megatrain.engine.engine import Engine
 from megatrain.memory.limits import host_memory_limits
 from megatrain.model.partition import Unit, partition
 from megatrain.model.trees import FlatTree
 from megatrain.planner.durations import Measured, UnitTimes
-from megatrain.planner.probe import best_seconds
+from megatrain.planner.probe import synchronize
 from megatrain.planner.workload import UnitWork, Workload
 
 _SECONDS = 2.0  # that a kind of unit may take at most, all runs together
 _RUNS = 4
+_OTHER_BYTES = 1 << 26  # that the host reads and writes between two runs: more than its caches hold
+_TINY_ENGINES, _TINY_STEPS = (2, 12), 15  # blocks of models of next to no work, and steps of each
 _MEMORY_SHARE = 8  # a unit is timed where its weights take less than this fraction of the free memory
 
 
@@ -34,7 +41,40 @@ def measure_units(workload: Workload, device: ComputeDevice, micro_batch: int, p
             timed[work.index] = times
     if device.torch_device.type == "cuda":
         torch.cuda.empty_cache()  # for the engine, whose blocks have other sizes
-    return Measured(timed)
+    return Measured(timed, 0.0 if streams(device) else _engine_seconds(len(workload.units)))
+
+
+def _engine_seconds(units: int) -> float:
+    """Of a step on the host beside what units compute: calls, threads, gradients and updates, by two models that
+    compute next to nothing. Beside a device with memory of its own the host works ahead of it."""
+    few, many = (_tiny_step_seconds(blocks) for blocks in _TINY_ENGINES)
+    each = max(0.0, many - few) / (_TINY_ENGINES[1] - _TINY_ENGINES[0])
+    return max(0.0, few - 2 * each) + units * each
+
+
+@cache  # a plan is made twice: to be refused early, and with times
+def _tiny_step_seconds(blocks: int) -> float:
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    with Engine(_Tiny(blocks), device="cpu", precision="fp32", keep_graphs="off") as engine:
+        found = [engine.train_step([{"input_ids": ids, "labels": ids}]).seconds for _ in range(_TINY_STEPS)]
+    return statistics.median(found)
+
+
+class _Tiny(nn.Module):
+    """Blocks of one small matrix, and a loss."""
+
+    shifts_labels = False
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(2, 4)
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(blocks))
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        hidden = self.table(input_ids)
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        return {"loss": nn.functional.cross_entropy(hidden.flatten(0, 1), labels.flatten())}
 
 
 def _time_unit(
@@ -49,11 +89,11 @@ def _time_unit(
         if work.index in workload.head:
             return _time_head(workload, module, run.arguments, device, micro_batch)
         inputs = _inputs(run.arguments, workload.seq_len, length, micro_batch, module, device.torch_device)
-        forward, both = _seconds(module, run.arguments, inputs, device)
+        forward, backward = _seconds(module, run.arguments, inputs, device)
     except (RuntimeError, TypeError, ValueError, IndexError):  # a unit that random inputs do not suit
         return None
     scale = _flops(work, workload.seq_len) / _flops(work, length)
-    return UnitTimes(micro_batch, forward * scale, (both - forward) * scale)
+    return UnitTimes(micro_batch, forward * scale, backward * scale)
 
 
 def _flops(work: UnitWork, length: int) -> float:
@@ -107,20 +147,38 @@ def _rows(module: nn.Module) -> int:
 def _seconds(
     module: nn.Module, arguments: FlatTree, inputs: list[Tensor], device: ComputeDevice
 ) -> tuple[float, float]:
-    """(forward, forward and backward)."""
+    """(forward, backward), each as in a step: with caches that others have filled."""
     wanted = [*(t for t in inputs if t.requires_grad), *module.parameters()]
+    outputs: list[Tensor] = []
 
-    def forward() -> list[Tensor]:
+    def forward() -> None:
         args, kwargs = arguments.build(inputs)
         with torch.enable_grad(), device.computing():
-            return [t for t in _tensors(module(*args, **kwargs)) if t.requires_grad]
+            outputs[:] = [t for t in _tensors(module(*args, **kwargs)) if t.requires_grad]
 
-    def both() -> None:
-        outputs = forward()
+    def backward() -> None:
         with device.computing():
             torch.autograd.grad(outputs, wanted, [torch.ones_like(t) for t in outputs], allow_unused=True)
 
-    return best_seconds(forward, device.torch_device), best_seconds(both, device.torch_device)
+    seconds = _settled_seconds([forward, backward], device.torch_device)
+    return seconds[0], seconds[1]
+
+
+def _settled_seconds(parts: list[Callable[[], None]], device: torch.device) -> list[float]:
+    """Of each of `parts`, which are run one after the other, several times: the median, without the first."""
+    others = torch.zeros(0 if device.type == "cuda" else _OTHER_BYTES // 4)
+    found = [[_timed(part, others, device) for part in parts] for _ in range(_RUNS)]
+    return [statistics.median(times) for times in zip(*found[1:], strict=True)]
+
+
+def _timed(run: Callable[[], None], others: Tensor, device: torch.device) -> float:
+    """Seconds of `run`, once `others` have taken the caches."""
+    others.add_(1)
+    synchronize(device)
+    started = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - started
 
 
 def _tensors(result: object) -> Iterator[Tensor]:
@@ -154,4 +212,4 @@ def _time_head(
             total.add_(gradient)
 
     chunks = micro_batch * workload.seq_len / tokens
-    return UnitTimes(micro_batch, 0.0, best_seconds(chunk, device.torch_device) * chunks)
+    return UnitTimes(micro_batch, 0.0, _settled_seconds([chunk], device.torch_device)[0] * chunks)

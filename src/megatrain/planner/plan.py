@@ -16,7 +16,7 @@ from megatrain.sizes import format_bytes
 _STATE = ("weights", "remainders", "moments", "gradients")
 _GROWS_WITH_CONTEXT = ("token ids", "saved inputs", "saved inputs and gradient sums", "kept graphs", "working set")
 _SHORTEST_CONTEXT = 256
-_ALL_THE_NVME = 1 << 62
+ALL_THE_NVME = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,11 +114,10 @@ class Plan:
                 f"{tier} memory: {format_bytes(missing)} missing: {self.workload.parameters:,} parameters need "
                 f"{needed} ({held}) and {available} can be had"
             )
-        nearest = next((r for r in self.remedies if r.fits), None)
-        advice = f"; it would fit with {nearest.change}" if nearest else ""
-        if self.missing_bytes <= _bytes_of_context(self.ledger):
-            advice += "; or give fewer tokens per step (train.tokens_per_step)"
-        return "; ".join(parts) + advice
+        fitting = [r.change for r in self.remedies if r.fits]
+        fewer = [change for change in fitting if change.startswith(("train.tokens_per_step", "engine.micro_batch"))]
+        advice = " or with ".join(dict.fromkeys([*fitting[:1], *fewer[:1]]))
+        return "; ".join(parts) + (f"; it would fit with {advice}" if advice else "")
 
 
 def make_plan(
@@ -152,19 +151,25 @@ def _remedies(
         enough |= remedy.fits
         if remedy.saves_bytes > 0:
             yield remedy
-    if at_length is not None and missing <= _bytes_of_context(found.ledger):
-        for remedy in _shorter(workload, hardware, settings, missing, at_length):
+    if missing <= _bytes_of_context(found.ledger):
+        shorter = [] if at_length is None else _shorter(workload, hardware, settings, missing, at_length)
+        for remedy in (*_fewer(workload, hardware, settings, missing), *shorter):
             enough |= remedy.fits
             yield remedy
-    together: dict[str, Any] = {}
-    names: list[str] = []
-    for name, change in changes:
-        together |= change
-        names.append(name)
-        if not enough and len(names) > 1:
-            remedy = _tried(" and ".join(names), missing, choose(workload, hardware, replace(settings, **together)))
+    together, names = settings, ""
+    for number, (name, change) in enumerate(changes):
+        together, names = replace(together, **change), f"{names} and {name}".removeprefix(" and ")
+        if enough:
+            return
+        tried = choose(workload, hardware, together)
+        if number:
+            remedy = _tried(names, missing, tried)
             enough = remedy.fits
             yield remedy
+        if not enough and sum(tried.missing.values()) <= _bytes_of_context(tried.ledger):
+            for remedy in _fewer(workload, hardware, together, missing, f"{names} and "):
+                enough = True
+                yield remedy
 
 
 def _bytes_of_context(bytes_needed: Ledger) -> int:
@@ -180,12 +185,33 @@ def _changes(settings: Settings, *, streams: bool) -> Iterator[tuple[str, dict[s
     if settings.moments == "fp32":
         yield "optimizer.moments int8", {"moments": "int8"}
     if not settings.nvme and streams:
-        yield "engine.nvme on a local disk", {"nvme": _ALL_THE_NVME}
+        yield "engine.nvme on a local disk", {"nvme": ALL_THE_NVME}
 
 
 def _tried(change: str, missing: int, found: Candidate) -> Remedy:
     left = sum(found.missing.values())
     return Remedy(change, missing - left, left)
+
+
+def _fewer(
+    workload: Workload, hardware: Hardware, settings: Settings, missing: int, beside: str = ""
+) -> Iterator[Remedy]:
+    """Half the tokens per step, and half of that, until it fits; whole micro-batches of the set size as long as there
+    are any. Said only where it does. `beside`: the changes that `settings` holds already."""
+    sequences, micro_batch = settings.sequences, settings.micro_batch
+    while sequences > 1:
+        if micro_batch is not None and sequences <= micro_batch:
+            sequences = micro_batch = max(1, micro_batch // 2)
+        else:
+            together = micro_batch or 1
+            sequences = max(together, sequences // together // 2 * together)
+        found = choose(workload, hardware, replace(settings, sequences=sequences, micro_batch=micro_batch))
+        change = f"train.tokens_per_step {sequences * workload.seq_len}"
+        change = change if micro_batch == settings.micro_batch else f"engine.micro_batch {micro_batch} and {change}"
+        remedy = _tried(f"{beside}{change}", missing, found)
+        if remedy.fits:
+            yield remedy
+            return
 
 
 def _shorter(

@@ -79,15 +79,15 @@ def best_seconds(run: Callable[[], object], device: torch.device, *, rounds: int
     run()
     times = []
     for _ in range(rounds):
-        _synchronize(device)
+        synchronize(device)
         started = time.perf_counter()
         run()
-        _synchronize(device)
+        synchronize(device)
         times.append(time.perf_counter() - started)
     return min(times)
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

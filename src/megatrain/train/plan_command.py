@@ -8,24 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.config import Config, override, parse_config
-from megatrain.config_kinds import BYTES, whole
+from megatrain.config_kinds import BYTES, SEQUENCE_LENGTH, whole
 from megatrain.engine import setup
 from megatrain.errors import ConfigError
 from megatrain.planner.durations import Measured
 from megatrain.planner.hardware import Hardware, load_hardware
-from megatrain.planner.plan import Plan, make_plan
+from megatrain.planner.placement import PROCESS_BYTES
+from megatrain.planner.plan import ALL_THE_NVME, Plan, make_plan
 from megatrain.planner.report import plan_json, print_plan, write_timeline
 from megatrain.planner.workload import Workload
 from megatrain.sizes import parse_count
 from megatrain.train.build import given_tokenizer, planned_vocabulary
 from megatrain.train.model_settings import ModelSettings, read_model_settings
-from megatrain.train.planning import measured_here, plan_settings, usable_here, workload_of
+from megatrain.train.planning import free_disk_bytes, measured_here, plan_settings, usable_here, workload_of
 from megatrain.train.run_folder import model_folder
 from megatrain.yaml_file import read_yaml
 
 _SEQ_LEN = 4096  # where nothing says another one
 _TOKENS_PER_STEP = 32 * 1024
-_KINDS = {"host_memory": BYTES, "device_memory": BYTES, "nvme": BYTES, "seq_len": whole(2), "tokens_per_step": whole(1)}
+_KEYS = {"seq_len": "data", "tokens_per_step": "train", "device_memory": "engine", "moments": "optimizer"}
+_SIZES = ("host_memory", "device_memory", "nvme")
+_KINDS = dict.fromkeys(_SIZES, BYTES) | {"seq_len": SEQUENCE_LENGTH, "tokens_per_step": whole(1)}
 
 
 def plan_command(known: argparse.Namespace, overrides: Sequence[tuple[str, str]]) -> bool:
@@ -61,6 +64,8 @@ def _options(known: argparse.Namespace) -> dict[str, Any]:
             found[name] = kind.parse(_number(text) if name in ("seq_len", "tokens_per_step") else text)
         except (ValueError, TypeError):
             raise ConfigError(f"--{name.replace('_', '-')}: {text!r} is wrong; expected {kind.expected}") from None
+    if known.moments is not None:
+        found["moments"] = known.moments
     if known.tokens is not None:
         try:
             found["tokens"] = parse_count(known.tokens)
@@ -93,7 +98,7 @@ def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _take_options(settings: dict[str, Any], options: dict[str, Any]) -> None:
     """Options that are another way to say what a key says."""
-    for name, section in (("seq_len", "data"), ("tokens_per_step", "train"), ("device_memory", "engine")):
+    for name, section in _KEYS.items():
         if name in options:
             _section(settings, section)[name] = options[name]
 
@@ -128,6 +133,7 @@ def _plan(
     chooses_micro_batch: bool,
 ) -> Plan:
     hardware = None if known.hardware is None else load_hardware(known.hardware)
+    _refuse_other_device(config.engine.device, known.hardware, hardware)
     precision = _precision(config, hardware)
     chooses_micro_batch &= hardware is not None  # units are timed with the micro-batch that is set
 
@@ -137,18 +143,36 @@ def _plan(
     workload = workload_at(config.data.seq_len)
     measured: Measured | None = None
     device_memory = config.engine.device_memory
+    nvme = ALL_THE_NVME if config.engine.nvme is not None else 0
     if hardware is None:
+        nvme = free_disk_bytes(config.engine.nvme)
         hardware, measured = measured_here(config, workload, setup.make_device(config.engine.device, precision))
         device_memory = usable_here(config, hardware)
     settings = plan_settings(
         config,
         micro_batch=None if chooses_micro_batch else config.engine.micro_batch,
         device_memory=device_memory,
-        host_memory=options.get("host_memory"),
-        nvme=options.get("nvme", 0),
-        moments=known.moments,
+        host_memory=options.get("host_memory", _host_memory(config, hardware)),
+        nvme=options.get("nvme", nvme),
     )
     return make_plan(workload, hardware, settings, measured=measured, at_length=workload_at)
+
+
+def _refuse_other_device(device: str, name: str | None, hardware: Hardware | None) -> None:
+    """`engine.device` is of this machine, and another one's profile is of a device with or without its own memory."""
+    if hardware is None or device == "auto":
+        return
+    if device == "lagged" or (device == "cpu") != hardware.computes_in_host_memory:
+        raise ConfigError(
+            f"engine.device is {device!r}, which is not what computes in --hardware {name}; give --engine.device auto,"
+            " or leave out --hardware to plan for this machine"
+        )
+
+
+def _host_memory(config: Config, hardware: Hardware) -> int | None:
+    """engine.host_memory is for the engine's own; the process holds some besides."""
+    most = config.engine.host_memory
+    return None if most is None else min(hardware.host_memory, most + PROCESS_BYTES)
 
 
 def _precision(config: Config, hardware: Hardware | None) -> str:

@@ -74,16 +74,16 @@ class RunPlanner:
         engine = config.engine
         precision = setup.resolve_precision(engine.precision, setup.make_device(engine.device))
         self._config = config
-        self._device: ComputeDevice = setup.make_device(engine.device, precision)
+        self.device: ComputeDevice = setup.make_device(engine.device, precision)
         self._workload = workload_of(config, model_config, precision, optimizer, seq_len=config.data.seq_len)
 
     def require_fit(self) -> None:
         """Raise CapacityError, naming the missing bytes, where the run does not fit into what is free now."""
-        self._plan(describe_machine(self._device), None)
+        self._plan(describe_machine(self.device), None)
 
     def plan(self) -> Plan:
         """The plan with measured times. Takes some seconds. Raises CapacityError as `require_fit` does."""
-        hardware, measured = measured_here(self._config, self._workload, self._device)
+        hardware, measured = measured_here(self._config, self._workload, self.device)
         return self._plan(hardware, measured)
 
     def _host_limit(self, free_bytes: int, held_bytes: int) -> int:
@@ -99,10 +99,10 @@ class RunPlanner:
         """None: as many as are of use. A device whose memory has no limit leaves nothing over."""
         asked = self._config.engine.resident_units
         if isinstance(asked, int):
-            setup.check_resident_units(asked, self._device)
+            setup.require_own_memory(asked, self.device.name, there_is=streams(self.device))
             return asked
         limit = self._config.engine.device_memory
-        limit = self._device.memory_bytes if limit is None and streams(self._device) else limit
+        limit = self.device.memory_bytes if limit is None and streams(self.device) else limit
         return 0 if limit is None else None
 
     def _plan(self, hardware: Hardware, measured: Measured | None) -> Plan:
@@ -114,7 +114,7 @@ class RunPlanner:
             self._config,
             device_memory=usable_here(self._config, hardware),
             host_memory=self._host_limit(hardware.host_memory, held),
-            nvme=_free_bytes(self._config.engine.nvme),
+            nvme=free_disk_bytes(self._config.engine.nvme),
             process_bytes=held,
             resident=self._resident_units(),
         )
@@ -124,7 +124,7 @@ class RunPlanner:
         return found
 
 
-def _free_bytes(folder: str | None) -> int:
+def free_disk_bytes(folder: str | None) -> int:
     """Of the disk below `folder`; 0 where none is given."""
     if folder is None:
         return 0
