@@ -199,7 +199,7 @@ def test_where_the_model_cannot_be_saved_one_line_names_it(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("megatrain.model.saving.write_shards", full)
+    monkeypatch.setattr("megatrain.files.os.pwrite", full)
     settings = write_settings(tmp_path, train={"steps": 1})
     assert cli.main(["train", str(settings), "--output", str(tmp_path / "run")]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("megatrain: ")]

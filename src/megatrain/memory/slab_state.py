@@ -49,16 +49,21 @@ class SlabState:
         """By name, 1-D views. `elements` begin a block."""
         return {name: part[where(name, elements)] for name, part in self.moments.items()}
 
+    def parts_of(self, elements: slice) -> dict[str, Tensor]:
+        """Likewise, and the remainder where there is one."""
+        remainder = {} if self.remainder is None else {"remainder": self.remainder[elements]}
+        return remainder | self.moments_of(elements)
+
 
 def where(name: str, elements: slice) -> slice:
     """Of the moment `name`, what belongs to `elements`: a scale belongs to a block."""
     return slice(elements.start // BLOCK, blocks(elements.stop)) if name.endswith("scale") else elements
 
 
-def empty_moments(count: int, moments: str) -> dict[str, Tensor]:
-    """By name, 1-D, of a parameter of `count` elements; whatever they hold."""
-    held = MOMENTS[moments].items()
-    return {n: torch.empty(where(n, slice(0, count)).stop, dtype=dtype, device="cpu") for n, dtype in held}
+def empty_state(count: int, dtype: str, moments: str, device: str = "cpu") -> dict[str, Tensor]:
+    """Moments and remainder by name, 1-D, of a parameter of `count` elements; whatever they hold."""
+    sections = _sections(count, dtype, moments)
+    return {name: torch.empty(length, dtype=kind, device=device) for name, kind, length in sections}
 
 
 def moment_bytes(layout: SlabLayout, moments: str) -> int:

@@ -18,7 +18,7 @@ from megatrain.errors import IntegrityError
 from megatrain.memory.arena import allocate, allocate_elements, discard_pages
 from megatrain.memory.layout import Place, SlabLayout
 from megatrain.memory.pieces import Piece, cut, whole
-from megatrain.memory.slab_state import SlabState, empty_moments, moment_bytes, state_bytes, unit_state_bytes, where
+from megatrain.memory.slab_state import SlabState, empty_state, moment_bytes, state_bytes, unit_state_bytes, where
 from megatrain.memory.spilled_states import SpilledStates
 from megatrain.memory.witness import Witness
 from megatrain.model.partition import ParameterSlot, Partition
@@ -258,19 +258,31 @@ class HostStore:
     def read_moments(self, slot: int) -> dict[str, Tensor]:
         """A parameter's moments by name, in its shape (scales of its blocks: 1-D): views of host memory, or copies of
         what lies elsewhere."""
+        return {name: part for name, part in self.read_state(slot).items() if name != "remainder"}
+
+    def read_state(self, slot: int) -> dict[str, Tensor]:
+        """Likewise, and the remainder of its master where it has one."""
         entry = self.slots[slot]
         state = entry.slab.state
         if state is not None:
-            found = state.moments_of(entry.slab.range_of(entry.place))
+            found = state.parts_of(entry.slab.range_of(entry.place))
             if entry.slab.on_device:
                 found = {name: part.to("cpu", copy=True) for name, part in found.items()}
         else:
-            found = empty_moments(entry.place.count, self.moments)
+            found = empty_state(entry.place.count, entry.slab.layout.dtype, self.moments)
             for piece, here, there in self.parts_of(entry):
                 with self.state_of(piece, changes=False) as held:
-                    for name, part in held.moments_of(here).items():
+                    for name, part in held.parts_of(here).items():
                         found[name][where(name, there)] = part
-        return {n: moment if n.endswith("scale") else moment.view(entry.place.shape) for n, moment in found.items()}
+        return {n: part if n.endswith("scale") else part.view(entry.place.shape) for n, part in found.items()}
+
+    def state_shapes(self, slot: int) -> dict[str, Tensor]:
+        """What `read_state` would give, without memory; nothing of a parameter that is not trained."""
+        entry = self.slots[slot]
+        if not entry.place.trainable:
+            return {}
+        held = empty_state(entry.place.count, entry.slab.layout.dtype, self.moments, "meta")
+        return {n: part if n.endswith("scale") else part.view(entry.place.shape) for n, part in held.items()}
 
     def write_moments(self, slot: int, moments: Mapping[str, Tensor]) -> None:
         """Set them from tensors as `read_moments` gives them, of any floating dtype where they are fp32."""
@@ -278,6 +290,18 @@ class HostStore:
             with self.state_of(piece) as state:
                 for name, part in state.moments_of(here).items():
                     part.copy_(moments[name].reshape(-1)[where(name, there)])
+
+    def write_state(self, slot: int, weight: Tensor | None, state: Mapping[str, Tensor]) -> None:
+        """Set a parameter from what `read_state` gave, and from its weight, in the dtype that it is held in (None: it
+        is there already)."""
+        entry = self.slots[slot]
+        if weight is not None:
+            entry.weight.copy_(weight)
+        for piece, here, there in self.parts_of(entry) if state else ():
+            with self.state_of(piece) as held:
+                for name, part in held.parts_of(here).items():
+                    part.copy_(state[name].reshape(-1)[where(name, there)])
+        entry.written()
 
     def give_back(self, dtypes: dict[int, torch.dtype]) -> None:
         """Make every parameter again what it was before it was taken over, by its dtype: the exact master."""

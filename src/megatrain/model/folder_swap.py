@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from megatrain import files
 from megatrain.errors import ConfigError
 
 # files of an earlier save that must not outlive it; everything else in the folder is kept
@@ -55,12 +56,12 @@ def replacing(target: Path) -> Iterator[Path]:
         yield temporary
         if target.exists():
             _carry_over(target, temporary)
-        _sync_tree(temporary)
+        files.sync_tree(temporary)
         _put_in_place(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync_folder(target.parent)
+    files.sync_folder(target.parent)
 
 
 def _remove_leftovers(target: Path) -> None:
@@ -93,17 +94,17 @@ def _link_or_copy(source: str | Path, target: str | Path) -> None:
 def _put_in_place(temporary: Path, target: Path) -> None:
     """Make `temporary` be `target`; what was there before is removed afterwards."""
     if not target.exists():
-        os.rename(temporary, target)
+        files.rename(temporary, target)
     elif _exchange(temporary, target):
         shutil.rmtree(temporary, ignore_errors=True)
     else:
         # the file system cannot swap two names at once: for an instant, `target` is missing and `aside` is it
         aside = temporary.with_name(temporary.name + ".old")
-        os.rename(target, aside)
+        files.rename(target, aside)
         try:
-            os.rename(temporary, target)
+            files.rename(temporary, target)
         except OSError:
-            os.rename(aside, target)
+            files.rename(aside, target)
             raise
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -123,24 +124,3 @@ def _exchange(one: Path, other: Path) -> bool:
     if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
         return False
     raise OSError(code, os.strerror(code), str(other))
-
-
-def _sync_tree(folder: Path) -> None:
-    """Flush every file and folder below `folder` to disk."""
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            path = Path(parent, name)
-            if path.is_file() and not path.is_symlink():
-                with path.open("rb") as stream:
-                    os.fsync(stream.fileno())
-        _sync_folder(Path(parent))
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush the names in a folder; not every system lets a folder be opened."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

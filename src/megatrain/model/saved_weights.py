@@ -20,7 +20,7 @@ from megatrain.model.loading import kept_in_fp32
 
 logger = logging.getLogger(__name__)
 
-ReadParameter = Callable[[str, torch.nn.Parameter], torch.Tensor]
+ReadTensor = Callable[[str, torch.Tensor], torch.Tensor]
 
 
 class SavedWeights:
@@ -29,23 +29,26 @@ class SavedWeights:
     `shapes`: name on disk -> meta tensor of its shape and dtype, in the order of writing.
     """
 
-    def __init__(self, model: torch.nn.Module, dtype: torch.dtype, read_parameter: ReadParameter) -> None:
+    def __init__(self, model: torch.nn.Module, dtype: torch.dtype, read_tensor: ReadTensor) -> None:
         tensors = _tensors_to_save(model)
         self._model = model
-        self._source = _Source(tensors, _dtypes_on_disk(model, tensors, dtype), read_parameter)
+        self._source = _Source(tensors, _dtypes_on_disk(model, tensors, dtype), read_tensor)
         traced = _trace_conversion(model, self._source)
         if traced is None:
             self._source, traced = _convert_all(model, self._source)
         self.shapes, self._groups = traced
 
-    def values(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name on disk and CPU tensor of each weight, in the order of `shapes`; holds one group's at a time."""
-        for group in self._groups:
-            converted = self._convert(group)
-            while converted:
-                # out of the dict before it is handed on, so that it can be freed before the next
-                name = next(iter(converted))
-                yield name, converted.pop(name)
+    def groups(self) -> Iterator[tuple[list[str], Iterator[tuple[str, torch.Tensor]]]]:
+        """Weights that are converted together: the names in the model of what they are made of, and, read when it is
+        asked for, name on disk and CPU tensor of each. All groups give the weights in the order of `shapes`."""
+        return ((group.sources, self._values(group)) for group in self._groups)
+
+    def _values(self, group: "_Group") -> Iterator[tuple[str, torch.Tensor]]:
+        converted = self._convert(group)
+        while converted:
+            # out of the dict before it is handed on, so that it can be freed before the next
+            name = next(iter(converted))
+            yield name, converted.pop(name)
 
     def _convert(self, group: "_Group") -> dict[str, torch.Tensor]:
         """Read one group and convert it: name on disk -> CPU tensor with the planned shape and dtype."""
@@ -70,12 +73,12 @@ class _Source:
     """Name in the model -> its parameter or buffer, without names that loading ties again."""
     dtypes: dict[str, torch.dtype]
     """Name in the model -> dtype on disk."""
-    read_parameter: ReadParameter
+    read_tensor: ReadTensor
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name` on the CPU, in its dtype on disk; a view where nothing has to change."""
         tensor = self.tensors[name]
-        value = self.read_parameter(name, tensor) if isinstance(tensor, torch.nn.Parameter) else tensor
+        value = self.read_tensor(name, tensor)
         if value.shape != tensor.shape:
             raise ValueError(f"{name} was read with shape {list(value.shape)}, not {list(tensor.shape)}")
         return value.detach().to(device="cpu", dtype=self.dtypes[name])
@@ -202,7 +205,7 @@ def _convert_all(
     dtypes = {name: tensor.dtype for name, tensor in converted.items()}
     shapes = {name: tensor.to("meta") for name, tensor in converted.items()}
     groups = [_Group([name], [name], renamed_only=True) for name in converted]
-    return _Source(converted, dtypes, source.read_parameter), (shapes, groups)
+    return _Source(converted, dtypes, source.read_tensor), (shapes, groups)
 
 
 def _revert(model: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 
 from megatrain.errors import ConfigError
 from megatrain.model.folder_swap import check_target, replacing
-from megatrain.model.saved_weights import ReadParameter, SavedWeights
-from megatrain.model.shards import DTYPE_NAMES, plan_shards, write_index, write_shards
+from megatrain.model.saved_weights import ReadTensor, SavedWeights
+from megatrain.model.shards import DTYPE_NAMES, ShardWriter, plan_shards, write_index
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 def save_model(
     model: torch.nn.Module,
     folder: str | os.PathLike[str],
-    read_parameter: ReadParameter,
+    read_tensor: ReadTensor,
     dtype: torch.dtype,
     *,
     tokenizer: Any = None,
@@ -36,9 +36,9 @@ def save_model(
     """Write `model` to `folder` so that transformers' `from_pretrained` reads it back; returns the folder.
 
     Floating parameters are written as `dtype`, those that the model pins to float32 as float32, buffers as they
-    are. `read_parameter(name, parameter)` returns the values to write, on any device, in any floating dtype: one of
-    more precision is rounded to nearest even, one that is in `dtype` (an engine's bf16 weights, which it rounds
-    half away from zero) stays as it is. It is called once per parameter, in the order of writing, and what it
+    are. `read_tensor(name, tensor)` returns the values to write of a parameter or buffer, on any device, in any
+    floating dtype: one of more precision is rounded to nearest even, one that is in `dtype` (an engine's bf16 weights,
+    which it rounds half away from zero) stays as it is. It is called once per tensor, in the order of writing, and what it
     returned is let go before the next group is read. Tied parameters are read once and written under the name
     that transformers expects. Of a module that is not transformers', `model.safetensors` holds its state dict
     under all its names.
@@ -53,13 +53,53 @@ def save_model(
         raise ConfigError(f"cannot save as {dtype}; use float32, bfloat16 or float16")
     target = Path(os.path.realpath(Path(folder).expanduser()))
     check_target(target)
-    weights = SavedWeights(model, dtype, read_parameter)
-    shards = plan_shards(weights.shapes, max_shard_bytes)
     with replacing(target) as temporary:
-        _write_settings(model, temporary, dtype, tokenizer)
-        write_shards(shards, weights.values(), temporary)
-        write_index(shards, weights.shapes, temporary)
+        written = ModelFolder(model, temporary, read_tensor, dtype, tokenizer, max_shard_bytes)
+        while written.write_group():
+            pass
     return target
+
+
+class ModelFolder:
+    """A model being written into an empty folder, group by group of weights; complete when `write_group` says so.
+
+    Settings and the tokenizer are written at once. The arguments are those of `save_model`.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        folder: Path,
+        read_tensor: ReadTensor,
+        dtype: torch.dtype,
+        tokenizer: Any = None,
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    ) -> None:
+        weights = SavedWeights(model, dtype, read_tensor)
+        shards = plan_shards(weights.shapes, max_shard_bytes)
+        _write_settings(model, folder, dtype, tokenizer)
+        write_index(shards, weights.shapes, folder)
+        self._groups = weights.groups()
+        self._writer = ShardWriter(shards, folder)
+
+    def write_group(self) -> list[str]:
+        """Write the next weights; returns the names in the model of what they are made of, none once all are written.
+        After an error nothing more can be written."""
+        sources, values = next(self._groups, ([], iter(())))
+        try:
+            for name, tensor in values:
+                self._writer.write(name, tensor)
+                del tensor  # before the next is read
+        except BaseException:
+            self._writer.abandon()
+            raise
+        if not sources:
+            self._writer.close()
+        return sources
+
+    def abandon(self) -> None:
+        """Close the files as they are."""
+        self._writer.abandon()
 
 
 def _write_settings(model: torch.nn.Module, folder: Path, dtype: torch.dtype, tokenizer: Any) -> None:

@@ -1,16 +1,15 @@
 """safetensors files: where every byte of them goes, and writing them."""
 
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatrain.model.loading import INDEX_NAME, WEIGHTS_NAME
+from megatrain import files
+from megatrain.model.loading import INDEX_NAME
 
 # the names that the format gives to dtypes
 DTYPE_NAMES = {
@@ -38,10 +37,11 @@ class Shard:
     """Where each weight begins, in bytes from the start of the file."""
 
 
-def plan_shards(shapes: dict[str, torch.Tensor], max_bytes: int) -> list[Shard]:
+def plan_shards(shapes: Mapping[str, torch.Tensor], max_bytes: int, stem: str = "model") -> list[Shard]:
     """Cut the weights, in order, into files of at most `max_bytes` of weights; only a single weight may exceed that.
 
-    `shapes`: name -> a tensor of its shape and dtype, without memory. There is one file even for no weights.
+    `shapes`: name -> a tensor of its shape and dtype, without memory. There is one file even for no weights. `stem`:
+    what the files' names begin with.
     """
     parts: list[list[str]] = [[]]
     filled = 0
@@ -52,14 +52,14 @@ def plan_shards(shapes: dict[str, torch.Tensor], max_bytes: int) -> list[Shard]:
         parts[-1].append(name)
         filled += tensor.nbytes
     if len(parts) == 1:
-        return [_lay_out(WEIGHTS_NAME, shapes)]
+        return [_lay_out(f"{stem}.safetensors", shapes)]
     return [
-        _lay_out(f"model-{number:05d}-of-{len(parts):05d}.safetensors", {name: shapes[name] for name in names})
+        _lay_out(f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors", {name: shapes[name] for name in names})
         for number, names in enumerate(parts, start=1)
     ]
 
 
-def _lay_out(file: str, shapes: dict[str, torch.Tensor]) -> Shard:
+def _lay_out(file: str, shapes: Mapping[str, torch.Tensor]) -> Shard:
     """Wider dtypes come first, so that every weight is aligned to its own size; readers map the file."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     starts: dict[str, int] = {}
@@ -77,20 +77,42 @@ def _lay_out(file: str, shapes: dict[str, torch.Tensor]) -> Shard:
     return Shard(file, text, {name: len(text) + start for name, start in starts.items()})
 
 
-def write_shards(shards: list[Shard], weights: Iterator[tuple[str, torch.Tensor]], folder: Path) -> None:
-    """Write the files and flush them to disk.
+class ShardWriter:
+    """Writes weights, in whatever order, to where they were planned; a file is on disk once it has all of its own."""
 
-    `weights`: (name, CPU tensor) in the order in which the shards were planned; each is let go before the next.
-    """
-    for shard in shards:
-        with (folder / shard.file).open("xb") as stream:
-            stream.write(shard.header)
-            for name, tensor in islice(weights, len(shard.offsets)):
-                stream.seek(shard.offsets[name])
-                stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-                del tensor  # before the next is read
-            stream.flush()
-            os.fsync(stream.fileno())
+    def __init__(self, shards: list[Shard], folder: Path, mode: int = files.SHARED) -> None:
+        self._shard_of = {name: shard for shard in shards for name in shard.offsets}
+        self._missing = {shard.file: len(shard.offsets) for shard in shards}
+        self._folder, self._mode = folder, mode
+        self._open: dict[str, files.NewFile] = {}
+        for shard in shards:
+            if not shard.offsets:  # a file even for no weights
+                files.write_file(folder / shard.file, shard.header, mode)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """`tensor`: on the CPU, of the planned dtype and number of elements."""
+        shard = self._shard_of[name]
+        if shard.file not in self._open:
+            self._open[shard.file] = files.NewFile(self._folder / shard.file, self._mode)
+            self._open[shard.file].write_at(0, shard.header)
+        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        self._open[shard.file].write_at(shard.offsets[name], data)
+        self._missing[shard.file] -= 1
+        if not self._missing[shard.file]:
+            self._open.pop(shard.file).finish()
+
+    def close(self) -> None:
+        """Raises RuntimeError where weights that were planned have not come."""
+        unfinished = list(self._open)
+        self.abandon()
+        if unfinished or any(self._missing.values()):
+            raise RuntimeError(f"not all weights were written: {', '.join(unfinished)}")
+
+    def abandon(self) -> None:
+        """Close what is open, as it is."""
+        for file in self._open.values():
+            file.abandon()
+        self._open.clear()
 
 
 def write_index(shards: list[Shard], shapes: dict[str, torch.Tensor], folder: Path) -> None:
@@ -104,4 +126,4 @@ def write_index(shards: list[Shard], shapes: dict[str, torch.Tensor], folder: Pa
         },
         "weight_map": dict(sorted((name, shard.file) for shard in shards for name in shard.offsets)),
     }
-    (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    files.write_file(folder / INDEX_NAME, (json.dumps(index, indent=2) + "\n").encode())
