@@ -1,6 +1,7 @@
 """The `megatrain` command.
 
-Exit codes: 0 done, 1 failed (or doctor found a problem), 2 bad usage or settings, 130 interrupted twice.
+Exit codes: 0 done, 1 failed (or doctor found a problem, or verify a difference), 2 bad usage or settings,
+130 interrupted twice.
 """
 
 import argparse
@@ -94,6 +95,15 @@ def _dispatch(arguments: list[str], environment: dict[str, str]) -> int:
         return _generate(known)
     if known.command == "export":
         return _export(known)
+    if known.command == "verify":
+        from megatrain.trust.verify import verify
+
+        return DONE if verify(known.folder, signature=known.signature, public_key=known.public_key) else FAILED
+    if known.command == "sign":
+        from megatrain.trust.signing import sign
+
+        print(f"wrote {sign(known.folder, known.private_key, known.signature)}")
+        return DONE
     if known.command == "doctor":
         from megatrain.doctor.report import doctor
 
@@ -135,6 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", type=_path, metavar="RUN", help="a run's folder or a transformers folder")
     export.add_argument("out", type=_path, metavar="OUT", help="a new folder")
     export.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    _add_trust(commands)
     commands.add_parser("config", help="print every key, its default and its meaning")
     doctor = commands.add_parser(
         "doctor", help="say what this machine offers for training and what will bite", allow_abbrev=False
@@ -142,6 +153,22 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print one JSON object; null is unknown")
     commands.add_parser("bench", help="measure speed and memory", add_help=False)
     return parser
+
+
+def _add_trust(commands: Any) -> None:
+    verify = commands.add_parser(
+        "verify",
+        help="say what differs from what was recorded of a checkpoint or a run",
+        description="Exit code: 0 where all is as recorded, 1 where something differs, 2 for bad usage.",
+        allow_abbrev=False,
+    )
+    verify.add_argument("folder", type=_path, metavar="FOLDER", help="a checkpoint, a run's folder, or a signed folder")
+    verify.add_argument("--signature", type=_path, metavar="FILE", help="default: model.sig in FOLDER")
+    verify.add_argument("--public-key", type=_path, metavar="FILE", help="check the signature with it (PEM)")
+    sign = commands.add_parser("sign", help="sign all files of a folder", allow_abbrev=False)
+    sign.add_argument("folder", type=_path, metavar="FOLDER", help="a checkpoint, a run's folder or a model's")
+    sign.add_argument("--private-key", type=_path, required=True, metavar="FILE", help="an elliptic-curve key (PEM)")
+    sign.add_argument("--signature", type=_path, metavar="OUT", help="default: model.sig in FOLDER")
 
 
 def _add_plan(commands: Any) -> None:

@@ -28,6 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"errors", "sizes", "threads", "hub"},
     "optim": {"errors", "sizes", "threads", "model.partition"},
     "memory": {"errors", "sizes", "threads", "model.partition", "optim"},
+    "doctor": {"version", "sizes", "memory.limits"},
+    "trust": {"version", "errors", "sizes", "doctor"},
     "device": {"errors", "sizes", "memory"},
     "engine": {"errors", "sizes", "threads", "schedule", "model", "optim", "memory", "device"},
     "planner": {
@@ -39,8 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("errors", "sizes", "arguments", "yaml_file", "config", "config_kinds"),
         *("data", "model", "optim", "memory", "device", "engine", "planner"),
     },
-    "doctor": {"version", "sizes", "memory.limits"},
-    "cli": {"version", "errors", "sizes", "arguments", "config", "config_kinds", "train", "doctor"},
+    "cli": {"version", "errors", "sizes", "arguments", "config", "config_kinds", "train", "doctor", "trust"},
     "__main__": {"cli"},
     "": {"version", "errors", "engine.engine", "optim.adamw"},  # the package itself: its public names
 }

@@ -29,7 +29,7 @@ def read_software(environment: Mapping[str, str], package: Path = _PACKAGE) -> S
     return SoftwareFacts(
         megatrain=__version__,
         python=platform.python_version(),
-        packages={name: _version(name) for name in dict.fromkeys((*_PACKAGES, *required))},
+        packages={name: installed_version(name) for name in dict.fromkeys((*_PACKAGES, *required))},
         required=required,
         encoding=_encoding(),
         numba_cache_folders=tuple(map(str, folders)),
@@ -38,7 +38,7 @@ def read_software(environment: Mapping[str, str], package: Path = _PACKAGE) -> S
     )
 
 
-def _version(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
     try:
         return metadata.version(name)
     except (metadata.PackageNotFoundError, KeyError, OSError, ValueError):
