@@ -20,18 +20,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sizes": set(),
     "threads": set(),
     "hub": set(),
+    "files": set(),
     "arguments": {"errors"},
     "yaml_file": {"errors"},
     "config_kinds": {"errors", "sizes"},
     "config": {"errors", "sizes", "yaml_file", "config_kinds"},
     "schedule": set(),
-    "model": {"errors", "sizes", "threads", "hub"},
+    "model": {"errors", "sizes", "threads", "hub", "files"},
     "optim": {"errors", "sizes", "threads", "model.partition"},
     "memory": {"errors", "sizes", "threads", "model.partition", "optim"},
     "doctor": {"version", "sizes", "memory.limits"},
     "trust": {"version", "errors", "sizes", "doctor"},
+    "checkpoint": {"errors", "sizes", "threads", "files", "model", "optim", "memory", "trust"},
     "device": {"errors", "sizes", "memory"},
-    "engine": {"errors", "sizes", "threads", "schedule", "model", "optim", "memory", "device"},
+    "engine": {
+        *("errors", "sizes", "threads", "files", "schedule", "model", "optim", "memory", "device", "checkpoint"),
+        "trust",
+    },
     "planner": {
         *("errors", "sizes", "yaml_file", "config_kinds", "schedule"),
         *("model", "optim", "memory", "device", "engine"),
@@ -39,7 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"errors", "sizes", "hub", "model.loading"},
     "train": {
         *("errors", "sizes", "arguments", "yaml_file", "config", "config_kinds"),
-        *("data", "model", "optim", "memory", "device", "engine", "planner"),
+        *("data", "model", "optim", "memory", "device", "engine", "planner", "files", "checkpoint", "trust"),
     },
     "cli": {"version", "errors", "sizes", "arguments", "config", "config_kinds", "train", "doctor", "trust"},
     "__main__": {"cli"},
@@ -56,7 +61,7 @@ ALSO_CORE = {
     "model.kernels": {"liger_kernel"},  # where it is installed
     "model.fused_loss": {"liger_kernel"},
 }
-READS_AND_WRITES_CHECKPOINTS = {"model.loading", "model.saving", "model.saved_weights"}
+READS_AND_WRITES_CHECKPOINTS = {"engine.checkpoints", "model.loading", "model.saving", "model.saved_weights"}
 
 
 def modules() -> dict[str, Path]:

@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from inspect import signature
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from megatrain.checkpoint.save import Save
 from megatrain.device.base import ComputeDevice, streams
 from megatrain.device.trace import Trace
 from megatrain.engine import setup
@@ -129,6 +130,8 @@ class Engine:
         self._clip_override: float | None = None
         self._warned = self._in_parts = False
 
+        self.model_dtype = setup.main_dtype(model)  # that it was made in, from which it may have computed tables
+        self._save: Save | None = None  # the last that has begun
         self.partition = partition(model)
         self.structure = Structure(model, self.partition)
         setup.refuse_untrainable(model, self.partition)
@@ -212,6 +215,40 @@ class Engine:
         The plan is checked before a weight is read. Weights come in the checkpoint's own precision and are released
         one by one as the store takes them, so host memory never holds more than the final state.
         """
+        return cls._from_folder(str(path), optimizer, None, settings)
+
+    @classmethod
+    def from_checkpoint(
+        cls, folder: str | os.PathLike[str], optimizer: AdamW | None = None, *, verify: bool = True, **settings: Any
+    ) -> Self:
+        """An engine that goes on as the one that saved `folder` would have: of a transformers model, with the same
+        settings and optimizer. Host memory holds no more than training does. Raises IntegrityError where the checkpoint
+        is not as it was written (`verify`: all files are hashed), ConfigError where it is of other settings.
+        """
+        from megatrain.checkpoint.description import read_description
+        from megatrain.checkpoint.save import MODEL
+        from megatrain.engine import checkpoints
+        from megatrain.trust.manifest import require_unchanged
+
+        if verify:
+            require_unchanged(Path(folder))
+        told = read_description(Path(folder))
+        dtype = getattr(torch, told.model_dtype)
+        engine = cls._from_folder(str(Path(folder) / MODEL), optimizer, dtype, settings)
+        try:
+            held = TORCH_DTYPE[told.precision]  # which a model in another precision may have lost
+            lossless = dtype == held or (dtype, held) == (torch.float32, torch.bfloat16)
+            checkpoints.load(engine, Path(folder), weights=not lossless, verify=False)
+        except BaseException:
+            engine.close()
+            raise
+        return engine
+
+    @classmethod
+    def _from_folder(
+        cls, path: str, optimizer: AdamW | None, dtype: torch.dtype | None, settings: dict[str, Any]
+    ) -> Self:
+        """`dtype`: of the model; None: as its weights are stored, or fp32."""
         from megatrain.model.loading import build_on_meta, load_config, load_pretrained
 
         attention = settings.pop("attn_implementation", None)
@@ -221,9 +258,10 @@ class Engine:
         device = setup.make_device(settings.get("device", "auto"))
         # in fp32 the model is made in fp32, so that what it computes from its dtype (tables, scales) is too
         exact = setup.resolve_precision(settings.get("precision", "auto"), device) == "fp32"
-        setup.check_plan(build_on_meta(load_config(str(path))), optimizer, settings)
+        setup.check_plan(build_on_meta(load_config(path)), optimizer, settings)
+        dtype = dtype or (torch.float32 if exact else None)
         return cls(
-            load_pretrained(str(path), attn_implementation=attention, dtype=torch.float32 if exact else None),
+            load_pretrained(path, attn_implementation=attention, dtype=dtype),
             optimizer,
             **settings,
             _mapped=True,
@@ -451,6 +489,56 @@ class Engine:
 
         save_model(self.model, Path(folder), read, TORCH_DTYPE[dtype], tokenizer=tokenizer, **options)
 
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        run: Mapping[str, Any] | None = None,
+        extra: Mapping[str, bytes] | None = None,
+        tokenizer: Any = None,
+        seal: Callable[[Path], object] | None = None,
+        background: bool = False,
+    ) -> Save:
+        """Write the whole training state into `folder`, which must not exist: `model/`, a transformers folder;
+        `state/`, remainders, moments, buffers and random states; `training.json`; and a manifest. `load` and
+        `from_checkpoint` read it back to the last bit.
+
+        `background`: return once it is safe to train on, and write meanwhile; `wait` of what is returned says whether
+        it worked, as does the next save. Writing into parameters oneself has to wait for it, too. `run`: what `load`
+        gives back, of what JSON holds; `extra`: further files by name; `seal` writes the manifest of the folder once
+        all is in it; None: one that names code, libraries and host.
+        Raises MegaTrainError where it cannot be written: then nothing of it is left, and training can go on.
+        """
+        from megatrain.engine import checkpoints
+
+        self._require_open()
+        self.wait_for_save()
+        self._save = checkpoints.begin_save(
+            self, Path(folder).expanduser(), run=run or {}, extra=extra or {}, tokenizer=tokenizer, seal=seal
+        )
+        self.updates.before_update = self._save.wait_until_written
+        if not background:
+            self.wait_for_save()
+        return self._save
+
+    def wait_for_save(self) -> None:
+        """Return when no save is under way. Raises MegaTrainError, once, where the last one has failed."""
+        save, self._save = self._save, None
+        if save is not None:
+            save.wait()
+
+    def load(self, folder: str | os.PathLike[str], *, verify: bool = True) -> dict[str, Any]:
+        """Take on the state that `save` has written, of the same model, precision, optimizer and param groups; returns
+        its `run`. Gradients gathered so far are dropped. Where the checkpoint is not as it was written or does not fit,
+        IntegrityError or ConfigError says so, and nothing is changed. A model whose weights are fused when they are
+        loaded needs memory for them a second time here; `from_checkpoint` needs none."""
+        from megatrain.engine import checkpoints
+
+        self._require_open()
+        self.wait_for_save()
+        self.discard_gradients()
+        return dict(checkpoints.load(self, Path(folder).expanduser(), weights=True, verify=verify).run)
+
     def optimizer_state(self) -> dict[int, dict[str, Any]]:
         """By parameter number in the param groups: step, exp_avg and exp_avg_sq in the parameter's shape (views where
         they are in host memory, float32; with moments of one byte int8 and uint8, and their scales)."""
@@ -459,6 +547,7 @@ class Engine:
 
     def load_optimizer_state(self, state: Mapping[int, Mapping[str, Any]]) -> None:
         """The inverse. Raises ConfigError for moments of another kind."""
+        self.wait_for_save()
         self.flush()
         OptimizerState(self.store, self.partition, self.optimizer.param_groups).write(state)
 
@@ -514,9 +603,12 @@ class Engine:
         self._attached = False
         with closing(self.store), self._closing:  # from the last to the first, whatever one of them raises
             try:
-                self.updates.flush()
+                self.wait_for_save()
             finally:
-                self.store.bring_home()
+                try:
+                    self.updates.flush()
+                finally:
+                    self.store.bring_home()
 
     def __enter__(self) -> Self:
         return self

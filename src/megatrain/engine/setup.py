@@ -227,6 +227,15 @@ def optimizer_threads(setting: int | None, device: ComputeDevice) -> int:
     return max(1, min(most, cores - _CORES_OF_A_DEVICE)) if streams(device) else most
 
 
+def main_dtype(model: nn.Module) -> str:
+    """The name of the floating dtype that most of the model's parameters have."""
+    counts: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    return str(max(counts, key=lambda dtype: counts[dtype], default=torch.float32)).removeprefix("torch.")
+
+
 def weight_dtypes(model: nn.Module, part: Partition, precision: str) -> dict[int, str]:
     """'bf16' or 'fp32' by slot index. In bf16, what the model keeps in fp32 stays so: fp32 parameters beside others
     of lower precision, and those that transformers never casts."""

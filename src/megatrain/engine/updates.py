@@ -7,6 +7,7 @@ are updated there, in the order of computation.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -88,6 +89,7 @@ class PendingUpdates:
         self._order: list[int] = []  # in which units were updated as their gradients came
         self._failed: tuple[str, BaseException] | None = None  # the unit, and what its update raised
         self.unseen = False  # updates have begun beside the caller, who has not waited for them since
+        self.before_update: Callable[[int], object] = _nothing  # called with a unit that is about to change
         self.exposed_seconds = 0.0  # spent on updates while compute waited
         # a unit that reads a parameter homed elsewhere needs that unit's update too
         self._needed = {u.index: sorted({slot.units[0] for slot in u.slots}) for u in part.units}
@@ -155,6 +157,7 @@ class PendingUpdates:
     def _update_on_device(self, unit: int, updates: list[SlabUpdate]) -> None:
         """Computation that comes after it finds new weights; the host has to wait (`flush`)."""
         self.unseen = True
+        self.before_update(unit)
 
         def run() -> None:
             with torch.no_grad():
@@ -180,6 +183,8 @@ class PendingUpdates:
 
     def _update(self, unit: int, updates: list[SlabUpdate]) -> None:
         entries = [entry for update in updates for entry in update.entries]
+        if unit not in self._store.on_device:
+            self.before_update(unit)
         for entry in entries:
             self._store.notice_silent_write(entry)
         state = self._store.units[unit]
@@ -199,6 +204,10 @@ class PendingUpdates:
             f"the update of {name or 'the model'} failed ({type(error).__name__}: {error}): weights of two steps lie"
             " beside each other, and nothing is trained or saved from here on; go on from the last save"
         ) from error
+
+
+def _nothing(_unit: int) -> None:
+    """Nobody has to be asked."""
 
 
 def unit_updates(

@@ -37,11 +37,11 @@ def save_model(
 
     Floating parameters are written as `dtype`, those that the model pins to float32 as float32, buffers as they
     are. `read_tensor(name, tensor)` returns the values to write of a parameter or buffer, on any device, in any
-    floating dtype: one of more precision is rounded to nearest even, one that is in `dtype` (an engine's bf16 weights,
-    which it rounds half away from zero) stays as it is. It is called once per tensor, in the order of writing, and what it
-    returned is let go before the next group is read. Tied parameters are read once and written under the name
-    that transformers expects. Of a module that is not transformers', `model.safetensors` holds its state dict
-    under all its names.
+    floating dtype: one of more precision is rounded to nearest even, one that is in `dtype` (an engine's bf16
+    weights, which it rounds half away from zero) stays as it is. It is called once per tensor, in the order of
+    writing, and what it returned is let go before the next group is read. Tied parameters are read once and written
+    under the name that transformers expects. Of a module that is not transformers', `model.safetensors` holds its
+    state dict under all its names.
 
     An existing folder is replaced only if it holds a model, and only once the new one is complete; files in
     it that are no weights (a tokenizer, a README) are kept. On any error the old folder stands.

@@ -1,0 +1,201 @@
+"""Writing a checkpoint beside training.
+
+When a save begins, training stands still only for what is small and changes: buffers, counters, random states. A thread
+then writes one unit after the other, weights and optimizer state, straight from where they lie, in the order in which
+units are updated. Training goes on meanwhile: forward and backward read weights only, and the update of a unit waits
+until that unit is written (`wait_until_written`). Nothing is copied, so a checkpoint needs no memory of its own but for
+one group of weights that is converted, or one parameter's state that lies on a disk or in a device's memory.
+
+Everything is written into a folder with another name beside its place, flushed, and renamed: a checkpoint is whole or
+not there.
+"""
+
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megatrain import files
+from megatrain.checkpoint import description
+from megatrain.checkpoint.description import Description
+from megatrain.checkpoint.state_files import StateWriter
+from megatrain.errors import IntegrityError, MegaTrainError
+from megatrain.memory.store import HostStore
+from megatrain.model.saving import ModelFolder
+
+MODEL, STATE = "model", "state"
+
+
+class Save:
+    """A checkpoint of `model`, whose parameters `store` holds, on its way to `folder`, which must not exist.
+
+    `order`: units as they are updated. `dtype`: of the weights on disk, that of the store's. `buffers`, by id: their
+    values now; `others`: tensors beside the parameters' state. `extra`: further files, by name. `seal` is called with
+    the folder once all else is in it. Raises MegaTrainError where the folder cannot be made; what fails later is raised
+    by `wait`. After either nothing is left behind, and training is as if nothing had been saved.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model: nn.Module,
+        store: HostStore,
+        order: Sequence[int],
+        *,
+        dtype: torch.dtype,
+        told: Description,
+        buffers: Mapping[int, Tensor],
+        others: Mapping[str, Tensor],
+        extra: Mapping[str, bytes],
+        tokenizer: Any,
+        seal: Callable[[Path], object],
+    ) -> None:
+        self.folder = folder
+        self.stall_seconds = 0.0  # that updates have waited
+        self.seconds = 0.0  # that writing took, once it is over
+        self._store, self._order, self._told, self._seal = store, order, told, seal
+        self._versions = {slot: entry.slot.parameter._version for slot, entry in store.slots.items()}
+        self._changed = threading.Condition()
+        self._written: set[int] = set()
+        self._over = False
+        self._error: BaseException | None = None
+        self._temporary = folder.parent / f".{folder.name}.saving-{socket.gethostname()}-{os.getpid()}"
+        self._started = time.perf_counter()
+        try:
+            self._prepare(model, dtype, buffers, others, extra, tokenizer)
+        except BaseException as error:
+            self._clean_up()
+            raise self._failed(error) from error
+        self._thread = threading.Thread(target=self._run, name="megatrain-save", daemon=True)
+        self._thread.start()
+
+    def _prepare(
+        self,
+        model: nn.Module,
+        dtype: torch.dtype,
+        buffers: Mapping[int, Tensor],
+        others: Mapping[str, Tensor],
+        extra: Mapping[str, bytes],
+        tokenizer: Any,
+    ) -> None:
+        """The folders, and what is small."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self._temporary, ignore_errors=True)
+        files.make_folder(self._temporary, 0o700)
+        for part in (MODEL, STATE):
+            files.make_folder(self._temporary / part)
+        for name, content in extra.items():
+            files.write_file(self._temporary / name, content, files.PRIVATE)
+
+        def read(_name: str, tensor: Tensor) -> Tensor:
+            return buffers.get(id(tensor), tensor.detach())
+
+        self._weights = ModelFolder(model, self._temporary / MODEL, read, dtype, tokenizer)
+        self._state = StateWriter(self._temporary / STATE, self._store, others)
+        homes = {id(entry.slot.parameter): entry.unit for entry in self._store.slots.values()}
+        named = model.state_dict(keep_vars=True)
+        self._unit_of = {name: homes[id(tensor)] for name, tensor in named.items() if id(tensor) in homes}
+
+    # -- training, meanwhile ----------------------------------------------------------------------------------
+
+    def wait_until_written(self, unit: int) -> None:
+        """Return when `unit` may change."""
+        with self._changed:
+            if unit in self._written or self._over:
+                return
+            started = time.perf_counter()
+            while unit not in self._written and not self._over:
+                self._changed.wait()
+            self.stall_seconds += time.perf_counter() - started
+
+    @property
+    def over(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self._over
+
+    def wait(self) -> None:
+        """Return when the checkpoint is on disk. Raises MegaTrainError where it could not be written."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._failed(self._error) from self._error
+
+    # -- the thread -------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._write_units()
+            self._finish()
+        except BaseException as error:
+            self._error = error
+            self._clean_up()
+        finally:
+            self.seconds = time.perf_counter() - self._started
+            with self._changed:
+                self._over = True
+                self._changed.notify_all()
+
+    def _write_units(self) -> None:
+        slots: dict[int, list[int]] = {}
+        for index, entry in self._store.slots.items():
+            slots.setdefault(entry.unit, []).append(index)
+        missing: dict[int, set[str]] = {unit: set() for unit in self._order}
+        for name, unit in self._unit_of.items():
+            missing[unit].add(name)
+        more = True
+        for unit in self._order:
+            for slot in slots.get(unit, ()):
+                self._state.write(slot)
+            while more and missing[unit]:
+                sources = self._weights.write_group()
+                more = bool(sources)
+                for name in sources:
+                    missing[self._unit_of.get(name, unit)].discard(name)
+            self._note_written(unit)  # or all of the model is
+        while more:
+            more = bool(self._weights.write_group())
+
+    def _note_written(self, unit: int) -> None:
+        with self._changed:
+            self._written.add(unit)
+            self._changed.notify_all()
+
+    def _finish(self) -> None:
+        """Everything is written; what is here becomes the checkpoint."""
+        self._state.close()
+        self._refuse_writes()
+        files.write_file(self._temporary / description.FILE, self._told.to_bytes(), files.PRIVATE)
+        self._seal(self._temporary)
+        files.sync_tree(self._temporary)
+        if self.folder.exists():
+            raise IntegrityError(f"{self.folder} has come into being meanwhile")
+        files.rename(self._temporary, self.folder)
+        files.sync_folder(self.folder.parent)
+
+    def _refuse_writes(self) -> None:
+        """Somebody else's writes into parameters may be in what was written, or not."""
+        for slot, version in self._versions.items():
+            parameter = self._store.slots[slot].slot
+            if parameter.parameter._version != version:
+                raise IntegrityError(
+                    f"parameter {parameter.name} was written while it was being saved; wait for the save first"
+                )
+
+    def _clean_up(self) -> None:
+        for part in ("_weights", "_state"):
+            if hasattr(self, part):
+                getattr(self, part).abandon()
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _failed(self, error: BaseException) -> BaseException:
+        """One line for what went wrong on the disk; other errors as they are."""
+        if isinstance(error, OSError):
+            reason = error.strerror or str(error)
+            return MegaTrainError(f"cannot save to {self.folder}: {reason}; what was saved before is untouched")
+        return error
