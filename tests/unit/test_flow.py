@@ -20,6 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sizes": set(),
     "threads": set(),
     "hub": set(),
+    "private_files": set(),
     "arguments": {"errors"},
     "yaml_file": {"errors"},
     "config_kinds": {"errors", "sizes"},
@@ -36,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "data": {"errors", "sizes", "hub", "model.loading"},
     "train": {
-        *("errors", "sizes", "arguments", "yaml_file", "config", "config_kinds"),
+        *("errors", "sizes", "private_files", "arguments", "yaml_file", "config", "config_kinds"),
         *("data", "model", "optim", "memory", "device", "engine", "planner"),
     },
     "doctor": {"version", "sizes", "memory.limits"},
