@@ -261,6 +261,14 @@ class CheckpointConfig:
         default=True,
         metadata=_about(BOOL, "save the model to <output>/model when training ends or is interrupted"),
     )
+    key_file: str | None = field(
+        default=None,
+        metadata=_about(
+            or_null(PATH),
+            "file of 32 random bytes, private to you, to seal the state files of checkpoints with (weights stay plain; "
+            "pip install 'megatrain[encryption]'); null: not sealed",
+        ),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
