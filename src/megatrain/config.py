@@ -209,6 +209,13 @@ class EngineConfig:
             or_null(TEXT), "folder on a local disk for optimizer state that host memory has no room for; null: none"
         ),
     )
+    nvme_encryption: bool = field(
+        default=False,
+        metadata=_about(
+            BOOL,
+            "seal what lies in engine.nvme with a key that is in memory alone (pip install 'megatrain[encryption]')",
+        ),
+    )
     slots: int | None = field(
         default=None,
         metadata=_about(or_null(whole(1)), "units (layers) whose weights may be on a GPU at once; null: 2"),
