@@ -210,6 +210,13 @@ class EngineConfig:
             or_null(TEXT), "folder on a local disk for optimizer state that host memory has no room for; null: none"
         ),
     )
+    nvme_encryption: bool = field(
+        default=False,
+        metadata=_about(
+            BOOL,
+            "seal what lies in engine.nvme with a key that is in memory alone (pip install 'megatrain[encryption]')",
+        ),
+    )
     slots: int | None = field(
         default=None,
         metadata=_about(or_null(whole(1)), "units (layers) whose weights may be on a GPU at once; null: 2"),
@@ -261,6 +268,14 @@ class CheckpointConfig:
     at_end: bool = field(
         default=True,
         metadata=_about(BOOL, "save the model to <output>/model when training ends or is interrupted"),
+    )
+    key_file: str | None = field(
+        default=None,
+        metadata=_about(
+            or_null(PATH),
+            "file of 32 random bytes, private to you, to seal the state files of checkpoints with (weights stay plain; "
+            "pip install 'megatrain[encryption]'); null: not sealed",
+        ),
     )
 
 

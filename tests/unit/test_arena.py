@@ -2,6 +2,7 @@
 
 import gc
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,28 @@ def test_resident_at_once_and_returned_with_the_last_view() -> None:
     view.fill_(1.0)  # the buffer itself is gone, the view keeps the mapping
     del view
     assert abs(resident_bytes() - before) < 256 * PAGE_BYTES
+
+
+def vm_flags(address: int) -> set[str]:
+    """Of the mapping in which `address` lies, as the kernel tells them."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return set(line.split()[1:])
+    raise AssertionError(f"no mapping at {address:x}")
+
+
+@linux_only
+def test_left_out_of_core_dumps() -> None:
+    """Also after its pages were given back; memory of other kinds is in them, as ever."""
+    for n_bytes in (1, 3 * PAGE_BYTES, 40 << 20):
+        buffer = allocate(n_bytes)
+        arena.discard_pages(buffer)
+        assert "dd" in vm_flags(buffer.data_ptr())
+        assert "dd" in vm_flags(buffer.data_ptr() + buffer.nbytes - 1)
+    assert "dd" not in vm_flags(torch.zeros(1 << 22).data_ptr())
 
 
 @linux_only

@@ -84,7 +84,7 @@ def test_unknown_key_is_an_error_with_the_nearest_name(name: str, hint: str) -> 
         ("data.shuffle", "yes please", "true or false"),
         ("data.train", 3, "a path, stdlib, or a list"),
         ("data.train", [], "a path, stdlib, or a list"),
-        ("data.seq_len", 1, "a whole number of at least 2"),
+        ("data.seq_len", 1, "a whole number from 2 to 16,777,216"),
         ("model.tokenizer", {"train": "wordpiece", "vocab_size": 300}, "{train: bpe, vocab_size: N}"),
         ("model.tokenizer", {"train": "bpe", "vocab_size": 10}, "at least 259"),
         ("engine.device", "gpu", "one of auto, cpu, cuda"),

@@ -39,6 +39,7 @@ OTHER_ADAMW = torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
         ("slots", "2", "engine.slots is '2'; it must be a number from 1 to 64"),
         ("head_chunk_tokens", 0, "engine.head_chunk_tokens is 0; it must be a number of tokens > 0"),
         ("head_chunk_tokens", 1.5, "engine.head_chunk_tokens is 1.5; it must be a number of tokens > 0"),
+        ("nvme_encryption", "on", "engine.nvme_encryption is 'on'; it must be True or False"),
         ("slots", True, "engine.slots is True; it must be a number from 1 to 64"),
         ("keep_graphs", None, "engine.keep_graphs is None; it must be auto, off or a number"),
         ("keep_graphs", True, "engine.keep_graphs is True; it must be auto, off or a number"),

@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "threads": set(),
     "hub": set(),
     "files": set(),
+    "private_files": set(),
     "arguments": {"errors"},
     "yaml_file": {"errors"},
     "config_kinds": {"errors", "sizes"},
@@ -43,8 +44,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "data": {"errors", "sizes", "hub", "model.loading"},
     "train": {
-        *("errors", "sizes", "arguments", "yaml_file", "config", "config_kinds"),
-        *("data", "model", "optim", "memory", "device", "engine", "planner", "files", "checkpoint", "trust"),
+        *("errors", "sizes", "files", "private_files", "arguments", "yaml_file", "config", "config_kinds"),
+        *("data", "model", "optim", "memory", "device", "engine", "planner", "checkpoint", "trust"),
     },
     "cli": {"version", "errors", "sizes", "arguments", "config", "config_kinds", "train", "doctor", "trust"},
     "__main__": {"cli"},

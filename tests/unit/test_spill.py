@@ -52,8 +52,11 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert not unwritten.any()
 
 
-def test_nothing_of_it_has_a_name_and_nobody_else_may_open_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_nothing_of_it_has_a_name_and_nobody_else_may_open_it(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
     file = SpillFile(tmp_path, MIB)
+    os.umask(before)
     assert not list(tmp_path.iterdir())
     status = os.fstat(file._descriptor)
     assert stat.S_IMODE(status.st_mode) == 0o600 and status.st_nlink == 0
@@ -174,6 +177,26 @@ def test_any_order_of_updates(tmp_path: Path, seed: int) -> None:
         assert len(state) >= n_bytes and (state == counts[piece] % 256).all(), piece
         states.give_back(piece)
     states.flush()
+    states.close()
+
+
+def test_the_end_of_a_block_holds_nothing_of_other_pieces(tmp_path: Path) -> None:
+    """Buffers go round among pieces: what one left there does not reach the blocks of a shorter one."""
+    sizes = {piece: (5 * BLOCK_BYTES if number % 2 else 100) for number, piece in enumerate(PIECES)}
+    file = SpillFile(tmp_path, sum(map(round_up, sizes.values())))
+    states = SpilledStates(file, sizes)
+    for _ in range(5):
+        states.expect(PIECES[:4])
+        for piece in PIECES:
+            states.take(piece)[: sizes[piece]].fill_(0xAA)
+            states.give_back(piece)
+    states.flush()
+    disk, offset = allocate(file.n_bytes), 0
+    file.read(0, disk)
+    for n_bytes in sizes.values():
+        assert (disk[offset : offset + n_bytes] == 0xAA).all()
+        assert not disk[offset + n_bytes : offset + round_up(n_bytes)].any()
+        offset += round_up(n_bytes)
     states.close()
 
 

@@ -5,24 +5,29 @@ import errno
 import json
 import os
 import re
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_arena import linux_only, vm_flags
 from test_cli import run
 from test_engine_toys import WIDTH, Block, Net, assert_trains_like_plain, batches_of, make_batch, make_engine
 from torch import Tensor, nn
 
 import megatrain as mt
 from megatrain.device.lagged import LaggedDevice
+from megatrain.engine import setup
 from megatrain.errors import CapacityError, ConfigError, IntegrityError
 from megatrain.memory import pieces
+from megatrain.memory.arena import allocate
 from megatrain.memory.placement import choose_spilled, spread
 from megatrain.memory.plan import MemoryPlan
 from megatrain.memory.spilled_states import BUFFERS
 from megatrain.optim.int8_moments import BLOCK
+from megatrain.trust.encryption import ProcessCipher
 
 PIECE_ELEMENTS = 43 * BLOCK  # of units of 33,000: pieces begin inside of parameters, and end there
 INT8 = mt.AdamW(lr=1e-2, moments="int8")
@@ -104,6 +109,64 @@ def test_state_on_disk_changes_no_bit(
         assert_same(found, expected)
         assert found[3] >= (3 if some else 6)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("moments", ["fp32", "int8"])
+@pytest.mark.parametrize("name", ["cpu", "lagged"])
+def test_sealed_state_on_disk_changes_no_bit(tmp_path: Path, name: str, moments: str) -> None:
+    settings: dict[str, Any] = {"precision": "bf16", "optimizer": mt.AdamW(lr=1e-2, moments=moments)}
+    expected = trained(**settings, device=device(name, "bf16"))
+    settings |= {"host_memory": tight(**settings, device=device(name, "bf16")), "nvme": tmp_path}
+    found = trained(**settings, device=device(name, "bf16"), nvme_encryption=True)
+    assert_same(found, expected)
+    assert found[3] >= 3
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_the_disk_shows_state_only_where_it_is_not_sealed(tmp_path: Path, encrypted: bool) -> None:
+    memory = tight(False)
+    engine = make_engine(make_net(), nvme=tmp_path, host_memory=memory, nvme_encryption=encrypted)
+    engine.train_step(batches_of(0, 2))
+    moments = [moment for state in engine.optimizer_state().values() for moment in (state["exp_avg"],) if moment.any()]
+    assert engine.store.spilled is not None
+    engine.store.spilled.flush()
+    file: Any = engine.store.spilled._file
+    file = file._file if encrypted else file
+    disk = allocate(file.n_bytes)
+    file.read(0, disk)
+    content = disk.numpy().tobytes()
+    shown = sum(moment.numpy().tobytes()[:64] in content for moment in moments)
+    assert shown == 0 if encrypted else shown >= 6
+    engine.close()
+
+
+def test_encryption_without_its_library_is_refused_before_anything_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    with pytest.raises(ConfigError, match=r"^engine.nvme_encryption: encryption needs .*'megatrain\[encryption\]'$"):
+        make_engine(make_net(), nvme=tmp_path, nvme_encryption=True)
+
+
+@linux_only
+def test_no_core_dump_holds_what_an_engine_keeps(tmp_path: Path) -> None:
+    """Weights, optimizer state, gradients that wait for the norm, and the buffers of the disk."""
+    engine = make_engine(make_net(), precision="bf16", nvme=tmp_path, host_memory=tight(precision="bf16"))
+    engine.train_step(batches_of(0, 2))
+    held = {f"parameter {name}": value for name, value in engine.model.named_parameters()}
+    for unit, slab in ((unit, slab) for unit, state in engine.store.units.items() for slab in state.slabs):
+        held[f"gradient {unit}"] = slab.gradient
+        if slab.state is not None:
+            held |= {f"remainder {unit}": slab.state.remainder}
+            held |= {f"{name} {unit}": moment for name, moment in slab.state.moments.items()}
+    assert engine.store.spilled is not None
+    held |= {f"buffer {number}": buffer for number, buffer in enumerate(engine.store.spilled._free)}
+    assert len(held) > 20
+    assert [name for name, tensor in held.items() if tensor.nbytes and "dd" not in vm_flags(tensor.data_ptr())] == []
+    engine.close()
 
 
 def test_all_three_tiers_at_once(tmp_path: Path) -> None:
@@ -292,9 +355,10 @@ def losses(tmp_path: Path, name: str) -> list[float]:
 
 
 def test_a_run_whose_state_does_not_fit_goes_on_with_a_disk(
-    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As it goes with enough memory, loss by loss; without the disk it is refused, and says what is missing."""
+    """As it goes with enough memory, loss by loss, also where the disk's content is sealed; without the disk it is
+    refused, and says what is missing."""
     (tmp_path / "disk").mkdir()
     assert run(settings, tmp_path, "--output", str(tmp_path / "roomy")) == 0
     plan = json.loads((tmp_path / "roomy" / "plan.json").read_text())
@@ -306,6 +370,11 @@ def test_a_run_whose_state_does_not_fit_goes_on_with_a_disk(
     assert run(settings, tmp_path, *tight, *disk) == 0
     assert losses(tmp_path, "spilled") == losses(tmp_path, "roomy")
     assert json.loads((tmp_path / "spilled" / "plan.json").read_text())["bytes"]["nvme"]
+    made: list[ProcessCipher] = []
+    monkeypatch.setattr(setup, "ProcessCipher", lambda: made.append(ProcessCipher()) or made[0])
+    sealed = [*disk[:2], "--engine.nvme_encryption", "on", "--output", str(tmp_path / "sealed")]
+    assert run(settings, tmp_path, *tight, *sealed) == 0
+    assert losses(tmp_path, "sealed") == losses(tmp_path, "roomy") and len(made) == 1
 
 
 def test_a_run_whose_state_does_not_fit_goes_on_with_units_on_the_device(

@@ -25,7 +25,7 @@ from megatrain.data.packing import TokenStream
 from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS
 from megatrain.errors import CapacityError, ConfigError, MegaTrainError
 from megatrain.model.partition import ParameterSlot
-from megatrain.train import build
+from megatrain.train import build, metrics
 from megatrain.train import evaluate as evaluation
 from megatrain.train.evaluate import evaluate
 from megatrain.train.folder_lock import FolderLock
@@ -141,13 +141,10 @@ class FullDisk(io.RawIOBase):
 def test_a_full_disk_costs_lines_of_the_metrics_and_not_the_training(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    own = Path.open
+    def opened(*given: Any, **options: Any) -> FullDisk:
+        return FullDisk(open(*given, **options), first=2, last=3)
 
-    def opened(path: Path, mode: str = "r", *rest: Any, **options: Any) -> Any:
-        file = own(path, mode, *rest, **options)
-        return FullDisk(file, first=2, last=3) if "a" in mode else file
-
-    monkeypatch.setattr(Path, "open", opened)
+    monkeypatch.setattr(metrics, "open", opened, raising=False)
     result, lines, _ = run_loop(StandIn(), tmp_path)
     assert result.steps == 5
     assert [line["step"] for line in lines] == [1, 4, 5]  # whole lines, and again as soon as there is room

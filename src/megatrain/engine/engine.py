@@ -70,6 +70,7 @@ class Engine:
     host_memory:   bytes of host memory to plan with at most, or a size such as '100GiB'; None: what is free.
     nvme:          folder on a local disk for the optimizer state that host memory has no room for (10 of 12 bytes per
                    parameter, of as many units as it takes); None: what does not fit is refused.
+    nvme_encryption: what goes to `nvme` is sealed with a key that lives in memory alone; needs the extra `encryption`.
     resident_units: so many of the first units, or those with these names (as in named_modules), lie in a streaming
                    device's memory for good, with their optimizer state (14 bytes per parameter in bf16, gradients
                    included), and are updated there: nothing of them crosses the link, and the host holds none of them
@@ -107,6 +108,7 @@ class Engine:
         nvme: str | Path | None = None,
         resident_units: int | Sequence[str] = 0,
         sequence_chunk_tokens: ChunkTokens = "auto",
+        nvme_encryption: bool = False,
         *,
         _mapped: bool = False,
     ) -> None:
@@ -115,7 +117,8 @@ class Engine:
         settings |= {"threads": threads, "keep_graphs": keep_graphs, "slots": slots}
         settings |= {"head_chunk_tokens": head_chunk_tokens, "host_memory": host_memory}
         settings |= {"sequence_chunk_tokens": sequence_chunk_tokens}
-        setup.check_arguments(optimizer, {**settings, "nvme": nvme, "resident_units": resident_units})
+        where = {"nvme": nvme, "nvme_encryption": nvme_encryption, "resident_units": resident_units}
+        setup.check_arguments(optimizer, settings | where)
         self.model, optimizer = model, optimizer or AdamW()
         self.precision = setup.resolve_precision(precision, setup.make_device(device))
         self.device = setup.make_device(device, self.precision, setup.memory_bytes("device_memory", device_memory))
@@ -148,7 +151,7 @@ class Engine:
             self._closing.callback(remove_kernels)
             workers = Workers(setup.optimizer_threads(threads, self.device))
             unmade.callback(workers.close)
-            spilled = setup.open_spill(self.plan, layouts, optimizer.moments, nvme)
+            spilled = setup.open_spill(self.plan, layouts, optimizer.moments, nvme, encrypted=nvme_encryption)
             self.store = HostStore(workers, optimizer.moments, spilled)
             unmade.callback(self.store.close)
             unmade.callback(self.store.give_back, {s.index: s.parameter.dtype for s in self.partition.slots})

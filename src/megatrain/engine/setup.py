@@ -22,6 +22,7 @@ from megatrain.memory.limits import host_memory_limits
 from megatrain.memory.pieces import cut
 from megatrain.memory.placement import choose_spilled, movable_units
 from megatrain.memory.plan import MemoryPlan, plan_memory, require_fit
+from megatrain.memory.sealed_spill import SealedSpillFile
 from megatrain.memory.slab_state import elements_bytes, unit_state_bytes
 from megatrain.memory.spill_file import SpillFile
 from megatrain.memory.spilled_states import SpilledStates
@@ -32,6 +33,7 @@ from megatrain.model.partition import ParameterSlot, Partition, partition
 from megatrain.model.sequence_chunks import ChunkTokens, check_sequence_chunk_tokens
 from megatrain.optim.adamw import AdamW
 from megatrain.sizes import format_bytes, parse_bytes
+from megatrain.trust.encryption import ProcessCipher, require_library
 
 PRECISIONS = ("auto", "bf16", "fp32")
 CLIP_SCOPES = ("global", "unit")
@@ -74,6 +76,10 @@ def check_arguments(optimizer: AdamW | None, settings: Mapping[str, Any]) -> Non
     nvme = settings.get("nvme")
     if nvme is not None and not (isinstance(nvme, (str, Path)) and Path(nvme).is_dir()):
         raise ConfigError(f"engine.nvme is {str(nvme)!r}; it must be a folder that exists, on a local disk")
+    if not isinstance(encrypts := settings.get("nvme_encryption", False), bool):
+        raise ConfigError(f"engine.nvme_encryption is {encrypts!r}; it must be True or False")
+    if encrypts:
+        require_library("engine.nvme_encryption")
     if not _is_whole(seed := settings.get("seed", 0)):
         raise ConfigError(f"train.seed is {seed!r}; it must be a whole number")
 
@@ -436,9 +442,15 @@ def _named(units: Mapping[str, int], name: str) -> int:
 
 
 def open_spill(
-    plan: MemoryPlan, layouts: dict[int, list[SlabLayout]], moments: str, nvme: str | Path | None
+    plan: MemoryPlan,
+    layouts: dict[int, list[SlabLayout]],
+    moments: str,
+    nvme: str | Path | None,
+    *,
+    encrypted: bool = False,
 ) -> SpilledStates | None:
-    """What holds the planned units' optimizer state on disk; None where the plan has none there."""
+    """What holds the planned units' optimizer state on disk, sealed where `encrypted`; None where the plan has none
+    there."""
     if not plan.spilled:
         return None
     assert nvme is not None
@@ -447,7 +459,8 @@ def open_spill(
         for unit in plan.spilled
         for piece in cut(unit, layouts[unit])
     }
-    return SpilledStates(SpillFile(Path(nvme), plan.disk_bytes), pieces)
+    file = SpillFile(Path(nvme), plan.disk_bytes)
+    return SpilledStates(SealedSpillFile(file, ProcessCipher()) if encrypted else file, pieces)
 
 
 def keeps_gradients(clip_norm: float | None, clip_scope: str) -> bool:

@@ -2,10 +2,11 @@
 
 Neither torch's nor glibc's allocator suits state that fills most of a machine: both round, both keep freed
 blocks, and neither aligns to pages, which pinning needs. A buffer from `allocate` is its own anonymous
-mapping: page-aligned, rounded up to whole pages and no further, resident from the start, and unmapped when
-its last tensor dies.
+mapping: page-aligned, rounded up to whole pages and no further, resident from the start, left out of core dumps
+(docs/decisions/0014), and unmapped when its last tensor dies.
 """
 
+import contextlib
 import ctypes
 import ctypes.util
 import mmap
@@ -129,10 +130,14 @@ def share_one_heap() -> bool:
 
 
 def _map_private(size: int) -> mmap.mmap:
-    """An anonymous mapping of `size` bytes that no other process shares."""
-    if hasattr(mmap, "MAP_PRIVATE"):
-        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return mmap.mmap(-1, size)
+    """An anonymous mapping of `size` bytes that no other process shares, and no core dump holds."""
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, size)
+    mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_DONTDUMP"):
+        with contextlib.suppress(OSError):  # a kernel that does not know it: no reason not to train
+            mapping.madvise(mmap.MADV_DONTDUMP)
+    return mapping
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

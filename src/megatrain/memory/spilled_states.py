@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatrain.memory.arena import allocate
 from megatrain.memory.pieces import Piece
+from megatrain.memory.sealed_spill import SealedSpillFile
 from megatrain.memory.spill_file import SpillFile, round_up
 from megatrain.threads import KeptThread
 
@@ -21,9 +22,13 @@ BUFFERS = 6  # four pieces ahead of the update, which bridge those of units whos
 
 
 class SpilledStates:
-    """`piece_bytes`: of state by piece; `file` has room for them, each in whole blocks. New states are zero."""
+    """`piece_bytes`: of state by piece; `file` has room for them, each in whole blocks. New states are zero.
 
-    def __init__(self, file: SpillFile, piece_bytes: Mapping[Piece, int]) -> None:
+    A piece is read, and written, with all of its blocks: what follows its state in the last one are the zeros that the
+    file began with, and never what another piece left in the buffer.
+    """
+
+    def __init__(self, file: SpillFile | SealedSpillFile, piece_bytes: Mapping[Piece, int]) -> None:
         self._file = file
         self._places: dict[Piece, tuple[int, int]] = {}  # (offset, length)
         offset = 0

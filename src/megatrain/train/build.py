@@ -171,6 +171,7 @@ def _engine_settings(config: Config) -> dict[str, Any]:
         "device_memory": config.engine.device_memory,
         "host_memory": config.engine.host_memory,
         "nvme": config.engine.nvme,
+        "nvme_encryption": config.engine.nvme_encryption,
         "seed": config.train.seed,
         "threads": config.engine.threads,
         "keep_graphs": config.engine.keep_graphs,

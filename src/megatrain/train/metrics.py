@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from megatrain.errors import ConfigError
+from megatrain.private_files import private
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class MetricsFile:
         self.lost = 0
         self._path = path
         try:
-            self._file = path.open("ab", buffering=0)
+            self._file = open(path, "ab", buffering=0, opener=private)  # noqa: SIM115 (for as long as this object)
         except OSError as error:
             raise ConfigError(f"output: cannot write to {str(path)!r}: {error.strerror}") from None
 

@@ -27,6 +27,7 @@ from megatrain.planner.plan import Plan, make_plan
 from megatrain.planner.probe import describe_machine, probe
 from megatrain.planner.report import plan_json
 from megatrain.planner.workload import Workload, build_workload
+from megatrain.private_files import private
 from megatrain.sizes import format_bytes, format_seconds
 from megatrain.train.loop import TrainingEngine
 from megatrain.train.metrics import StepStats
@@ -192,4 +193,5 @@ def outcome_lines(outcome: dict[str, dict[str, float]]) -> list[str]:
 def write_plan(path: Path, plan: Plan, outcome: dict[str, dict[str, float]] | None = None) -> None:
     """plan.json of a run's folder; with what was measured once that is known."""
     content = plan_json(plan) | {"outcome": outcome}
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    with open(path, "w", encoding="utf-8", opener=private) as stream:
+        stream.write(json.dumps(content, indent=2) + "\n")

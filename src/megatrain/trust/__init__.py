@@ -1,1 +1,1 @@
-"""What is saved can be trusted: manifests of folders, chains of them, signatures. Needs no torch."""
+"""Saved state that can be trusted: what it is, who wrote it, and that nobody else has read or changed it."""
