@@ -86,7 +86,7 @@ def _dispatch(arguments: list[str], environment: dict[str, str]) -> int:
     known = parser.parse_args(arguments)
     if known.command in ("train", "demo"):
         command = _demo if known.command == "demo" else _train
-        return command(known.config, overrides, known.profile)
+        return command(known, overrides)
     if known.command == "plan":
         from megatrain.train.plan_command import plan_command
 
@@ -123,8 +123,8 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(
             name,
             help=meaning,
-            usage=f"megatrain {name} {'[CONFIG.yaml]' if name == 'demo' else 'CONFIG.yaml'} [--profile N]"
-            " [--section.key value ...]",
+            usage=f"megatrain {name} {'[CONFIG.yaml]' if name == 'demo' else 'CONFIG.yaml [--resume auto|PATH]'}"
+            " [--profile N] [--section.key value ...]",
             allow_abbrev=False,
         )
         optional: dict[str, Any] = {"nargs": "?", "default": str(_DEMO_RECIPE)} if name == "demo" else {}
@@ -134,6 +134,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--profile", type=_at_least(1), default=0, metavar="N", help="write a timeline of N steps to trace.json"
         )
+        if name == "train":
+            _add_resume(command)
     _add_plan(commands)
     generate = commands.add_parser("generate", help="let a model write text", allow_abbrev=False)
     generate.add_argument("folder", type=_path, metavar="FOLDER", help="a run's folder or a transformers folder")
@@ -153,6 +155,17 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print one JSON object; null is unknown")
     commands.add_parser("bench", help="measure speed and memory", add_help=False)
     return parser
+
+
+def _add_resume(train: argparse.ArgumentParser) -> None:
+    train.add_argument(
+        "--resume",
+        metavar="auto|PATH",
+        type=_text,
+        help="go on from a checkpoint, or a run's last one; auto: the last one in output, or begin where there is none",
+    )
+    train.add_argument("--force", action="store_true", help="go on with settings or data that have changed")
+    train.add_argument("--no-verify", action="store_true", help="go on without hashing the checkpoint's files")
 
 
 def _add_trust(commands: Any) -> None:
@@ -207,13 +220,16 @@ def _take_dotted_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[
     return others, pairs
 
 
+_TRAIN_OPTIONS = ("resume", "force", "no-verify")
+
+
 def _take_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """(other arguments, pairs of `--section.key value` or `--section.key=value`), wherever they stand."""
     others, pairs = [], []
     words = iter(arguments)
     for word in words:
         name, equals, value = word[2:].partition("=")
-        if not word.startswith("--") or name in ("", "help", "profile"):
+        if not word.startswith("--") or name in ("", "help", "profile", *_TRAIN_OPTIONS):
             others.append(word)
             continue
         if not equals:
@@ -225,22 +241,24 @@ def _take_overrides(arguments: list[str]) -> tuple[list[str], list[tuple[str, st
     return others, pairs
 
 
-def _train(path: str, overrides: list[tuple[str, str]], profile_steps: int) -> int:
-    config = load_config(path, overrides)
+def _train(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    config = load_config(known.config, overrides)
     from megatrain.train.run import run
 
-    result = run(config, profile_steps=profile_steps)
+    result = run(
+        config, profile_steps=known.profile, resume=known.resume, force=known.force, verify=not known.no_verify
+    )
     _report(result.loop.steps, result.evaluation)
     print(f"run folder: {result.folder}")
     return DONE
 
 
-def _demo(path: str, overrides: list[tuple[str, str]], profile_steps: int) -> int:
-    config = load_config(path, overrides)
+def _demo(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    config = load_config(known.config, overrides)
     from megatrain.train.generate import generate
     from megatrain.train.run import run
 
-    result = run(config, replace=True, profile_steps=profile_steps)
+    result = run(config, replace=True, profile_steps=known.profile)
     _report(result.loop.steps, result.evaluation)
     if result.interrupted or not config.checkpoint.at_end:
         print(f"run folder: {result.folder}")

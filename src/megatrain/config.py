@@ -265,6 +265,16 @@ class EngineConfig:
 class CheckpointConfig:
     """What is saved, and when."""
 
+    every: int | None = field(
+        default=None,
+        metadata=_about(
+            or_null(whole(1)),
+            "steps between checkpoints, from which `train --resume` goes on to the last bit; null: none are saved",
+        ),
+    )
+    keep: int | None = field(
+        default=2, metadata=_about(or_null(whole(1)), "checkpoints that stay, the last ones; null: all")
+    )
     at_end: bool = field(
         default=True,
         metadata=_about(BOOL, "save the model to <output>/model when training ends or is interrupted"),

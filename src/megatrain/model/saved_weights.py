@@ -169,15 +169,16 @@ def _trace_conversion(model: torch.nn.Module, source: _Source) -> tuple[dict[str
     origins = {name: trace.names_of(tensor) for name, tensor in outputs.items()}
     if frozenset[str]().union(*origins.values()) != shapes.keys() or not all(origins.values()):
         return None
-    groups = _group_by_origin(origins)
+    groups = _group_by_origin(origins, list(source.tensors))
     for group in groups:
         first = group.outputs[0]
         group.renamed_only = len(group.outputs) == 1 and outputs[first] is shapes[group.sources[0]]
     return {name: outputs[name] for group in groups for name in group.outputs}, groups
 
 
-def _group_by_origin(origins: dict[str, frozenset[str]]) -> list[_Group]:
-    """Groups of outputs that share sources, directly or through others, in order of their first output."""
+def _group_by_origin(origins: dict[str, frozenset[str]], order: list[str]) -> list[_Group]:
+    """Groups of outputs that share sources, directly or through others, in `order` of their first source: a model that
+    was loaded names its weights in another order than one that was made."""
     group_of: dict[str, _Group] = {}
     for output, names in origins.items():
         merged = _Group(sorted(names - group_of.keys()), [output])
@@ -190,7 +191,8 @@ def _group_by_origin(origins: dict[str, frozenset[str]]) -> list[_Group]:
     place = {name: i for i, name in enumerate(origins)}
     for group in groups:
         group.outputs.sort(key=place.__getitem__)
-    return sorted(groups, key=lambda group: place[group.outputs[0]])
+    position = {name: i for i, name in enumerate(order)}
+    return sorted(groups, key=lambda group: min(position[name] for name in group.sources))
 
 
 def _distinct(groups: Iterable[_Group]) -> list[_Group]:

@@ -5,14 +5,15 @@ Whatever is wrong shows here, before anything is written.
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatrain.config import Config, check_warmup
 from megatrain.data.packing import Tokens, TokenStream, tokenize
 from megatrain.data.sources import Corpus
 from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS, load_tokenizer, train_bpe
-from megatrain.errors import ConfigError
+from megatrain.errors import ConfigError, IntegrityError
 from megatrain.train.model_settings import ModelSettings, Vocabulary
 from megatrain.train.param_groups import make_optimizer
 from megatrain.train.run_folder import RunFolder, model_folder
@@ -140,8 +141,17 @@ def plan_training(config: Config, settings: ModelSettings, folder: RunFolder) ->
     return optimizer, planner
 
 
-def build_engine(config: Config, settings: ModelSettings, optimizer: "AdamW", plan: "Plan") -> "Engine":
-    """The engine with its model, loaded or new; units are where `plan` has them. Raises ConfigError, CapacityError."""
+def from_model(config: Config, folder: str) -> Config:
+    """The same run with model and tokenizer from a folder: that of a checkpoint."""
+    model = replace(config.model, path=folder, config=None, tokenizer=None)
+    return replace(config, model=model)
+
+
+def build_engine(
+    config: Config, settings: ModelSettings, optimizer: "AdamW", plan: "Plan", checkpoint: Path | None = None
+) -> "Engine":
+    """The engine with its model, loaded or new, or with all that a checkpoint holds, which has been verified; units are
+    where `plan` has them. Raises ConfigError, CapacityError."""
     from megatrain.engine.engine import Engine
     from megatrain.model.loading import initialise
     from megatrain.planner.placement import DEVICE
@@ -149,6 +159,12 @@ def build_engine(config: Config, settings: ModelSettings, optimizer: "AdamW", pl
     options, attention = _engine_settings(config), config.model.attn_implementation
     names = {unit.index: unit.name for unit in plan.workload.units}
     options["resident_units"] = [names[unit] for unit in plan.placement.units_in(DEVICE)]
+    if checkpoint is not None:
+        options["attn_implementation"] = attention
+        try:
+            return Engine.from_checkpoint(checkpoint, optimizer=optimizer, verify=False, **options)
+        except (ConfigError, IntegrityError) as error:
+            raise ConfigError(f"--resume: {error}") from None
     if config.model.path is not None:
         path = model_folder(config.model.path)
         try:

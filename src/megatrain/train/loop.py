@@ -41,14 +41,16 @@ def train(
     progress: Progress,
     stop: StopOnInterrupt,
     log_every: int = 1,
+    first_step: int = 0,
+    after_step: Callable[[int, bool], None] = lambda done, last: None,
 ) -> LoopResult:
-    """Train from step 0 until `total_steps` are done or `stop` is requested.
+    """Train from `first_step` until `total_steps` are done or `stop` is requested.
 
-    `batches_of` and `learning_rate_of` take the number of the step, from 0. Raises MegaTrainError where the first
-    loss is not finite, since no later step would change that, and where the gradient of many steps in a row, or of all
-    of the run, is not.
+    `after_step` is called with the steps done, and whether that was the last one. `batches_of` and `learning_rate_of`
+    take the number of the step, from 0. Raises MegaTrainError where the first loss is not finite, since no later step
+    would change that, and where the gradient of many steps in a row, or of all of the run, is not.
     """
-    done, skipped, in_a_row, loss = 0, 0, 0, None
+    done, skipped, in_a_row, loss = first_step, 0, 0, None
     with progress:
         while done < total_steps and not stop.requested:
             batches = batches_of(done)
@@ -60,7 +62,7 @@ def train(
                 raise MegaTrainError(f"the loss of the first step is {loss}: a setting or weight of the model is wrong")
 
             line = metrics_line(done, lr, stats)
-            hopeless = in_a_row >= _MOST_SKIPPED or (done == total_steps and skipped == done)
+            hopeless = in_a_row >= _MOST_SKIPPED or (done == total_steps and skipped == done - first_step)
             if done % log_every == 0 or done == total_steps or stop.requested or hopeless:
                 metrics.write(line)
             progress.update(line)
@@ -69,4 +71,5 @@ def train(
                     f"step {done}: no finite gradient in {in_a_row} steps in a row; they changed nothing, the run ends "
                     "here and no model is saved. Try a lower learning rate"
                 )
+            after_step(done, done == total_steps or stop.requested)
     return LoopResult(steps=done, interrupted=done < total_steps, last_loss=loss, skipped=skipped)

@@ -1,5 +1,6 @@
 """One run, from settings to a trained model on disk."""
 
+import os
 import sys
 from contextlib import closing
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatrain.config import Config
+from megatrain.config import Config, to_yaml
 from megatrain.data.batches import StepBatches
 from megatrain.errors import MegaTrainError
 from megatrain.memory.arena import share_one_heap
@@ -16,6 +17,7 @@ from megatrain.model.loading import one_line
 from megatrain.optim.schedules import learning_rate
 from megatrain.sizes import format_bytes
 from megatrain.train import build
+from megatrain.train.checkpoints import RunCheckpoints
 from megatrain.train.evaluate import Evaluation, evaluate
 from megatrain.train.interrupt import StopOnInterrupt
 from megatrain.train.loop import LoopResult, train
@@ -24,8 +26,11 @@ from megatrain.train.model_settings import ModelSettings, Vocabulary, check_fit,
 from megatrain.train.planning import WatchedEngine, outcome_lines, write_plan
 from megatrain.train.profile import ProfiledEngine
 from megatrain.train.progress import show_progress
+from megatrain.train.resume import Resumed, check_data, check_settings, cut_metrics, find_checkpoint
 from megatrain.train.run_folder import RunFolder
 from megatrain.train.trial import try_out
+from megatrain.trust.facts import run_facts
+from megatrain.trust.manifest import parent_of
 
 if TYPE_CHECKING:
     from megatrain.engine.engine import Engine
@@ -46,16 +51,29 @@ class RunResult:
     interrupted: bool
 
 
-def run(config: Config, *, replace: bool = False, profile_steps: int = 0) -> RunResult:
+def run(
+    config: Config,
+    *,
+    replace: bool = False,
+    profile_steps: int = 0,
+    resume: str | None = None,
+    force: bool = False,
+    verify: bool = True,
+) -> RunResult:
     """Train as `config` says; with `replace`, a finished run in `output` gives way to it once it is done.
-    `profile_steps`: how many steps to write a trace of.
+    `profile_steps`: how many steps to write a trace of. `resume`: go on from a checkpoint, `auto` for the last one in
+    `output`; `force`: also with other settings. `verify`: only from one that is as it was written.
 
     Raises ConfigError and CapacityError before anything is written, and most of them before the texts are read.
     """
     share_one_heap()  # before reading and measuring start threads
-    folder = RunFolder(str(config.output), replace=replace)
+    folder, resumed = _open_folder(config, replace=replace, resume=resume, verify=verify)
+    if resumed is not None:
+        check_settings(resumed, config, force=force)
+        _say(f"going on from {resumed.folder}, step {resumed.step:,}")
     corpora = build.find_corpora(config)
-    settings, optimizer, planner, tokenizer = _prepare_model(config, folder)
+    source = config if resumed is None else build.from_model(config, resumed.model)
+    settings, optimizer, planner, tokenizer = _prepare_model(source, folder)
     _say(f"reading {corpora.train.described} ({len(corpora.train.files)} files)")
     if tokenizer is None:
         tokenizer = build.trained_tokenizer(config, corpora)
@@ -66,8 +84,11 @@ def run(config: Config, *, replace: bool = False, profile_steps: int = 0) -> Run
         f"{len(tokenizer):,}; {data.steps:,} steps of {config.tokens_per_step:,} tokens"
     )
     plan = planner.plan()  # with the text in memory
+    facts = _facts(config, corpora, planner) if config.checkpoint.every or resumed else {}
+    if resumed is not None:
+        check_data(resumed, facts, force=force)
     reset_peak_resident()  # so that the peak is the engine's, and not that of reading the text
-    engine = build.build_engine(config, settings, optimizer, plan)
+    engine = build.build_engine(source, settings, optimizer, plan, None if resumed is None else resumed.folder)
     parameters = sum(parameter.numel() for parameter in engine.model.parameters())
     where = engine.device.name
     kernels = f", {engine.kernels}" if engine.device.torch_device.type != "cpu" else ""
@@ -75,17 +96,29 @@ def run(config: Config, *, replace: bool = False, profile_steps: int = 0) -> Run
 
     with StopOnInterrupt() as stop, closing(folder):
         folder.create(config)
+        first_step = 0 if resumed is None else resumed.step
+        cut_metrics(folder.metrics, first_step)
         write_plan(folder.plan, plan)
         watched = WatchedEngine(engine)
+        checkpoints = RunCheckpoints(
+            config.checkpoint,
+            engine,
+            folder.checkpoints,
+            config=to_yaml(config),
+            facts=facts,
+            tokenizer=tokenizer,
+            first_step=first_step,
+            parent=None if resumed is None else parent_of(resumed.folder),
+        )
         try:
-            result = _train(config, engine, watched, data, folder, stop, profile_steps)
+            result = _train(config, engine, watched, data, folder, stop, profile_steps, checkpoints, first_step)
         except BaseException:
-            if not folder.metrics.exists() or not folder.metrics.stat().st_size:
+            if (resume is None and not folder.metrics.exists()) or not folder.metrics.stat().st_size:
                 folder.discard()  # nothing of it was logged: there is nothing to keep
             raise
         outcome = watched.outcome(plan)
         write_plan(folder.plan, plan, outcome)
-        for line in outcome_lines(outcome):
+        for line in (*outcome_lines(outcome), *filter(None, [checkpoints.summary()])):
             _say(line)
         if config.checkpoint.at_end:
             _save(engine, folder, tokenizer)
@@ -95,6 +128,21 @@ def run(config: Config, *, replace: bool = False, profile_steps: int = 0) -> Run
     engine.close()
     folder.finish(complete=not result.interrupted)
     return RunResult(folder.path, result, evaluation, stop.requested)
+
+
+def _open_folder(
+    config: Config, *, replace: bool, resume: str | None, verify: bool
+) -> tuple[RunFolder, Resumed | None]:
+    """The run's folder, and the checkpoint that it goes on from. A run goes on in its own folder, or in a new one."""
+    output = Path(os.path.expanduser(str(config.output)))
+    resumed = find_checkpoint(resume, output, verify=verify)
+    own = resumed is not None and resumed.folder.resolve().parent.parent == output.resolve()
+    return RunFolder(str(config.output), replace=replace, resume=own or resume == "auto"), resumed
+
+
+def _facts(config: Config, corpora: build.Corpora, planner: "RunPlanner") -> dict[str, Any]:
+    """What every manifest of the run says; all files of data.train are read."""
+    return run_facts(to_yaml(config), corpora.train.files, planner.device.name)
 
 
 def _prepare_model(config: Config, folder: RunFolder) -> tuple[ModelSettings, "AdamW", "RunPlanner", Any]:
@@ -140,6 +188,8 @@ def _train(
     folder: RunFolder,
     stop: StopOnInterrupt,
     profile_steps: int,
+    checkpoints: RunCheckpoints,
+    first_step: int,
 ) -> LoopResult:
     batches = StepBatches(
         data.sequences,
@@ -171,6 +221,8 @@ def _train(
             progress=show_progress(data.steps),
             stop=stop,
             log_every=config.train.log_every,
+            first_step=first_step,
+            after_step=lambda done, last: checkpoints.after_step(done, last=last),
         )
         if metrics.lost:
             _say(f"warning: {folder.metrics} lacks {metrics.lost} lines that could not be written")

@@ -13,7 +13,8 @@ from megatrain.errors import CapacityError, ConfigError
 from megatrain.sizes import format_bytes
 from megatrain.train.folder_lock import FolderLock
 
-_OWN_FILES = frozenset({"config.yaml", "metrics.jsonl", "model", "plan.json", "trace.json"})
+CHECKPOINTS = "checkpoints"
+_OWN_FILES = frozenset({"config.yaml", "metrics.jsonl", "model", "plan.json", "trace.json", CHECKPOINTS})
 
 
 def model_folder(path: str) -> str:
@@ -67,19 +68,25 @@ def _remove_folders(folders: Iterable[Path]) -> None:
 class RunFolder:
     """Where a run writes `config.yaml`, `metrics.jsonl` and `model/`.
 
-    A folder with files in it is refused, unless `replace` is set and it holds a run and nothing else. Then
-    the new run is written beside it, and takes its place only when `finish` is told that it is complete.
+    A folder with files in it is refused, unless it holds a run and nothing else, and `resume` or `replace` is set.
+    With `resume` that run goes on. With `replace` the new run is written beside it, and takes its place only when
+    `finish` is told that it is complete.
     Nothing stays on disk before `create`; from then on no other run can have the folder, until `finish` or `close`.
     Raises ConfigError where the folder cannot be used.
     """
 
-    def __init__(self, output: str, *, replace: bool = False) -> None:
+    def __init__(self, output: str, *, replace: bool = False, resume: bool = False) -> None:
         self.final = Path(os.path.expanduser(output))
         self.path = self.final
         """The folder that is written to; after `finish`, where the run is."""
         self._made: list[Path] = []
         self._lock = FolderLock()
-        if content := _content(self.final):
+        self._resumes = resume
+        content = _content(self.final)
+        if resume and not content <= _OWN_FILES:
+            others = ", ".join(sorted(content - _OWN_FILES)[:3])
+            raise ConfigError(f"output: {output!r} holds more than a run ({others}); give another folder or remove it")
+        if content and not resume:
             if not replace:
                 raise ConfigError(f"output: {output!r} already holds files; give another folder or remove it")
             self.final = Path(os.path.abspath(self.final))  # `.` has no name of its own
@@ -92,6 +99,11 @@ class RunFolder:
     def model(self) -> Path:
         """The transformers folder of the trained model."""
         return self.path / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.path / CHECKPOINTS
 
     @property
     def metrics(self) -> Path:
@@ -125,7 +137,9 @@ class RunFolder:
             self._made = make_folder(self.path)
             self._lock.take(settings)
             others = _content(self.path) - {settings.name}
-            if self.path != self.final:
+            if self._resumes:
+                pass  # what is there is this run's own
+            elif self.path != self.final:
                 _remove(self.path / name for name in others)  # an earlier replacement that never became complete
             elif others or settings.stat().st_size:
                 self._lock.release()

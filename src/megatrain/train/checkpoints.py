@@ -1,0 +1,118 @@
+"""When a run saves checkpoints, and what they say of it."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatrain import files
+from megatrain.checkpoint.folders import list_checkpoints, remove_after, remove_leftovers, retain, step_folder
+from megatrain.config import CheckpointConfig
+from megatrain.errors import MegaTrainError
+from megatrain.sizes import format_seconds
+from megatrain.trust.manifest import Parent, parent_of, write_manifest
+
+if TYPE_CHECKING:
+    from megatrain.checkpoint.save import Save
+    from megatrain.engine.engine import Engine
+
+_log = logging.getLogger(__name__)
+
+
+class RunCheckpoints:
+    """Saves the engine into `folder` as `settings` say, beside training. What cannot be saved is said, and training,
+    which may have taken days, goes on; the next one is tried at its time.
+
+    `config`: the text of the run's config.yaml. `facts`: of every manifest. `first_step`: that the run goes on from,
+    `parent`: the manifest that it began with.
+    """
+
+    def __init__(
+        self,
+        settings: CheckpointConfig,
+        engine: "Engine",
+        folder: Path,
+        *,
+        config: str,
+        facts: Mapping[str, Any],
+        tokenizer: Any,
+        first_step: int,
+        parent: Parent | None,
+    ) -> None:
+        self._settings, self._engine, self._folder = settings, engine, folder
+        self._config, self._facts, self._tokenizer = config, facts, tokenizer
+        self._saved_step, self._parent = first_step, parent
+        self._running: tuple[int, Save] | None = None
+        self.stall_seconds = 0.0  # that training has stood still for saves, at most
+        self.seconds = 0.0  # that saves took
+        self.saved = self.failed = 0
+        if folder.exists():
+            remove_leftovers(folder)
+            remove_after(folder, first_step)  # of a future that this run will not have
+
+    def after_step(self, done: int, *, last: bool) -> None:
+        """`done` steps are; `last`: no other comes."""
+        if self._running is not None and self._running[1].over:
+            self._settle()
+        due = self._settings.every is not None and (last or done % self._settings.every == 0)
+        if due and done != self._saved_step:
+            self._settle()
+            self._begin(done)
+        if last:
+            self._settle()
+
+    def _begin(self, done: int) -> None:
+        stood = time.perf_counter()
+        target = step_folder(self._folder, done)
+        try:
+            save = self._engine.save(
+                target,
+                run={"steps": done},
+                extra={"config.yaml": self._config.encode()},
+                tokenizer=self._tokenizer,
+                seal=self._seal(done),
+                background=True,
+            )
+        except MegaTrainError as error:
+            self._say_failed(done, error)
+            return
+        self.stall_seconds += time.perf_counter() - stood
+        self._saved_step, self._running = done, (done, save)
+
+    def _seal(self, done: int) -> Callable[[Path], object]:
+        parent = self._parent
+
+        return lambda folder: write_manifest(folder, {**self._facts, "step": done}, parent, write=files.write_file)
+
+    def _settle(self) -> None:
+        """The save that is under way is over, in one way or the other."""
+        if self._running is None:
+            return
+        (done, save), self._running = self._running, None
+        try:
+            self._engine.wait_for_save()
+            self._parent = parent_of(save.folder)
+            retain(self._folder, self._settings.keep)
+        except (MegaTrainError, OSError) as error:
+            self._say_failed(done, error)
+            return
+        finally:
+            self.stall_seconds += save.stall_seconds
+            self.seconds += save.seconds
+        self.saved += 1
+
+    def _say_failed(self, done: int, error: BaseException) -> None:
+        self.failed += 1
+        self._saved_step = -1
+        there = list_checkpoints(self._folder)
+        stands = f"; the last checkpoint is {there[-1].name}" if there else ""
+        _log.warning("checkpoint: step %d was not saved: %s%s; training goes on", done, error, stands)
+
+    def summary(self) -> str | None:
+        """A line for people; None where nothing was to be saved."""
+        if not self.saved and not self.failed:
+            return None
+        failed = f", {self.failed} could not be" if self.failed else ""
+        stood_still = f"training stood still for {format_seconds(self.stall_seconds)} of {format_seconds(self.seconds)}"
+        return f"saved {self.saved} checkpoints in {self._folder}{failed}; {stood_still}"

@@ -1,0 +1,157 @@
+"""Going on from a checkpoint: which one, and whether the settings still say the same."""
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatrain.checkpoint.description import Description, read_description
+from megatrain.checkpoint.folders import list_checkpoints
+from megatrain.checkpoint.save import MODEL
+from megatrain.config import Config
+from megatrain.config import load_config as load_settings
+from megatrain.errors import ConfigError, IntegrityError
+from megatrain.train.run_folder import CHECKPOINTS
+from megatrain.trust.facts import library_versions
+from megatrain.trust.manifest import Manifest, read_manifest, require_unchanged
+
+_log = logging.getLogger(__name__)
+
+# what changes no bit of what is trained; keys of `data` and `train` beside these do
+_FREE = {
+    *("output", "data.eval", "train.log_every"),
+    *("engine.threads", "engine.device_memory", "engine.host_memory", "engine.nvme", "engine.nvme_encryption"),
+    *("engine.slots", "engine.keep_graphs", "engine.integrity"),
+}
+_LENGTHS = {"train.steps", "train.epochs", "train.tokens"}
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A checkpoint to go on from, checked: its folder, what it says of the training, its manifest."""
+
+    folder: Path
+    told: Description
+    manifest: Manifest
+
+    @property
+    def step(self) -> int:
+        return self.told.step
+
+    @property
+    def model(self) -> str:
+        return str(self.folder / MODEL)
+
+
+def find_checkpoint(resume: str | None, output: Path, *, verify: bool) -> Resumed | None:
+    """What `--resume` means: the last checkpoint of `output` that is as it was written ('auto'; None where there is
+    none yet), or the one that the path names. Raises ConfigError."""
+    if resume is None:
+        return None
+    if resume == "auto":
+        return _last_good(list_checkpoints(output / CHECKPOINTS), verify=verify)
+    path = Path(os.path.expanduser(resume))
+    if (path / CHECKPOINTS).is_dir():
+        found = _last_good(list_checkpoints(path / CHECKPOINTS), verify=verify)
+        if found is None:
+            raise ConfigError(f"--resume: {resume!r} has no checkpoints; give a run with some, or one of them")
+        return found
+    try:
+        return _read(path, verify=verify)
+    except IntegrityError as error:
+        raise ConfigError(f"--resume: {error}") from None
+
+
+def _last_good(checkpoints: list[Path], *, verify: bool) -> Resumed | None:
+    """The last that can be relied on. Raises ConfigError where there are some, and none of them can."""
+    error: IntegrityError | None = None
+    for folder in reversed(checkpoints):
+        try:
+            return _read(folder, verify=verify)
+        except IntegrityError as found:
+            error = error or found
+            _log.warning("--resume: %s; going on from the checkpoint before, if there is one", found)
+    if error is not None:
+        raise ConfigError(f"--resume: no checkpoint is as it was written: {error}")
+    return None
+
+
+def _read(folder: Path, *, verify: bool) -> Resumed:
+    manifest = (require_unchanged if verify else read_manifest)(folder)
+    return Resumed(folder, read_description(folder), manifest)
+
+
+def check_settings(resumed: Resumed, config: Config, *, force: bool) -> None:
+    """Raise ConfigError, naming the keys, where the run would not go on as it would have; say what is only bounded."""
+    try:
+        before = load_settings(resumed.folder / "config.yaml")
+    except ConfigError as error:
+        raise ConfigError(f"--resume: {resumed.folder / 'config.yaml'}: {error}") from None
+    changed = dict(_changes(before, config))
+    if "engine.micro_batch" in changed:
+        _log.warning(
+            "--resume: engine.micro_batch is %s and was %s: the data are the same, losses only within rounding",
+            *reversed(changed.pop("engine.micro_batch")),
+        )
+    if changed and not force:
+        listed = "; ".join(f"{key} is {now!r}, was {was!r}" for key, (was, now) in sorted(changed.items()))
+        raise ConfigError(
+            f"--resume: {listed}. The run would not go on as it began; give --force to go on all the same"
+        )
+    _warn_of_versions(resumed.manifest.facts)
+
+
+def check_data(resumed: Resumed, facts: Mapping[str, Any], *, force: bool) -> None:
+    """Raise ConfigError where the training data are not those that the checkpoint was trained on."""
+    was, now = ([f.get("sha256") for f in given.get("data", ())] for given in (resumed.manifest.facts, facts))
+    if was and was != now and not force:
+        changed = [f["path"] for f, before in zip(facts["data"], was, strict=False) if f["sha256"] != before]
+        which = changed[0] if changed else f"{len(now)} files, {len(was)} before"
+        raise ConfigError(f"--resume: data.train has changed ({which}); give --force to go on all the same")
+
+
+def _changes(before: Config, now: Config) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """(key, (was, is)) of what makes a difference."""
+    free = _FREE | (_LENGTHS if now.schedule.name == before.schedule.name == "constant" else set())
+    one, other = (dict(_flat(dataclasses.asdict(config))) for config in (before, now))
+    for key in one.keys() | other.keys():
+        if one.get(key) != other.get(key) and key not in free and not key.startswith("checkpoint."):
+            yield key, (one.get(key), other.get(key))
+
+
+def _flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for section, values in settings.items():
+        if isinstance(values, dict):
+            yield from ((f"{section}.{name}", value) for name, value in values.items())
+        else:
+            yield section, values
+
+
+def _warn_of_versions(facts: Mapping[str, Any]) -> None:
+    was, now = facts.get("libraries") or {}, library_versions()
+    different = [f"{n} {was[n]} then, {now.get(n)} now" for n in was if was[n] != now.get(n)]
+    if different:
+        _log.warning("--resume: %s: bits may differ from those of a run that was not interrupted", ", ".join(different))
+
+
+def cut_metrics(path: Path, step: int) -> None:
+    """Lines of later steps go, and a last line that was not written to its end: the run will write them again."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        return
+    kept = b"".join(line for line in lines if line.endswith(b"\n") and _step_in(line) <= step)
+    with path.open("r+b") as stream:
+        stream.write(kept)
+        stream.truncate()
+
+
+def _step_in(line: bytes) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
