@@ -20,12 +20,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sizes": set(),
     "threads": set(),
     "hub": set(),
+    "regular_file": set(),
     "arguments": {"errors"},
     "yaml_file": {"errors"},
     "config_kinds": {"errors", "sizes"},
     "config": {"errors", "sizes", "yaml_file", "config_kinds"},
     "schedule": set(),
-    "model": {"errors", "sizes", "threads", "hub"},
+    "model": {"errors", "sizes", "threads", "hub", "regular_file"},
     "optim": {"errors", "sizes", "threads", "model.partition"},
     "memory": {"errors", "sizes", "threads", "model.partition", "optim"},
     "device": {"errors", "sizes", "memory"},
@@ -55,7 +56,7 @@ ALSO_CORE = {
     "model.kernels": {"liger_kernel"},  # where it is installed
     "model.fused_loss": {"liger_kernel"},
 }
-READS_AND_WRITES_CHECKPOINTS = {"model.loading", "model.saving", "model.saved_weights"}
+READS_AND_WRITES_CHECKPOINTS = {"model.loading", "model.weight_files", "model.saving", "model.saved_weights"}
 
 
 def modules() -> dict[str, Path]:

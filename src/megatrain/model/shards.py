@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatrain.model.loading import INDEX_NAME, WEIGHTS_NAME
+from megatrain.model.weight_files import INDEX_NAME, WEIGHTS_NAME
 
 # the names that the format gives to dtypes
 DTYPE_NAMES = {
