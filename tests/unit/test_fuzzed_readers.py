@@ -322,3 +322,19 @@ def test_tokenizers_of_any_bytes(folder: Path, tokenizer_files: dict[str, bytes]
         one_line(error, names="model.tokenizer: ")
     else:
         assert tokenizer.eos_token_id is not None
+
+
+@pytest.mark.parametrize("charsmap", ["", "AAAA"])
+def test_a_tokenizer_that_makes_its_library_panic(
+    charsmap: str, tokenizer_files: dict[str, bytes], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A panic of Rust's is no Exception in Python."""
+    for name, content in tokenizer_files.items():
+        (tmp_path / name).write_bytes(content)
+    entries = json.loads(tokenizer_files["tokenizer.json"])
+    entries["normalizer"] = {"type": "Precompiled", "precompiled_charsmap": charsmap}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(entries))
+    with pytest.raises(ConfigError, match=r"its tokenizer's files are damaged \(Precompiled: .*charsmap") as caught:
+        load_tokenizer(str(tmp_path))
+    one_line(caught.value, names=str(tmp_path))
+    assert "panicked" in capfd.readouterr().err

@@ -307,6 +307,12 @@ def test_commands_say_it_in_one_line(
     assert not (tmp_path / "run").exists() and not (tmp_path / "out").exists()
 
 
+def test_a_strangers_names_do_not_reach_the_terminal_raw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["export", str(tmp_path / "a\x1b[2J\u202eb"), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert r"a\x1b[2J\u202eb" in error and error.count("\n") == 1 and "\x1b" not in error
+
+
 # ---- memory and time -------------------------------------------------------------------------------
 
 BOUNDED = """
