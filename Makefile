@@ -2,6 +2,11 @@
 # make test   the whole test suite, with style and type checks
 # make reproduce   measure what this machine can (up to 30 minutes) and rewrite docs/results.md
 #
+# For releases, with the network (docs/releasing.md); none of them is a part of make test:
+# make lock        every dependency by version and hash: requirements.lock (lock-cpu: torch without CUDA, a second file)
+# make audit-dependencies   known vulnerabilities of what is locked and of the test tools
+# make sbom        a bill of materials (CycloneDX) in build/
+#
 # All make .venv first. To use an environment you have: make test PYTHON=python3 VENV=
 
 PYTHON ?= python3
@@ -10,7 +15,14 @@ BIN := $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 STAMP := $(if $(VENV),$(VENV)/.installed,build/.installed-$(notdir $(PYTHON)))
 PIP := $(BIN) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-long reproduce check install install-dev clean
+# Not of the environment that runs the code, so that they change nothing in it.
+TOOLS := build/tools
+TOOL_PACKAGES := uv==0.13.9 pip-audit==2.10.1 cyclonedx-bom==7.5.0
+LOCK := $(TOOLS)/bin/uv pip compile pyproject.toml --constraints constraints.txt --universal --generate-hashes \
+	--no-config --quiet
+AUDIT := $(TOOLS)/bin/pip-audit --strict --disable-pip --progress-spinner off
+
+.PHONY: demo test test-long reproduce check install install-dev lock lock-cpu audit-dependencies sbom clean
 
 demo: install
 	@echo "== Training a small model from scratch on the Python standard library (a few minutes)"
@@ -52,6 +64,30 @@ $(STAMP)-dev: $(STAMP)
 	@echo "== Installing the test tools"
 	@$(PIP) -e ".[dev]"
 	@touch $(STAMP)-dev
+
+lock: $(TOOLS)/.installed
+	@$(LOCK) --custom-compile-command "make lock" --output-file requirements.lock
+
+lock-cpu: $(TOOLS)/.installed
+	@$(LOCK) --torch-backend cpu --emit-index-url --custom-compile-command "make lock-cpu" \
+		--output-file requirements-cpu.lock
+
+# --strict: a package that cannot be looked up is a failure, not one without vulnerabilities
+audit-dependencies: $(TOOLS)/.installed
+	@$(AUDIT) --requirement requirements.lock
+	@$(AUDIT) --no-deps --requirement constraints.txt
+
+sbom: $(TOOLS)/.installed
+	@mkdir -p build
+	@$(TOOLS)/bin/cyclonedx-py requirements requirements.lock --pyproject pyproject.toml --output-reproducible \
+		--output-file build/sbom.cdx.json
+	@echo "wrote build/sbom.cdx.json"
+
+$(TOOLS)/.installed: Makefile
+	@echo "== Installing the release tools into $(TOOLS)"
+	@$(PYTHON) -m venv $(TOOLS)
+	@$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check $(TOOL_PACKAGES)
+	@touch $@
 
 clean:
 	@rm -rf .venv build runs .pytest_cache .mypy_cache .ruff_cache

@@ -365,7 +365,10 @@ def _said(error: Exception | str) -> str:
 
 
 def _fail(error: Exception | str, code: int) -> int:
-    print(f"megatrain: {' '.join(_said(error).split())}", file=sys.stderr)
+    text = " ".join(_said(error).split())
+    # names in it may be a stranger's: what would move a terminal's cursor is written out
+    shown = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+    print(f"megatrain: {shown}", file=sys.stderr)
     return code
 
 

@@ -427,7 +427,12 @@ def _unknown_key(name: str) -> ConfigError:
         near = [key for key in known if key.rpartition(".")[2] == last]
         near = near or difflib.get_close_matches(name, known, 1, 0.5)
     hint = f"did you mean {near[0]}?" if near else "`megatrain config` lists all keys"
-    return ConfigError(f"{name or repr(name)}: unknown key; {hint}")
+    return ConfigError(f"{_on_one_line(name)}: unknown key; {hint}")
+
+
+def _on_one_line(name: str) -> str:
+    """A key as it was written, or as Python writes it where it is empty or breaks the line."""
+    return name if name and name.isprintable() else ascii(name)
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -487,9 +492,10 @@ def _refuse_repetition(names: Sequence[str]) -> None:
     for number, name in enumerate(names):
         for earlier in names[:number]:
             if earlier == name:
-                raise ConfigError(f"{name}: given twice on the command line; give it once")
+                raise ConfigError(f"{_on_one_line(name)}: given twice on the command line; give it once")
             if earlier.startswith(f"{name}."):
-                raise ConfigError(f"{name}: would replace {earlier} before it on the command line; give {name} first")
+                first, later = _on_one_line(name), _on_one_line(earlier)
+                raise ConfigError(f"{first}: would replace {later} before it on the command line; give {first} first")
 
 
 def _override(settings: dict[str, Any], name: str, text: str) -> None:
@@ -504,7 +510,8 @@ def _override(settings: dict[str, Any], name: str, text: str) -> None:
         if place.get(parent) is None:
             place[parent] = {}
         if not isinstance(place[parent], dict):
-            raise ConfigError(f"{name}: cannot be set, {'.'.join(parents[: depth + 1])} is {shown(place[parent])}")
+            above = _on_one_line(".".join(parents[: depth + 1]))
+            raise ConfigError(f"{_on_one_line(name)}: cannot be set, {above} is {shown(place[parent])}")
         place = place[parent]
     place[last] = value
 

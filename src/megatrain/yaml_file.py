@@ -1,4 +1,7 @@
-"""YAML files read strictly: a mapping at the top, no key twice, one-line errors."""
+"""YAML files read strictly: a mapping at the top, no key twice, one-line errors, and no more work than they are long.
+
+Aliases and `<<` let a few lines stand for billions of values, which are shared until somebody writes or copies them.
+"""
 
 import json
 import re
@@ -14,13 +17,29 @@ from megatrain.errors import ConfigError
 _EXPONENT = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 
 
+_MERGE = "tag:yaml.org,2002:merge"
+_MOST_MERGED_MAPPINGS, _MOST_MERGED_KEYS = 16, 1000
+_MOST_JSON_BYTES, _MOST_YAML_CHARACTERS = 16 << 20, 512 << 10  # the parser of YAML is slow
+_MOST_VALUES = 1_000_000
+
+
 class UniqueKeyLoader(yaml.SafeLoader):
     """YAML where a key given twice is an error, not silently the last one."""
+
+    def flatten_mapping(self, node: Any) -> None:
+        """Carry out `<<`, within limits."""
+        merged = [value for name, value in node.value if name.tag == _MERGE]
+        parts = [part for value in merged for part in (value.value if value.id == "sequence" else [value])]
+        if len(parts) > _MOST_MERGED_MAPPINGS:
+            raise yaml.YAMLError(f"`<<` brings in {len(parts)} mappings; expected at most {_MOST_MERGED_MAPPINGS}")
+        super().flatten_mapping(node)
+        if parts and len(node.value) > _MOST_MERGED_KEYS:
+            raise yaml.YAMLError(f"`<<` makes {len(node.value)} keys; expected at most {_MOST_MERGED_KEYS}")
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for name_node, _ in node.value:
-            if name_node.tag == "tag:yaml.org,2002:merge":  # `<<`: what it brings in gives way, by YAML's rules
+            if name_node.tag == _MERGE:  # `<<`: what it brings in gives way, by YAML's rules
                 continue
             name = self.construct_object(name_node, deep=True)
             if isinstance(name, str) and name in seen:
@@ -40,10 +59,14 @@ for kind in (UniqueKeyLoader, PlainDumper):
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in YAML file `path` (or JSON, if it is called .json). Raises ConfigError where there is none."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with Path(path).open("rb") as stream:
+            data = stream.read(_MOST_JSON_BYTES + 1)
+        text = data.decode("utf-8")
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or no path at all (a NUL in it)
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"cannot read {str(path)!r}: {reason}") from None
+    if len(data) > _MOST_JSON_BYTES:
+        raise ConfigError(f"{path}: more than {_MOST_JSON_BYTES} bytes; expected settings")
     kind, parse = ("JSON", _parse_json) if Path(path).suffix == ".json" else ("YAML", parse_yaml)
     try:
         content = parse(text)
@@ -58,8 +81,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def parse_yaml(text: str) -> Any:
     """What YAML `text` says. Raises ValueError where it is none."""
+    if len(text) > _MOST_YAML_CHARACTERS:
+        raise ValueError(f"{len(text)} characters; expected at most {_MOST_YAML_CHARACTERS}")
     try:
-        return yaml.load(text, UniqueKeyLoader)
+        content = yaml.load(text, UniqueKeyLoader)
     except yaml.MarkedYAMLError as error:
         where = error.problem_mark or error.context_mark
         assert where is not None
@@ -68,6 +93,24 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(error) from None
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except (LookupError, AttributeError, TypeError, OverflowError):  # such as `!!int ''` or `!!bool x`
+        raise ValueError("a value does not fit the tag before it") from None
+    _refuse_too_many(content)
+    return content
+
+
+def _refuse_too_many(content: Any) -> None:
+    """Raise ValueError where values, each counted wherever an alias brings it in, are too many or go in a circle."""
+    waiting, count = [content], 0
+    while waiting:
+        value = waiting.pop()
+        count += 1 + (len(value) >> 6 if isinstance(value, str) else 0)
+        if count > _MOST_VALUES:
+            raise ValueError(f"aliases make more than {_MOST_VALUES} values of it")
+        if isinstance(value, dict):
+            waiting += [*value.keys(), *value.values()]
+        elif isinstance(value, (list, tuple, set)):
+            waiting += value
 
 
 def _parse_json(text: str) -> Any:

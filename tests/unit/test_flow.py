@@ -22,12 +22,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "hub": set(),
     "files": set(),
     "private_files": set(),
+    "regular_file": set(),
     "arguments": {"errors"},
     "yaml_file": {"errors"},
     "config_kinds": {"errors", "sizes"},
     "config": {"errors", "sizes", "yaml_file", "config_kinds"},
     "schedule": set(),
-    "model": {"errors", "sizes", "threads", "hub", "files"},
+    "model": {"errors", "sizes", "threads", "hub", "files", "regular_file"},
     "optim": {"errors", "sizes", "threads", "model.partition"},
     "memory": {"errors", "sizes", "threads", "model.partition", "optim"},
     "doctor": {"version", "sizes", "memory.limits"},
@@ -62,7 +63,9 @@ ALSO_CORE = {
     "model.kernels": {"liger_kernel"},  # where it is installed
     "model.fused_loss": {"liger_kernel"},
 }
-READS_AND_WRITES_CHECKPOINTS = {"engine.checkpoints", "model.loading", "model.saving", "model.saved_weights"}
+READS_AND_WRITES_CHECKPOINTS = {
+    *("engine.checkpoints", "model.loading", "model.weight_files", "model.saving", "model.saved_weights"),
+}
 
 
 def modules() -> dict[str, Path]:

@@ -29,6 +29,7 @@ JSONL_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 _STDLIB_SKIPPED = frozenset({"test", "tests", "idle_test", "encodings", "pydoc_data"})
 _INSTALLED = frozenset({"site-packages", "dist-packages", "__pycache__"})
 _HELD_OUT_ONE_IN = 32
+_NAMES_SHOWN = 20
 _JSON_KINDS = {
     type(None): "null",
     bool: "a boolean",
@@ -114,7 +115,9 @@ class Corpus:
             kind = _JSON_KINDS[type(text)]
             raise ConfigError(f"data.text_field: {where} has {kind} in field {self.text_field!r}; expected a string")
         if not isinstance(text, str):
-            fields = ", ".join(sorted(map(str, record))) or "none"
+            names = sorted(record)
+            more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+            fields = ", ".join(name[:100] for name in names[:_NAMES_SHOWN]) + more or "none"
             raise ConfigError(
                 f"data.text_field: {where} has no text in field {self.text_field!r}; its fields are: {fields}"
             )

@@ -24,6 +24,9 @@ _PIECES = "|".join(
     )
 )
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_NO_FILES = "it has no tokenizer files that transformers reads"
+
 # Merges settle long before a corpus of terabytes is read; this bounds the time and memory of training.
 _SAMPLE_CHARACTERS = 64_000_000
 
@@ -37,21 +40,32 @@ def load_tokenizer(path: str, *, key: str = "model.tokenizer") -> Any:
     from transformers import AutoTokenizer
 
     from megatrain.hub import check_hub_is_reachable
-    from megatrain.model.loading import one_line
+    from megatrain.model.loading import check_config, one_line
 
     folder = os.path.expanduser(path)
     if not os.path.exists(folder) and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise ConfigError(f"{key}: {path!r} does not exist; give a folder with a tokenizer or a hub id")
     try:
         check_hub_is_reachable(folder, "tokenizer_config.json", "tokenizer.json", "config.json")
+        check_config(folder)  # transformers builds the model's configuration to find the tokenizer's class
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError or ImportError, by file and cause
-        # about files, its messages speak of its own classes; about the hub, they say what went wrong
-        reason = "it has no tokenizer files that transformers reads" if os.path.isdir(folder) else one_line(error)
+    except BaseException as error:
+        # transformers raises OSError, ValueError, KeyError or ImportError, by file and cause; tokenizers' own code, on
+        # files that make no sense, what is no Exception at all
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        # about files, transformers' messages speak of its own classes; about the hub, they say what went wrong
+        reason = one_line(error)
+        if os.path.isdir(folder) and not isinstance(error, ConfigError):
+            reason = f"its tokenizer's files are damaged ({reason})" if _has_tokenizer(folder) else _NO_FILES
         raise ConfigError(f"{key}: no tokenizer in {path!r}: {reason}") from None
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"{key}: the tokenizer in {path!r} has no eos_token; documents are joined with it")
     return tokenizer
+
+
+def _has_tokenizer(folder: str) -> bool:
+    return any(os.path.exists(os.path.join(folder, name)) for name in _TOKENIZER_FILES)
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> Any:

@@ -2,7 +2,8 @@
 
 transformers does the work (class, renames, fused experts, tying); this module decides which class and which
 dtype, turns what transformers would only warn about (weights that the checkpoint lacks) into errors, and says
-in one line what is wrong. Code from a model repository is never run and nothing is unpickled.
+in one line what is wrong. Code from a model repository is never run and nothing is unpickled: configurations are
+checked first (`config_entries.py`), and of a folder transformers sees what was checked alone (`weight_files.py`).
 
 Memory. transformers maps safetensors files and hands out views of the mapping: a weight that needs no
 conversion costs no anonymous memory, its pages are the file's and the kernel can drop them at any time.
@@ -15,11 +16,11 @@ import contextlib
 import copy
 import difflib
 import inspect
-import json
 import logging
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+import reprlib
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,23 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers import initialization as transformers_initialization
-from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from megatrain.errors import ConfigError
 from megatrain.hub import check_hub_is_reachable
+from megatrain.model.config_entries import check_entries, has_code, read_entries
+from megatrain.model.weight_files import (
+    INDEX_NAME,
+    WEIGHTS_NAME,
+    WeightFiles,
+    find_file,
+    find_others,
+    find_weights,
+    refuse_pickles,
+    some,
+)
 
 logger = logging.getLogger(__name__)
-
-WEIGHTS_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 
 # In this order where the configuration does not name a class of its own
 _AUTO_MAPPINGS = (
@@ -52,7 +60,7 @@ _FILE_DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
-_MAX_NAMES_IN_ERROR = 4
+_FROM_MAIN: dict[str, Any] = {"local_files_only": False, "revision": "main"}
 
 
 def load_config(path_or_id: str | os.PathLike[str] | Mapping[str, Any], **overrides: Any) -> PretrainedConfig:
@@ -63,13 +71,11 @@ def load_config(path_or_id: str | os.PathLike[str] | Mapping[str, Any], **overri
     """
     try:
         if isinstance(path_or_id, Mapping):
-            config = _config_from_entries(copy.deepcopy({**path_or_id}))  # transformers writes into nested entries
+            config = _config_from_entries(copy.deepcopy({**path_or_id}), "")  # transformers writes into nested entries
         elif os.path.isfile(path := os.path.expanduser(path_or_id)):
-            config = _config_from_entries(json.loads(Path(path).read_text(encoding="utf-8")))
+            config = _config_from_entries(read_entries(Path(path)), path)
         else:
-            source = _existing_source(path_or_id)
-            check_hub_is_reachable(source, "config.json")
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            config = _config_from_source(_existing_source(path_or_id), _FROM_MAIN)
     except ConfigError:
         raise
     except Exception as error:  # the checks of 600 configurations raise whatever they come across
@@ -137,12 +143,22 @@ def initialise(
         return _from_config(config, dtype, attn_implementation)
 
 
+def check_config(source: str) -> None:
+    """Raise ConfigError where the config.json of a folder or hub id, if it has one, must not be acted upon."""
+    try:
+        file = find_file(source, "config.json", _FROM_MAIN)
+    except (OSError, ValueError):
+        return  # whoever needs the file will say so
+    if file is not None:
+        read_entries(file)
+
+
 def check_weights(path_or_id: str | os.PathLike[str]) -> None:
     """Raise ConfigError where the safetensors weights of a transformers folder or hub id are missing or damaged.
 
     Reads only their headers; of a hub id, after a download.
     """
-    _stored_dtype(_weight_files(_existing_source(path_or_id), {"local_files_only": False, "revision": "main"}))
+    _stored_dtype(_weights_of(_existing_source(path_or_id), _FROM_MAIN))
 
 
 def load_pretrained(
@@ -165,25 +181,31 @@ def load_pretrained(
     source = _existing_source(path_or_id)
     where: dict[str, Any] = {"local_files_only": local_files_only, "revision": revision or "main"}
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
+        config = _config_from_source(source, where)
+    except ConfigError:
+        raise
     except Exception as error:
         raise _unreadable(path_or_id, error) from error
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"the weights in {path_or_id} are quantized; training needs bf16, fp16 or fp32 weights")
-    files = _weight_files(source, where)
+    weights = _weights_of(source, where)
     model_class = model_class_for(config)
+    others = find_others(source, getattr(type(config), "extra_files", ()), where)
     extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    if getattr(config, "transformers_weights", None) is not None:
+        config.transformers_weights = None  # names one of our own files, which have other names in the folder of links
     try:
-        with _without_loading_report():
+        with _without_loading_report(), weights.as_folder(others) as folder:
             model, found = model_class.from_pretrained(
-                source,
+                folder,
                 config=config,
-                dtype=dtype or _stored_dtype(files),
+                dtype=dtype or _stored_dtype(weights),
                 use_safetensors=True,
                 output_loading_info=True,
                 # mismatched shapes come back in `found` instead of as a page of text
                 ignore_mismatched_sizes=True,
-                **where,
+                local_files_only=True,
+                trust_remote_code=False,
                 **extra,
             )
     except Exception as error:
@@ -191,6 +213,7 @@ def load_pretrained(
             raise
         raise ConfigError(f"cannot load {path_or_id} as {model_class.__name__}: {one_line(error)}") from error
     _check_completeness(path_or_id, model_class.__name__, found)
+    model.name_or_path = model.config.name_or_path = source  # and not the folder of links
     return _as_model(model)
 
 
@@ -254,15 +277,8 @@ def _existing_source(path_or_id: str | os.PathLike[str]) -> str:
     text = os.fspath(path_or_id)
     path = Path(os.path.expanduser(text))
     if os.path.isdir(path):
-        if not (path / "config.json").is_file():
+        if not os.path.lexists(path / "config.json"):
             raise ConfigError(f"{text} has no config.json; give a folder that transformers can load or a run has saved")
-        try:
-            entries = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot read {text}/config.json: {error.strerror}") from error
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{text}/config.json is not JSON: {one_line(error)}") from error
-        _check_model_type(entries.get("model_type") if isinstance(entries, dict) else None)
         return str(path)
     looks_like_path = isinstance(path_or_id, Path) or text.count("/") > 1 or text.startswith((".", "/", "~"))
     if looks_like_path or os.path.exists(path):
@@ -279,88 +295,66 @@ def _unreadable(path_or_id: object, error: Exception) -> ConfigError:
     return ConfigError(f"cannot read a model configuration from {path_or_id}: {one_line(error)}")
 
 
-def _weight_files(source: str, where: dict[str, Any]) -> list[Path]:
+def _config_from_source(source: str, where: dict[str, Any]) -> PretrainedConfig:
+    """The configuration of a model folder or hub id. Raises ConfigError, and whatever transformers does."""
+    check_hub_is_reachable(source, "config.json")
+    file = find_file(source, "config.json", where)
+    if file is not None:
+        entries = read_entries(file)
+        _check_model_type(entries.get("model_type"), str(file))
+        _warn_of_code(source, has_code(entries))
+    if os.path.isdir(source):
+        refuse_pickles(Path(source))
+    return _without_code(AutoConfig.from_pretrained(source, trust_remote_code=False, **where))
+
+
+def _without_code(config: PretrainedConfig) -> PretrainedConfig:
+    """What is saved of the model must not name code that does not come along."""
+    vars(config).pop("auto_map", None)
+    return config
+
+
+def _weights_of(source: str, where: dict[str, Any]) -> WeightFiles:
     """A checkpoint's safetensors files, downloaded if `source` is a hub id; ConfigError if there are none."""
-
-    def find(name: str) -> Path | None:
-        try:
-            found = cached_file(
-                source, name, _raise_exceptions_for_missing_entries=False, trust_remote_code=False, **where
-            )
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"cannot fetch {name} of {source}: {one_line(error)}") from error
-        return None if found is None else Path(found)
-
     if not where["local_files_only"]:
         try:
             check_hub_is_reachable(source, WEIGHTS_NAME, INDEX_NAME)
         except ConnectionError as error:
             raise ConfigError(f"cannot fetch the weights of {source}: {error}") from error
-    single = find(WEIGHTS_NAME)
-    if single is not None:
-        return [single]
-    index = find(INDEX_NAME)
-    if index is None:
-        raise ConfigError(
-            f"{source} has no {WEIGHTS_NAME} and no {INDEX_NAME}; only safetensors weights are read "
-            "(nothing is unpickled), convert others with transformers' save_pretrained"
-        )
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ConfigError(f"{index} is damaged: {one_line(error)}") from error
-    files = {name: find(name) for name in names}
-    missing = [name for name, path in files.items() if path is None]
-    if missing:
-        raise ConfigError(f"{source} lacks {_some(missing)}, which its {INDEX_NAME} names")
-    return [path for path in files.values() if path is not None]
+    return find_weights(source, where)
 
 
-def _stored_dtype(files: Iterable[Path]) -> torch.dtype:
-    """The floating dtype of most bytes in the files; ConfigError on damaged or quantized files."""
-    n_bytes: Counter[str] = Counter()
-    for file in files:
-        for entry in _header(file).values():
-            start, end = entry["data_offsets"]
-            n_bytes[entry["dtype"]] += end - start
-    most = max(n_bytes, key=lambda name: n_bytes[name], default="F32")
+def _stored_dtype(weights: WeightFiles) -> torch.dtype:
+    """The floating dtype of most bytes in the files; ConfigError on quantized ones."""
+    most = weights.most_common_dtype()
     if most not in _FILE_DTYPES:
         raise ConfigError(f"the weights are stored as {most}; training needs bf16, fp16 or fp32 weights")
     return _FILE_DTYPES[most]
 
 
-def _header(file: Path) -> dict[str, dict[str, Any]]:
-    """Name -> {dtype, shape, data_offsets} of a safetensors file, from its first bytes only."""
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= file.stat().st_size - 8:
-                raise ValueError("its header does not fit into it")
-            header: dict[str, dict[str, Any]] = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if end != file.stat().st_size:
-            raise ValueError(f"{file.stat().st_size} bytes where its header describes {end}")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{file} is not a whole safetensors file: {one_line(error)}") from error
-    return header
+@cache  # once for a model, which is looked at several times
+def _warn_of_code(source: str, has_code: bool) -> None:
+    if has_code:
+        logger.warning(
+            "%s comes with code of its own (auto_map), which is not run; transformers' own code is used", source
+        )
 
 
 def _check_completeness(path_or_id: str | os.PathLike[str], class_name: str, found: Mapping[str, Any]) -> None:
     """Refuse wrong shapes and absent weights by name; warn of weights that the model has no place for."""
     mismatched = sorted(f"{name} ({list(a)}, not {list(b)})" for name, a, b in found["mismatched_keys"])
     if mismatched:
-        raise ConfigError(f"{path_or_id} does not fit its config.json: {_some(mismatched)}")
+        raise ConfigError(f"{path_or_id} does not fit its config.json: {some(mismatched)}")
     missing = sorted(found["missing_keys"])
     if missing:
         raise ConfigError(
-            f"{path_or_id} lacks {len(missing)} of the weights of {class_name} (they would be random): {_some(missing)}"
+            f"{path_or_id} lacks {len(missing)} of the weights of {class_name} (they would be random): {some(missing)}"
         )
     if found.get("error_msgs"):
         raise ConfigError(f"cannot load {path_or_id}: {one_line(found['error_msgs'][0])}")
     unexpected = sorted(found["unexpected_keys"])
     if unexpected:
-        logger.warning("%s: %s has no place for %s", path_or_id, class_name, _some(unexpected))
+        logger.warning("%s: %s has no place for %s", path_or_id, class_name, some(unexpected))
 
 
 @contextlib.contextmanager
@@ -385,24 +379,25 @@ def _without_loading_report() -> Iterator[None]:
             enable_progress_bar()
 
 
-def _config_from_entries(entries: dict[str, Any]) -> PretrainedConfig:
-    if not isinstance(entries, dict):
-        raise ConfigError("a model configuration is a mapping with an entry model_type")
-    _check_model_type(entries.get("model_type"))
-    return AutoConfig.for_model(**entries)
+def _config_from_entries(entries: dict[str, Any], file: str) -> PretrainedConfig:
+    """`file`: where they come from, for messages; "" where they are a mapping."""
+    check_entries(entries, "")
+    _check_model_type(entries.get("model_type"), file)
+    return _without_code(AutoConfig.for_model(**entries))
 
 
-def _check_model_type(model_type: object) -> None:
+def _check_model_type(model_type: object, file: str) -> None:
     """Refuse, with the nearest names, a type that transformers does not know (it would list all 600)."""
+    prefix = f"{file}: " if file else ""
     if model_type is None:
-        raise ConfigError("a model configuration needs an entry model_type, for example llama")
+        raise ConfigError(f"{prefix}a model configuration needs an entry model_type, for example llama")
     if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
         return
     near = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING.keys()), n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     raise ConfigError(
-        f"model_type {model_type!r} is unknown to transformers {transformers.__version__}, and code from a "
-        f"model repository is never run{hint}"
+        f"{prefix}model_type {reprlib.repr(model_type)} is unknown to transformers {transformers.__version__}, and "
+        f"code from a model repository is never run{hint}"
     )
 
 
@@ -430,12 +425,6 @@ def _as_model(model: Any) -> PreTrainedModel:
 def _as_model_class(model_class: Any) -> type[PreTrainedModel]:
     result: type[PreTrainedModel] = model_class
     return result
-
-
-def _some(names: list[str]) -> str:
-    """The first few of many names."""
-    more = len(names) - _MAX_NAMES_IN_ERROR
-    return ", ".join(names[:_MAX_NAMES_IN_ERROR]) + (f" and {more} more" if more > 0 else "")
 
 
 def one_line(error: object) -> str:

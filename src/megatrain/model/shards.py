@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatrain import files
-from megatrain.model.loading import INDEX_NAME
+from megatrain.model.weight_files import INDEX_NAME
 
 # the names that the format gives to dtypes
 DTYPE_NAMES = {

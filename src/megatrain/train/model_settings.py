@@ -16,13 +16,12 @@ from typing import Any
 
 from megatrain.config import Config, shown
 from megatrain.errors import ConfigError
+from megatrain.model.config_entries import check_entries, read_entries
 from megatrain.model.loading import load_config, one_line
 from megatrain.train.run_folder import model_folder
 from megatrain.yaml_file import read_yaml
 
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_LAYERS = re.compile(r"\w*layers?|depth")
-_MOST_LAYERS = 10_000
 _MISSING = re.compile(r"config\.(\w+) has to be|Config' object has no attribute '(\w+)'")
 _BLAME_SECONDS = 8.0
 _log = logging.getLogger(__name__)
@@ -68,7 +67,7 @@ def read_model_settings(config: Config) -> ModelSettings:
         except ConfigError as error:
             raise ConfigError(f"model.path: {error}") from None
     entries = _model_entries(config.model.config)
-    _check_layers(entries)
+    check_entries(entries, "model.config.")
     try:
         found = load_config(entries)
     except ConfigError as error:
@@ -165,20 +164,10 @@ def _model_entries(setting: str | dict[str, Any] | None) -> dict[str, Any]:
     if isinstance(setting, dict):
         return setting
     path = Path(os.path.expanduser(str(setting)))
-    if path.is_dir():
-        path /= "config.json"
     try:
-        return read_yaml(path)
+        return read_entries(path / "config.json") if path.is_dir() else read_yaml(path)
     except ConfigError as error:
         raise ConfigError(f"model.config: {error}") from None
-
-
-def _check_layers(entries: Mapping[str, Any]) -> None:
-    """Refuse numbers of layers that would take for ever even to build without memory."""
-    for path in _paths(entries):
-        value = _at(entries, path)
-        if isinstance(value, int) and _LAYERS.fullmatch(str(path[-1])) and value > _MOST_LAYERS:
-            raise ConfigError(f"{_dotted(path)}: {value} is wrong; expected at most {_MOST_LAYERS} layers")
 
 
 def _check_names(entries: Mapping[str, Any], found: Any, *, strict: bool, place: str = "model.config") -> None:
