@@ -215,7 +215,7 @@ def test_small_units_are_copied_ahead_of_large_ones(clip_scope: str, monkeypatch
     with monkeypatch.context() as watched:
         watched.setattr(device.up, "copy", lambda *a, **k: copied.append(k["label"]) or own_copy(*a, **k))
         watched.setattr(
-            PendingUpdates, "_carry_out", lambda s, u, w: updated.append(s._names[u]) or own_update(s, u, w)
+            PendingUpdates, "_carry_out", lambda s, u, *rest: updated.append(s._names[u]) or own_update(s, u, *rest)
         )
         torch.manual_seed(0)
         engine = make_engine(Normed(), device=device, clip_scope=clip_scope)
