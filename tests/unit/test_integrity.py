@@ -296,13 +296,16 @@ def test_state_on_disk(tmp_path: Path, name: str, level: str, monkeypatch: pytes
     train_until_found(engine, damage, found, level)
 
 
+@pytest.mark.parametrize(
+    ("parameter", "unit"), [("blocks.2.up.weight", r"blocks\.2"), ("scale", "stray parameters")], ids=["unit", "stray"]
+)
 @pytest.mark.parametrize("name", ["cpu", "lagged"])
-def test_in_an_evaluation(name: str) -> None:
-    engine = make_engine(Net(count=4), device=device_of(name), integrity="full")
-    engine.train_step(batches_of(0, 2))
-    engine.flush()
-    flip_held(engine, "blocks.2.up.weight", "weights")
-    with torch.no_grad(), pytest.raises(mt.IntegrityError, match=r"weights of blocks\.2 in host memory"):
+def test_in_an_evaluation(name: str, parameter: str, unit: str) -> None:
+    """No update comes that would look, too."""
+    engine = make_engine(Stray(), device=device_of(name), integrity="full")
+    whole_step(engine, 0)
+    flip_held(engine, parameter, "weights")
+    with torch.no_grad(), pytest.raises(mt.IntegrityError, match=rf"weights of {unit} in host memory"):
         engine.model(**make_batch(0))
 
 
@@ -492,7 +495,7 @@ def test_writes_are_no_damage(name: str, level: str, precision: str, moments: st
             resident_units=resident,
         )
         saved = {n: value.clone() for n, value in model.state_dict().items()}
-        for step in range(6):
+        for step in range(7):
             engine.train_step(batches_of(step, 2))
             engine.flush()
             if step == 0:
@@ -506,6 +509,7 @@ def test_writes_are_no_damage(name: str, level: str, precision: str, moments: st
                 engine.load_optimizer_state(state)
             elif step == 4:
                 engine.load_optimizer_state({n: s for n, s in state.items() if n % 2})
+            elif step == 5:
                 with torch.no_grad():
                     model.head.weight.zero_()
                     model(**make_batch(0))
