@@ -247,6 +247,26 @@ def test_tied_weights(name: str, level: str) -> None:
     train_until_found(engine, damage, "weights of model.embed_tokens in host memory", level)
 
 
+@pytest.mark.parametrize("name", ["cpu", "lagged"])
+def test_tied_weights_where_another_unit_reads_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were right where their own unit has read them: on the host they change before the head runs; what comes to
+    the head is wrong on its way."""
+    device, armed = device_of(name), [False]
+    if name == "lagged":
+        damage_copies(device.up, "lm_head", armed, monkeypatch)
+    model = tiny_llama(tie_word_embeddings=True)
+    engine = make_engine(model, device=device, integrity="full")
+    ids = torch.tensor([[3, 5, 7, 9]])
+    engine.train_step([{"input_ids": ids, "labels": ids}])
+    engine.flush()
+    if name == "cpu":
+        model.model.norm.register_forward_hook(lambda *_: flip_held(engine, "model.embed_tokens.weight", "weights"))
+    armed[0] = True
+    named = r"weights of (lm_head as they|model\.embed_tokens in)"
+    with torch.no_grad(), pytest.raises(mt.IntegrityError, match=named):
+        model(input_ids=ids)
+
+
 class Stray(Net):
     """A parameter that belongs to no unit."""
 
