@@ -259,6 +259,14 @@ class EngineConfig:
             " null: whole sequences",
         ),
     )
+    integrity: str = field(
+        default="off",
+        metadata=_about(
+            choice("off", "sampled", "full"),
+            "checksums of weights, optimizer state and gradients, to find bits that change by themselves; sampled: of a"
+            " sixteenth of the units (layers) in each step",
+        ),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,8 +1,9 @@
-"""benchmarks/sweeps.py and ablations.py: what is changed and what is left."""
+"""benchmarks/sweeps.py, ablations.py and integrity.py: what is changed and what is left."""
 
 import argparse
 
 import ablations
+import integrity
 import pytest
 import sweeps
 from harness.percentiles import Spread
@@ -72,6 +73,16 @@ def test_on_a_gpu_fused_kernels_are_the_rule(monkeypatch: pytest.MonkeyPatch) ->
     tasks, missing = ablations.tasks_of(ablations.GPU, options)
     assert missing == {"no fused kernels": "liger-kernel is not installed"}
     assert tasks[ablations.WHOLE].settings.kernels == "torch"
+
+
+def test_levels_of_integrity_differ_in_nothing_else() -> None:
+    for size in (integrity.HOST, integrity.GPU):
+        for sequences, seq_len in size.lengths:
+            tasks = integrity.tasks_of(size, sequences, seq_len, OPTIONS)
+            assert [task.settings.engine for task in tasks.values()] == [{"integrity": level} for level in tasks]
+            assert {(t.model, t.settings.device, t.settings.precision) for t in tasks.values()} == {
+                (size.model, "lagged", "fp32")
+            }
 
 
 def test_wrong_sweeps_are_named(capsys: pytest.CaptureFixture[str]) -> None:

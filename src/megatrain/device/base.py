@@ -24,6 +24,7 @@ WAITS = {
     "gradient_packed": "a gradient leaves the device only when it is packed",
     "gradient_landed": "the host reads a gradient only when it has arrived",
     "squares_summed": "the host reads the norm of gradients that stay on the device only when they are written there",
+    "checks_made": "the host reads what checks in the device's memory have found only when they are done",
     "state_updated": "the host reads state in the device's memory only when its update there is done",
     "inputs_saved": "saved inputs leave the device's memory only when the host has them",
     "inputs_restored": "recomputation waits for the inputs",

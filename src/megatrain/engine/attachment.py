@@ -14,6 +14,7 @@ from megatrain.engine.compiled import compile_blocks
 from megatrain.engine.gradients import GradientBook
 from megatrain.engine.targets import labels_are_shifted
 from megatrain.engine.weight_stream import WeightStream
+from megatrain.memory.store import HostStore
 from megatrain.model.block import install_units
 from megatrain.model.blockwise_attention import BlockwiseAttention
 from megatrain.model.fused_loss import liger_loss
@@ -86,6 +87,8 @@ class Attachment:
             self._undo.callback(setup.move_buffers, model, torch.device("cpu"))
             setup.move_buffers(model, device)
             self._undo.callback(report_device(model, device))
+        if engine.store.book is not None:
+            flush = partial(_before_forward, flush, engine.store)
         root = RootForward(model, flush, engine.executor.forward_pass, hiding, device)
         root.install()
         self._undo.callback(root.remove)
@@ -114,6 +117,12 @@ class Attachment:
     def remove(self) -> None:
         """Give the model its own forward back: all is undone from the last to the first."""
         self._undo.close()
+
+
+def _before_forward(flush: Callable[[], None], store: HostStore) -> None:
+    """What the caller has written into parameters since the last step are the weights of this forward."""
+    flush()
+    store.forget_written_checksums()
 
 
 def _hide_gradient(book: GradientBook, index: int) -> Callable[[Tensor], None]:

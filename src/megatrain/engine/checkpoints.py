@@ -35,6 +35,7 @@ def begin_save(
     """Training stands still until this returns: updates are finished, and what is small and changes is copied."""
     engine.flush()
     engine.notice_writes()
+    engine.store.check_checksums()  # what is saved is what training has left, or nothing is
     store, first = engine.store, engine.updates.first
     buffers = {name: buffer for name, buffer in engine.model.named_buffers() if not buffer.is_meta}
     copies = {name: buffer.detach().to("cpu", copy=True) for name, buffer in buffers.items()}
@@ -97,6 +98,8 @@ def load(engine: "Engine", folder: Path, *, weights: bool, verify: bool) -> Desc
     for group, settings in zip(engine.optimizer.param_groups, told.param_groups, strict=True):
         group.update({k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k != "params"})
     engine.step_count, engine.seed = told.step, told.seed
+    if engine.store.book is not None:
+        engine.store.book.step = told.step
     engine.executor.weights_changed()
     return told
 

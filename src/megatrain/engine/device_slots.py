@@ -1,7 +1,7 @@
 """Device memory for weights, what lies in it, and how a unit's host memory maps to it."""
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from math import prod
@@ -84,6 +84,7 @@ class Fetch:
     arrived: Event | None = None
     error: BaseException | None = None
     waited: bool = False  # computation waits for it already
+    checked: Sequence[tuple[int, int]] = ()  # parts of the slot (begin, end) whose checksum is compared there
 
     def wait_until_issued(self) -> None:
         self.issued.wait()
@@ -97,9 +98,11 @@ class Fetch:
 
 @dataclass(slots=True)
 class DeviceSlot:
-    """A piece of device memory and what lies in it."""
+    """A piece of device memory and what lies in it. `expected`: its last bytes, where the checksum of what has come is
+    looked at there (int64, 2)."""
 
     buffer: Tensor
+    expected: Tensor | None = None
     unit: int = -1
     fetch: Fetch | None = None
     free: Event | None = None  # what was in it before has been read

@@ -18,10 +18,12 @@ from megatrain.engine import setup
 from megatrain.engine.attachment import Attachment
 from megatrain.engine.batches import Batch, checked_batches
 from megatrain.engine.compiled import check_compile
+from megatrain.engine.device_checks import DeviceChecks
 from megatrain.engine.executor import Executor
 from megatrain.engine.gradient_memory import GradientMemory
 from megatrain.engine.gradient_stream import GradientStream
 from megatrain.engine.gradients import GradientBook
+from megatrain.engine.host_checks import HostChecks
 from megatrain.engine.host_thread import HostThread
 from megatrain.engine.kept_graphs import KeepGraphs, KeptGraphs
 from megatrain.engine.optimizer_state import OptimizerState
@@ -79,6 +81,10 @@ class Engine:
                    device. Sums over tokens are added up chunk by chunk, so the last bits depend on it.
     kernels:       'torch': the model's own code; 'liger': Liger's kernels in place of parts of it, and for the head,
                    until `close()`; 'auto': liger where it is installed, the device is cuda and it knows the model.
+    integrity:     'off'; 'full': a checksum is taken of all weights and optimizer state that the engine writes, and has
+                   to hold where they are used next, also as they arrive in a device's memory; so has that of a
+                   gradient which leaves it. Bits that change by themselves end in IntegrityError; 'sampled': of a
+                   sixteenth of the units in each step, by turns. Parameters cannot be written by `.data` then.
     sequence_chunk_tokens: what acts token by token inside a unit (norms, feed-forward) runs over so many tokens of
                    each sequence at a time, forward and backward, so that its activations exist for those alone;
                    'auto': 8192, where sequences are longer; None: over whole sequences. Its weights' gradients add up
@@ -109,6 +115,7 @@ class Engine:
         resident_units: int | Sequence[str] = 0,
         sequence_chunk_tokens: ChunkTokens = "auto",
         nvme_encryption: bool = False,
+        integrity: str = "off",
         *,
         _mapped: bool = False,
     ) -> None:
@@ -116,7 +123,7 @@ class Engine:
         settings = {"clip_norm": clip_norm, "clip_scope": clip_scope, "device_memory": device_memory, "seed": seed}
         settings |= {"threads": threads, "keep_graphs": keep_graphs, "slots": slots}
         settings |= {"head_chunk_tokens": head_chunk_tokens, "host_memory": host_memory}
-        settings |= {"sequence_chunk_tokens": sequence_chunk_tokens}
+        settings |= {"sequence_chunk_tokens": sequence_chunk_tokens, "integrity": integrity}
         where = {"nvme": nvme, "nvme_encryption": nvme_encryption, "resident_units": resident_units}
         setup.check_arguments(optimizer, settings | where)
         self.model, optimizer = model, optimizer or AdamW()
@@ -152,7 +159,8 @@ class Engine:
             workers = Workers(setup.optimizer_threads(threads, self.device))
             unmade.callback(workers.close)
             spilled = setup.open_spill(self.plan, layouts, optimizer.moments, nvme, encrypted=nvme_encryption)
-            self.store = HostStore(workers, optimizer.moments, spilled)
+            book = setup.open_checksum_book(integrity, workers, self.partition)
+            self.store = HostStore(workers, optimizer.moments, spilled, book)
             unmade.callback(self.store.close)
             unmade.callback(self.store.give_back, {s.index: s.parameter.dtype for s in self.partition.slots})
             self._take_over(layouts, _mapped)
@@ -170,6 +178,7 @@ class Engine:
             raise
         self.head, self.shifts_labels = self.attachment.head, self.attachment.shifts_labels
         self._attached = True
+        self._take_checksums()
         trim_freed_memory()  # of taking the model over and probing its head
         reuse_freed_memory()
 
@@ -355,6 +364,7 @@ class Engine:
         self.store.check_addresses()
         self.structure.check()
         self.notice_writes()
+        self._take_checksums()
         if lr is not None:
             self.optimizer.set_lr(lr)
 
@@ -362,6 +372,13 @@ class Engine:
         """Weights that somebody has written become masters."""
         self.refuse_early_writes()
         self.store.notice_writes()
+
+    def _take_checksums(self) -> None:
+        """Of what is looked at in this step and has none: after the take-over, or since somebody has written it."""
+        if self.store.book is not None:
+            self.store.take_checksums(self.updates.is_pending)
+        if self.checks is not None:
+            self.checks.take_residents()
 
     def refuse_early_writes(self) -> None:
         """Raise IntegrityError where a parameter was written before anybody waited for its update. Whether that had
@@ -425,6 +442,8 @@ class Engine:
         self.end_step()
         self.step_count += 1
         self.updates.start()
+        if self.store.book is not None:
+            self.store.book.step = self.step_count  # what was started belongs to the step before
         return finite
 
     def end_step(self) -> None:
@@ -483,6 +502,7 @@ class Engine:
         if dtype not in TORCH_DTYPE:
             raise ConfigError(f"dtype is {dtype!r}; it must be bf16 or fp32")
         self.flush()
+        self.store.check_checksums()  # what is saved is what training has left, or nothing is
         by_id = {id(slot.parameter): slot.index for slot in self.partition.slots}
 
         def read(_name: str, tensor: Tensor) -> Tensor:
@@ -565,18 +585,24 @@ class Engine:
         """Weights and gradients where they lie, or on their way to a device with memory of its own and back."""
         store, part, device = self.store, self.partition, self.device
         self.weights: Weights
-        gradient_stream = resident = None
+        self.checks: DeviceChecks | None
+        gradient_stream = resident = self.checks = None
+        book = store.book
+        for reader in part.units if book is not None else ():
+            store.regions_read(reader.index, reader.slots)
         if streams(device):
             self._closing.callback(device.close)
             host_thread = HostThread("host-updates")
             self._closing.callback(host_thread.close)
-            self.updates = PendingUpdates(store, part, device, host_thread)
+            self.checks = DeviceChecks(device, store, book) if book is not None else None
+            self.updates = PendingUpdates(store, part, device, host_thread, self.checks)
             for slot in part.slots:
                 if slot.index not in store.slots:
                     device.pin(store.take_over_as_it_is(slot))
-            self.weights = WeightStream(device, store, part, self.updates, slots or DEFAULT_SLOTS)
+            self.weights = WeightStream(device, store, part, self.updates, slots or DEFAULT_SLOTS, self.checks)
             self._closing.callback(self.weights.close)
-            gradient_stream = GradientStream(device, host_thread, setup.largest_gradient_bytes(store))
+            largest_bytes = setup.largest_gradient_bytes(store)
+            gradient_stream = GradientStream(device, host_thread, largest_bytes, self.checks)
             resident = ResidentGradients(device) if store.on_device else None
             for unit in store.units.keys() - store.on_device:
                 device.pin(store.unit_memory(unit))
@@ -585,7 +611,8 @@ class Engine:
                         device.pin(slab.gradient)
         else:
             self.updates = PendingUpdates(store, part, device)
-            self.weights = HostWeights(part, self.updates)
+            host_checks = HostChecks(store, part, book) if book is not None else None
+            self.weights = HostWeights(part, self.updates, host_checks)
         memory = GradientMemory(store, device, lends=not self.keeps_gradients)
         settle, complete = self.updates.settle, self._update_complete_unit
         self.gradients = GradientBook(

@@ -152,6 +152,7 @@ class Executor:
         self._weights.begin(EVALUATION)
         try:
             yield
+            self._weights.check()  # nothing comes after it that would tell
         except BaseException:
             self._weights.abort()
             raise

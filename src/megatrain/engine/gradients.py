@@ -313,7 +313,7 @@ class GradientBook:
                 self.squares[entry.slot.index] = square
             self._written_home(home, entries, lent)
 
-        stream.send(gradients, targets, land, label=self._names.get(home, "stray parameters"))
+        stream.send(home, gradients, targets, land, label=self._names.get(home, "stray parameters"))
         if self.keep and lent:
             stream.finish()  # the place of a first gradient changes when a further one has been added
 

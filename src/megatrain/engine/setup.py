@@ -17,6 +17,7 @@ from megatrain.device.lagged import LaggedDevice
 from megatrain.engine.gradient_stream import largest_staging_bytes
 from megatrain.engine.kept_graphs import check_keep_graphs
 from megatrain.errors import CapacityError, ConfigError
+from megatrain.memory.checksum_book import LEVELS, ChecksumBook
 from megatrain.memory.layout import BYTES, Request, SlabLayout, lay_out
 from megatrain.memory.limits import host_memory_limits
 from megatrain.memory.pieces import cut
@@ -26,12 +27,13 @@ from megatrain.memory.sealed_spill import SealedSpillFile
 from megatrain.memory.slab_state import elements_bytes, unit_state_bytes
 from megatrain.memory.spill_file import SpillFile
 from megatrain.memory.spilled_states import SpilledStates
-from megatrain.memory.store import HostStore, home_layouts, resident_bytes
+from megatrain.memory.store import ALL_UNITS_STRAY, HostStore, home_layouts, resident_bytes
 from megatrain.model.block import UnitForward
 from megatrain.model.kernels import choose_kernels
 from megatrain.model.partition import ParameterSlot, Partition, partition
 from megatrain.model.sequence_chunks import ChunkTokens, check_sequence_chunk_tokens
 from megatrain.optim.adamw import AdamW
+from megatrain.optim.workers import Workers
 from megatrain.sizes import format_bytes, parse_bytes
 from megatrain.trust.encryption import ProcessCipher, require_library
 
@@ -80,6 +82,9 @@ def check_arguments(optimizer: AdamW | None, settings: Mapping[str, Any]) -> Non
         raise ConfigError(f"engine.nvme_encryption is {encrypts!r}; it must be True or False")
     if encrypts:
         require_library("engine.nvme_encryption")
+    integrity = settings.get("integrity", "off")
+    if integrity not in LEVELS:
+        raise ConfigError(f"engine.integrity is {integrity!r}; it must be one of {', '.join(LEVELS)}")
     if not _is_whole(seed := settings.get("seed", 0)):
         raise ConfigError(f"train.seed is {seed!r}; it must be a whole number")
 
@@ -461,6 +466,14 @@ def open_spill(
     }
     file = SpillFile(Path(nvme), plan.disk_bytes)
     return SpilledStates(SealedSpillFile(file, ProcessCipher()) if encrypted else file, pieces)
+
+
+def open_checksum_book(level: str, workers: Workers, part: Partition) -> ChecksumBook | None:
+    """Checksums of what is in host memory; None where nobody looks."""
+    if level == "off":
+        return None
+    names = {unit.index: unit.name for unit in part.units}
+    return ChecksumBook(workers, names | ({ALL_UNITS_STRAY: "stray parameters"} if part.strays else {}), level)
 
 
 def keeps_gradients(clip_norm: float | None, clip_scope: str) -> bool:

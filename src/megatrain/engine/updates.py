@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatrain.device.base import ComputeDevice, Event, StreamingDevice, streams
+from megatrain.engine.device_checks import DeviceChecks
 from megatrain.engine.host_thread import HostThread, Ticket
 from megatrain.errors import IntegrityError
 from megatrain.memory.layout import Place
@@ -76,9 +77,15 @@ class PendingUpdates:
     """
 
     def __init__(
-        self, store: HostStore, part: Partition, device: ComputeDevice, background: HostThread | None = None
+        self,
+        store: HostStore,
+        part: Partition,
+        device: ComputeDevice,
+        background: HostThread | None = None,
+        checks: DeviceChecks | None = None,
     ) -> None:
         self._store = store
+        self._checks = checks
         self._device = device
         self._names = {u.index: u.name for u in part.units}
         self._background = background
@@ -109,7 +116,7 @@ class PendingUpdates:
             return
         for unit in order:
             self.unseen = True
-            run = partial(self._carry_out, unit, self._pending.pop(unit))
+            run = partial(self._carry_out, unit, self._pending.pop(unit), self._step)
             self._tickets[unit] = self._background.submit(run)
 
     def carry_out_now(self, unit: int, updates: list[SlabUpdate]) -> None:
@@ -150,30 +157,44 @@ class PendingUpdates:
             ticket.wait()
         elif unit in self._pending:
             started = time.perf_counter()
-            self._carry_out(unit, self._pending.pop(unit))
+            self._carry_out(unit, self._pending.pop(unit), self._step)
             self.exposed_seconds += time.perf_counter() - started
         self._refuse_half_updated()
 
     def _update_on_device(self, unit: int, updates: list[SlabUpdate]) -> None:
         """Computation that comes after it finds new weights; the host has to wait (`flush`)."""
-        self.unseen = True
+        self.unseen, step = True, self._step
         self.before_update(unit)
 
         def run() -> None:
             with torch.no_grad():
-                self._carry_out(unit, updates)
+                self._carry_out(unit, updates, step)
 
         self._on_device = self._streaming.compute(run, (), f"update of {self._names[unit]}")
+        if self._checks is not None:
+            self._checks.updated(unit, step)
+
+    def is_pending(self, unit: int) -> bool:
+        """Whether an update of the unit in host memory is decided and not known to be over."""
+        ticket = self._tickets.get(unit)
+        return unit in self._pending or (ticket is not None and not ticket.done)
+
+    @property
+    def _step(self) -> int:
+        """Which one is under way; it decides what is checked, and nothing else."""
+        return 0 if self._store.book is None else self._store.book.step
 
     @property
     def _streaming(self) -> StreamingDevice:
         assert streams(self._device)
         return self._device
 
-    def _carry_out(self, unit: int, updates: list[SlabUpdate]) -> None:
+    def _carry_out(self, unit: int, updates: list[SlabUpdate], step: int) -> None:
+        if self._failed is not None:
+            return  # what is still of one step stays so
         started, name = time.perf_counter(), self._names.get(unit, "stray parameters")
         try:
-            self._update(unit, updates)
+            self._update(unit, updates, step)
         except BaseException as error:
             self._failed = self._failed or (name, error)
             if not isinstance(error, Exception):
@@ -181,20 +202,26 @@ class PendingUpdates:
         if self._device.trace is not None and unit not in self._store.on_device:
             self._device.trace.add("host", f"update of {name}", started, time.perf_counter())
 
-    def _update(self, unit: int, updates: list[SlabUpdate]) -> None:
+    def _update(self, unit: int, updates: list[SlabUpdate], step: int) -> None:
         entries = [entry for update in updates for entry in update.entries]
         if unit not in self._store.on_device:
             self.before_update(unit)
+        book = self._store.book
+        if book is not None:
+            book.check_weights(unit)  # the last look at them: a changed bit would go into the new checksum
         for entry in entries:
             self._store.notice_silent_write(entry)
         state = self._store.units[unit]
+        looked_at_next = book is not None and book.due(unit, step + 1)
         for piece in state.pieces:
-            with self._store.state_of(piece) as held:
+            with self._store.state_of(piece, summed=looked_at_next) as held:
                 for update in updates:
                     if update.slab is state.slabs[piece.slab]:
                         update.run(self._store.workers, piece, held)
         for entry in entries:
             entry.written()
+        if book is not None:
+            (book.note_weights if looked_at_next else book.forget_weights)(unit)
 
     def _refuse_half_updated(self) -> None:
         if self._failed is None:

@@ -13,15 +13,18 @@ from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 
+import torch
 from torch import Tensor
 
 from megatrain.device.base import StreamingDevice
+from megatrain.engine.device_checks import DeviceChecks
 from megatrain.engine.device_slots import DeviceSlot, Fetch, UnitImage
 from megatrain.engine.host_thread import HostThread
 from megatrain.engine.saved_inputs import SavedInputs
 from megatrain.engine.updates import PendingUpdates
 from megatrain.engine.weights import FREE, STEP, Weights
 from megatrain.errors import CapacityError
+from megatrain.memory.checksum import SUMS_BYTES
 from megatrain.memory.store import ALL_UNITS_STRAY, HostStore
 from megatrain.model.partition import Partition, Unit
 from megatrain.schedule.build import build_schedule
@@ -57,7 +60,7 @@ class Order:
 
 class WeightStream(Weights):
     """Copies each unit's weights into a device slot before it computes. `slots_per_class`: how many units of about
-    the same size may be there at once."""
+    the same size may be there at once. `checks`: looks at what has arrived; None: nobody does."""
 
     def __init__(
         self,
@@ -66,8 +69,10 @@ class WeightStream(Weights):
         part: Partition,
         updates: PendingUpdates,
         slots_per_class: int,
+        checks: DeviceChecks | None = None,
     ) -> None:
         self._device = device
+        self._checks = checks
         self._updates = updates
         self._per_class = slots_per_class
         self.inputs: SavedInputs = SavedInputs(device)
@@ -116,6 +121,8 @@ class WeightStream(Weights):
             self.inputs.begin()
             self._device.start_step()
             self.inputs.offload(self._inputs_must_leave(kind, elements))
+            if self._checks is not None:
+                self._checks.check_residents()
         schedule = self.schedule_of(kind)
         saves = {op.unit for op in schedule.operations if op.kind is Kind.SAVE} if schedule is not None else self._units
         self.inputs.staying = frozenset(self._units).difference(saves)
@@ -163,6 +170,8 @@ class WeightStream(Weights):
         with suppress(Exception):  # of the pass that is being given up
             self._device.drain()  # memory that copies still write to must not be freed
         self._device.waits.forget()
+        if self._checks is not None:
+            self._checks.forget()
         self._forget_slots()
 
     def forget(self) -> None:
@@ -215,7 +224,12 @@ class WeightStream(Weights):
         if self._pinned[unit]:
             self._pinned[unit] -= 1
 
+    def check(self) -> None:
+        if self._checks is not None:
+            self._checks.finish()
+
     def before_update(self) -> None:
+        self.check()
         fetch, self._last_fetch = self._last_fetch, None
         if fetch is not None:  # copies are carried out in order: the last one is over when all are
             with self._device.waits.during("weights_read"):
@@ -309,9 +323,13 @@ class WeightStream(Weights):
     # -- slots ------------------------------------------------------------------------------------------------
 
     def _new_slot(self, n_bytes: int) -> DeviceSlot:
-        buffer = self._device.allocate(n_bytes, "weight slots")
-        self._fixed_bytes += n_bytes
-        return DeviceSlot(buffer)
+        if self._checks is None:
+            buffer, expected = self._device.allocate(n_bytes, "weight slots"), None
+        else:  # behind the weights, so that the waits for the slot are those for its checksum
+            buffer = self._device.allocate(n_bytes + SUMS_BYTES, "weight slots")
+            expected = buffer[n_bytes:].view(torch.int64)
+        self._fixed_bytes += buffer.nbytes
+        return DeviceSlot(buffer, expected)
 
     def _grow(self, group: list[DeviceSlot], wanted: SlotClass, room: int | None) -> int | None:
         """Allocate slots as long as there is `room` (None: no limit) beside what a pass has needed; returns the rest.
@@ -369,7 +387,12 @@ class WeightStream(Weights):
                 if self._device.trace is not None:
                     self._device.trace.add("waits of fetches", "update", started, perf_counter())
                 after = [("slot_free", free)] if free is not None else []
-                fetch.arrived = self._device.up.copy(image.pairs(slot.buffer), after, label=self._name(unit))
+                pairs = image.pairs(slot.buffer)
+                looked_at = self._checks.expect(unit, image) if self._checks is not None else None
+                if looked_at is not None and slot.expected is not None:
+                    pairs.append((slot.expected, looked_at[0]))
+                    fetch.checked = looked_at[1]
+                fetch.arrived = self._device.up.copy(pairs, after, label=self._name(unit))
             except BaseException as error:
                 fetch.error = error
             finally:
@@ -395,6 +418,9 @@ class WeightStream(Weights):
                 if fetch.arrived is not None:
                     self._device.wait("weights_arrived", fetch.arrived)
                     fetch.waited = True
+            if fetch.waited and fetch.checked and self._checks is not None and slot.expected is not None:
+                # before computation reads it; the next one to overwrite it waits for what is given to the device here
+                self._checks.arrived(slot.unit, slot.buffer, fetch.checked, slot.expected)
         except BaseException:
             self._release(slot)  # a caller's own loop, whose pass goes on, may try again
             raise

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from megatrain.engine.host_checks import HostChecks
 from megatrain.engine.saved_inputs import SavedInputs
 from megatrain.engine.updates import PendingUpdates
 from megatrain.memory.arena import trim_freed_memory
+from megatrain.memory.store import ALL_UNITS_STRAY
 from megatrain.model.partition import Partition, Unit
 
 STEP, FREE, EVALUATION = "step", "free", "evaluation"  # kinds of pass; FREE: under a caller's own loop
@@ -55,8 +57,12 @@ class Weights:
     def unpin(self, unit: int) -> None:
         """One graph less."""
 
+    def check(self) -> None:
+        """Raise IntegrityError where weights that have arrived are not what they were in host memory. Computation with
+        them has been given to the device."""
+
     def before_update(self) -> None:
-        """Return when nothing reads the host's weights any more: they are about to change."""
+        """Raise as `check` does. Return when nothing reads the host's weights any more: they are about to change."""
 
     def changed(self) -> None:
         """The host's weights have changed."""
@@ -78,11 +84,16 @@ class Weights:
 class HostWeights(Weights):
     """The host as its own device: nothing is copied."""
 
-    def __init__(self, part: Partition, updates: PendingUpdates) -> None:
+    def __init__(self, part: Partition, updates: PendingUpdates, checks: HostChecks | None = None) -> None:
         self._updates = updates
+        self._checks = checks
         self._weights = {unit.index: {s.index: s.parameter.detach() for s in unit.slots} for unit in part.units}
         self.unit_bytes = {u: sum(w.nbytes for w in weights.values()) for u, weights in self._weights.items()}
         self._fetched = -1
+
+    def begin(self, kind: str, elements: int = 0) -> None:
+        if self._checks is not None:
+            self._checks.before_use(ALL_UNITS_STRAY)  # no call says when they are read
 
     def fetch(self, unit: Unit, *, backward: bool, together: bool) -> dict[int, Tensor]:
         self._updates.wait_for(unit)
@@ -90,6 +101,8 @@ class HostWeights(Weights):
             self._fetched = unit.index
             if self.unit_bytes[unit.index] >= _LARGE_UNIT_BYTES:
                 trim_freed_memory()  # small blocks lie free in the heap; its gradient needs large ones of its own
+            if self._checks is not None:
+                self._checks.before_use(unit.index)
             self.fetched_bytes += self.unit_bytes[unit.index]
         return self._weights[unit.index]
 

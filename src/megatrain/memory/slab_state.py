@@ -45,6 +45,10 @@ class SlabState:
             start += n_bytes
         return cls(parts.pop("remainder", None), parts)
 
+    def parts(self) -> dict[str, Tensor]:
+        """All of it by name, in the order in which it lies."""
+        return ({} if self.remainder is None else {"remainder": self.remainder}) | self.moments
+
     def moments_of(self, elements: slice) -> dict[str, Tensor]:
         """By name, 1-D views. `elements` begin a block."""
         return {name: part[where(name, elements)] for name, part in self.moments.items()}

@@ -6,7 +6,7 @@ contiguous buffer (page-aligned on the host), and the model's own `nn.Parameter`
 half of its fp32 master; `remainder` holds the rest (2 + 2 + 4 + 4 = 12 bytes per parameter with both moments).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatrain.errors import IntegrityError
 from megatrain.memory.arena import allocate, allocate_elements, discard_pages
+from megatrain.memory.checksum_book import DISK, ChecksumBook, Region, as_bytes
 from megatrain.memory.layout import Place, SlabLayout
 from megatrain.memory.pieces import Piece, cut, whole
 from megatrain.memory.slab_state import SlabState, empty_state, moment_bytes, state_bytes, unit_state_bytes, where
@@ -109,11 +110,13 @@ class SlotState:
 @dataclass(slots=True)
 class HostStore:
     """States by unit index (stray: -1) and by slot index. `moments`: fp32 or int8; `spilled`: holds the optimizer state
-    of some units on disk; `on_device`: units of which all is in a compute device's memory."""
+    of some units on disk; `on_device`: units of which all is in a compute device's memory; `book`: checksums of what is
+    in host memory and on disk, None where nobody looks for bits that change by themselves."""
 
     workers: Workers
     moments: str = "fp32"
     spilled: SpilledStates | None = None
+    book: ChecksumBook | None = None
     units: dict[int, UnitState] = field(default_factory=dict)
     slots: dict[int, SlotState] = field(default_factory=dict)
     on_device: set[int] = field(default_factory=set)
@@ -140,6 +143,8 @@ class HostStore:
                 self.slots[place.slot] = entry = SlotState(slots[place.slot], unit, slab, place)
                 if entry.carries_remainder:
                     entry.witness = Witness(place.shape)
+        if self.book is not None and device_memory is None:
+            self.book.watch(unit, self.unit_memory(unit))
         for slab in state.slabs:
             for place in slab.layout.places:
                 self._take_parameter(self.slots[place.slot], mapped)
@@ -172,21 +177,42 @@ class HostStore:
             discard_pages(source)
 
     @contextmanager
-    def state_of(self, piece: Piece, *, changes: bool = True) -> Iterator[SlabState]:
-        """The optimizer state of a piece, in memory while this is entered; what is changed of it is kept.
+    def state_of(self, piece: Piece, *, changes: bool = True, summed: bool | None = None) -> Iterator[SlabState]:
+        """The optimizer state of a piece, in memory while this is entered; what is changed of it is kept. `summed`:
+        whether its new checksum is taken, where there are any; None: that of state on disk, which is at hand only here.
 
-        Raises IntegrityError where a disk fails.
+        Raises IntegrityError where a disk fails, or a checksum says that the state is not what it was left as.
         """
         slab = self.units[piece.unit].slabs[piece.slab]
         if slab.state is not None:
-            yield slab.state
+            with self._checked(piece, slab.state, changes=changes, summed=bool(summed)):
+                yield slab.state
             return
         assert self.spilled is not None
         memory = self.spilled.take(piece)
         try:
-            yield SlabState.within(memory, piece.stop - piece.start, slab.layout.dtype, self.moments)
+            state = SlabState.within(memory, piece.stop - piece.start, slab.layout.dtype, self.moments)
+            with self._checked(piece, state, changes=changes, summed=summed):
+                yield state
         finally:
             self.spilled.give_back(piece, changed=changes)
+
+    @contextmanager
+    def _checked(self, piece: Piece, state: SlabState, *, changes: bool, summed: bool | None) -> Iterator[None]:
+        """Its checksum must hold before anything is changed, and belongs to the new values afterwards. Also where it is
+        only read, if it came from a disk; of state that is in memory many readers take one parameter's part each."""
+        book, spilled = self.book, self.spills(piece.unit)
+        if book is None or piece.unit in self.on_device or not (changes or spilled):
+            yield
+            return
+        book.check_state(piece, state, *([DISK] if spilled else []))
+        try:
+            yield
+        finally:
+            if changes and (book.due(piece.unit) if summed is None else summed):
+                book.note_state(piece, state)
+            elif changes:
+                book.forget_state(piece)
 
     def parts_of(self, entry: SlotState) -> Iterator[tuple[Piece, slice, slice]]:
         """The pieces in which a parameter's state lies: where in the piece, and where in the parameter."""
@@ -222,6 +248,7 @@ class HostStore:
     def write_master(self, slot: int, source: Tensor) -> None:
         """Set a parameter's master from `source` (any float dtype, the parameter's shape); steps and moments stay."""
         entry = self.slots[slot]
+        self._forget_checksums(entry)
         if not entry.carries_remainder or source.dtype == torch.bfloat16:
             entry.weight.copy_(source)
             self._drop_remainder(entry)
@@ -286,6 +313,7 @@ class HostStore:
 
     def write_moments(self, slot: int, moments: Mapping[str, Tensor]) -> None:
         """Set them from tensors as `read_moments` gives them, of any floating dtype where they are fp32."""
+        self._forget_checksums(self.slots[slot])
         for piece, here, there in self.parts_of(self.slots[slot]):
             with self.state_of(piece) as state:
                 for name, part in state.moments_of(here).items():
@@ -297,6 +325,8 @@ class HostStore:
         entry = self.slots[slot]
         if weight is not None:
             entry.weight.copy_(weight)
+            if self.book is not None:
+                self.book.forget(entry.unit)
         for piece, here, there in self.parts_of(entry) if state else ():
             with self.state_of(piece) as held:
                 for name, part in held.parts_of(here).items():
@@ -313,6 +343,7 @@ class HostStore:
         """Forget moments and step count; the master stays."""
         entry = self.slots[slot]
         entry.steps = 0
+        self._forget_checksums(entry)
         for piece, here, _ in self.parts_of(entry):
             with self.state_of(piece) as state:
                 for part in state.moments_of(here).values():
@@ -329,7 +360,8 @@ class HostStore:
             self._drop_remainder(entry)
 
     def notice_silent_write(self, entry: SlotState) -> None:
-        """Likewise where somebody has written the weight past torch's version counter."""
+        """Likewise where somebody has written the weight past torch's version counter. Raises IntegrityError where
+        weights are looked after: nothing tells such a write from bits that have changed by themselves."""
         valid = entry.remainder_is_valid
         if valid is None:
             return
@@ -337,15 +369,72 @@ class HostStore:
             assert entry.slab.state is not None and entry.slab.state.remainder is not None
             entry.slab.state.remainder[entry.slab.range_of(entry.place)] *= valid
         elif not valid:
+            if self.book is not None and entry.version == entry.slot.parameter._version:
+                raise IntegrityError(
+                    f"engine.integrity: parameter {entry.slot.name} is not what it was left as, and torch's version"
+                    " counter tells of no write: it was written by .data, which is not allowed here (write it in place"
+                    " under torch.no_grad()), or bits have changed by themselves"
+                )
             self._drop_remainder(entry)
 
     def _drop_remainder(self, entry: SlotState) -> None:
         """The weight has been written: it is the master."""
+        self._forget_checksums(entry)
         for piece, here, _ in self.parts_of(entry) if entry.carries_remainder else ():
             with self.state_of(piece) as state:
                 assert state.remainder is not None
                 state.remainder[here] = 0
         entry.written()
+
+    # -- checksums --------------------------------------------------------------------------------------------
+
+    def regions_read(self, unit: int, slots: Iterable[ParameterSlot]) -> list[Region]:
+        """What is known of the weights in host memory that a unit of `slots` reads: its own, and parameters at home in
+        other units, which have checksums of their own from here on."""
+        assert self.book is not None
+        held = [self.unit_memory(unit)] if unit in self.units and unit not in self.on_device else []
+        for slot in slots:
+            entry = self.slots.get(slot.index)
+            if entry is not None and entry.unit != unit and entry.weight.numel():
+                held.append(as_bytes(entry.weight))
+                if self.book.region_of(held[-1]) is None:
+                    self.book.watch(entry.unit, held[-1])
+        return [region for memory in held if (region := self.book.region_of(memory)) is not None]
+
+    def take_checksums(self, is_pending: Callable[[int], bool]) -> None:
+        """Those that are missing of units that are looked at in this step, but for state on disk, whose are taken as it
+        is written. `is_pending`: whether an update of the unit is under way, which takes them by itself."""
+        for unit, held in self.units.items() if self.book is not None else ():
+            assert self.book is not None
+            if unit in self.on_device or not self.book.due(unit) or is_pending(unit):
+                continue
+            if not self.book.knows_weights(unit):
+                self.book.note_weights(unit)
+            for piece in held.pieces if not self.spills(unit) else ():
+                state = held.slabs[piece.slab].state
+                if state is not None and not self.book.knows_state(piece):
+                    self.book.note_state(piece, state)
+
+    def check_checksums(self) -> None:
+        """Raises IntegrityError where something in host memory is not what it was left as. No update is pending."""
+        self.forget_written_checksums()
+        for unit, held in self.units.items() if self.book is not None else ():
+            assert self.book is not None
+            self.book.check_weights(unit)
+            for piece in held.pieces:
+                state = held.slabs[piece.slab].state
+                if state is not None:
+                    self.book.check_state(piece, state)
+
+    def forget_written_checksums(self) -> None:
+        """Of units that somebody has written in place and `notice_writes` has not seen: their weights are as they are
+        meant to be."""
+        for entry in self._written() if self.book is not None else ():
+            self._forget_checksums(entry)
+
+    def _forget_checksums(self, entry: SlotState) -> None:
+        if self.book is not None:
+            self.book.forget(entry.unit)  # of the state, `state_of` knows
 
     def refuse_writes(self) -> None:
         """Raise IntegrityError where someone has written a parameter since `notice_writes`."""

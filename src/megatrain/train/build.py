@@ -195,6 +195,7 @@ def _engine_settings(config: Config) -> dict[str, Any]:
         "compile": config.engine.compile,
         "kernels": config.engine.kernels,
         "sequence_chunk_tokens": config.engine.sequence_chunk_tokens,
+        "integrity": config.engine.integrity,
     }
 
 
