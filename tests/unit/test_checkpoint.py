@@ -445,3 +445,58 @@ def test_models_made_in_other_dtypes_go_on_as_they_were(tmp_path: Path) -> None:
         again.model.train()
         assert train(again, 2, 4) == expected, (dtype, precision)
         again.close()
+
+
+# -- sealed -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    pytest.importorskip("cryptography")
+    path = tmp_path / "key"
+    path.write_bytes(bytes(range(32)))
+    path.chmod(0o600)
+    return path
+
+
+def test_sealed_state_is_read_back_with_its_key_alone(key_file: Path, tmp_path: Path) -> None:
+    engine = engine_of()
+    train(engine, 0, 2)
+    engine.save(tmp_path / "saved", key_file=key_file)
+    engine.save(tmp_path / "plain")
+    before = state_of(engine)
+    expected = train(engine, 2, 4)
+    assert [p.name for p in (tmp_path / "saved" / "state").iterdir()] == ["state.safetensors.sealed"]
+    held = before["exp_avg.model.layers.0.mlp.up_proj.weight"].numpy().tobytes()
+    sealed, plain = (b"".join(p.read_bytes() for p in (tmp_path / n / "state").iterdir()) for n in ("saved", "plain"))
+    assert held in plain and held not in sealed and held[:64] not in sealed
+    engine.load(tmp_path / "saved", key_file=key_file)
+    assert_same(state_of(engine), before)
+    assert train(engine, 2, 4) == expected
+    engine.close()
+    again = mt.Engine.from_checkpoint(
+        tmp_path / "saved", mt.AdamW(**ADAMW), key_file=key_file, device="cpu", precision="bf16"
+    )
+    again.model.train()
+    assert train(again, 2, 4) == expected
+    again.close()
+    _refused(tmp_path / "saved", mt.ConfigError, r"is sealed; give the key that it was sealed with")
+    key_file.write_bytes(bytes(32))
+    other = engine_of()
+    with pytest.raises(mt.IntegrityError, match="sealed with another key"):
+        other.load(tmp_path / "saved", key_file=key_file)
+    other.close()
+
+
+def test_a_changed_sealed_byte_is_found_without_the_manifest(key_file: Path, tmp_path: Path) -> None:
+    engine = engine_of()
+    engine.save(tmp_path / "saved", key_file=key_file)
+    path = tmp_path / "saved" / "state" / "state.safetensors.sealed"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    before = state_of(engine)
+    with pytest.raises(mt.IntegrityError, match=r"state\.safetensors\.sealed"):
+        engine.load(tmp_path / "saved", verify=False, key_file=key_file)
+    assert_same(state_of(engine), before)
+    engine.close()

@@ -37,9 +37,10 @@ class Save:
     """A checkpoint of `model`, whose parameters `store` holds, on its way to `folder`, which must not exist.
 
     `order`: units as they are updated. `dtype`: of the weights on disk, that of the store's. `buffers`, by id: their
-    values now; `others`: tensors beside the parameters' state. `extra`: further files, by name. `seal` is called with
-    the folder once all else is in it. Raises MegaTrainError where the folder cannot be made; what fails later is raised
-    by `wait`. After either nothing is left behind, and training is as if nothing had been saved.
+    values now; `others`: tensors beside the parameters' state. `extra`: further files, by name. `key`: to seal the
+    state's files with. `seal` is called with the folder once all else is in it. Raises MegaTrainError where the folder
+    cannot be made; what fails later is raised by `wait`. After either nothing is left behind, and training is as if
+    nothing had been saved.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Save:
         others: Mapping[str, Tensor],
         extra: Mapping[str, bytes],
         tokenizer: Any,
+        key: bytes | None,
         seal: Callable[[Path], object],
     ) -> None:
         self.folder = folder
@@ -62,6 +64,9 @@ class Save:
         self.seconds = 0.0  # that writing took, once it is over
         self._store, self._order, self._told, self._seal = store, order, told, seal
         self._versions = {slot: entry.slot.parameter._version for slot, entry in store.slots.items()}
+        self._slots: dict[int, list[int]] = {unit: [] for unit in order}
+        for index, entry in store.slots.items():
+            self._slots[entry.unit].append(index)
         self._changed = threading.Condition()
         self._written: set[int] = set()
         self._over = False
@@ -69,7 +74,7 @@ class Save:
         self._temporary = folder.parent / f".{folder.name}.saving-{socket.gethostname()}-{os.getpid()}"
         self._started = time.perf_counter()
         try:
-            self._prepare(model, dtype, buffers, others, extra, tokenizer)
+            self._prepare(model, dtype, buffers, others, extra, tokenizer, key)
         except BaseException as error:
             self._clean_up()
             raise self._failed(error) from error
@@ -84,6 +89,7 @@ class Save:
         others: Mapping[str, Tensor],
         extra: Mapping[str, bytes],
         tokenizer: Any,
+        key: bytes | None,
     ) -> None:
         """The folders, and what is small."""
         self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +104,8 @@ class Save:
             return buffers.get(id(tensor), tensor.detach())
 
         self._weights = ModelFolder(model, self._temporary / MODEL, read, dtype, tokenizer)
-        self._state = StateWriter(self._temporary / STATE, self._store, others)
+        order = [slot for unit in self._order for slot in self._slots[unit]]
+        self._state = StateWriter(self._temporary / STATE, self._store, order, others, key)
         homes = {id(entry.slot.parameter): entry.unit for entry in self._store.slots.values()}
         named = model.state_dict(keep_vars=True)
         self._unit_of = {name: homes[id(tensor)] for name, tensor in named.items() if id(tensor) in homes}
@@ -142,15 +149,12 @@ class Save:
                 self._changed.notify_all()
 
     def _write_units(self) -> None:
-        slots: dict[int, list[int]] = {}
-        for index, entry in self._store.slots.items():
-            slots.setdefault(entry.unit, []).append(index)
         missing: dict[int, set[str]] = {unit: set() for unit in self._order}
         for name, unit in self._unit_of.items():
             missing[unit].add(name)
         more = True
         for unit in self._order:
-            for slot in slots.get(unit, ()):
+            for slot in self._slots[unit]:
                 self._state.write(slot)
             while more and missing[unit]:
                 sources = self._weights.write_group()

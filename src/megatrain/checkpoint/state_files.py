@@ -10,7 +10,8 @@ nothing of what lies in host memory is copied.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatrain import files
-from megatrain.errors import IntegrityError
+from megatrain.checkpoint.sealed_state import SUFFIX, SealedNewFile, SealedTensors
+from megatrain.errors import ConfigError, IntegrityError
 from megatrain.memory.arena import discard_pages
 from megatrain.memory.store import HostStore, SlotState
 from megatrain.model.shards import DTYPE_NAMES, ShardWriter, plan_shards
@@ -29,14 +31,19 @@ _STEM = "state"
 
 
 class StateWriter:
-    """Writes the state of `store` into the empty folder `folder`, parameter by parameter, and `others` at once."""
+    """Writes the state of `store` into the empty folder `folder`, parameter by parameter in the order of `slots`, and
+    `others` at once. `key`: to seal the files with."""
 
-    def __init__(self, folder: Path, store: HostStore, others: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, folder: Path, store: HostStore, slots: Iterable[int], others: Mapping[str, Tensor], key: bytes | None
+    ) -> None:
         self._store = store
         shapes = {name: tensor.to("meta") for name, tensor in others.items()}
-        for slot in store.slots:
+        for slot in slots:
             shapes |= names_of(store.slots[slot], store.state_shapes(slot))
-        self._writer = ShardWriter(plan_shards(shapes, _SHARD_BYTES, _STEM), folder, files.PRIVATE)
+        shards = plan_shards(shapes, _SHARD_BYTES, _STEM, aligned=key is None)
+        new_file = partial(files.NewFile, mode=files.PRIVATE) if key is None else partial(SealedNewFile, key=key)
+        self._writer = ShardWriter(shards, folder, new_file)
         for name, tensor in others.items():
             self._writer.write(name, tensor)
 
@@ -62,30 +69,29 @@ def names_of(entry: SlotState, state: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 class StateReader:
     """The tensors of `state/*.safetensors` below `folder`, one at a time. Raises IntegrityError where a file is damaged
-    or a name is there twice."""
+    or a name is there twice, ConfigError where files are sealed and there is no `key`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, key: bytes | None = None) -> None:
         self._folder = folder
-        self._files: dict[str, Path] = {}
-        paths = sorted(folder.glob(f"{_STEM}*.safetensors"))
+        self._files: dict[str, _PlainTensors | SealedTensors] = {}
+        self._paths: dict[str, Path] = {}
+        paths = sorted([*folder.glob(f"{_STEM}*.safetensors"), *folder.glob(f"{_STEM}*.safetensors{SUFFIX}")])
         if not paths:
             raise IntegrityError(f"{folder} has no {_STEM}*.safetensors; a checkpoint holds them")
         for path in paths:
-            with _opened(path) as file:
-                for name in file.keys():  # noqa: SIM118 (it is no mapping)
-                    if name in self._files:
-                        raise IntegrityError(f"{path} holds {name}, which {self._files[name].name} holds too")
-                    self._files[name] = path
+            file = _open_tensors(path, key)
+            for name in file.names:
+                if name in self._files:
+                    raise IntegrityError(f"{path} holds {name}, which {self._paths[name].name} holds too")
+                self._files[name], self._paths[name] = file, path
 
     @property
     def names(self) -> set[str]:
         return set(self._files)
 
     def read(self, name: str) -> Tensor:
-        """Pages of the file, which `discard` gives back."""
-        with _opened(self._files[name]) as file:
-            tensor: Tensor = file.get_tensor(name)
-        return tensor
+        """Pages of the file, which `discard` gives back; of a sealed one memory of its own."""
+        return self._files[name].read(name)
 
     def read_like(self, name: str, like: Tensor, *, any_float: bool = False) -> Tensor:
         """Raises IntegrityError where it is not there, or of another shape or dtype than `like`; `any_float`: another
@@ -96,7 +102,7 @@ class StateReader:
         other = found.dtype != like.dtype and not (any_float and found.is_floating_point() and like.is_floating_point())
         if found.shape != like.shape or other:
             raise IntegrityError(
-                f"{self._files[name]}: {name} is {DTYPE_NAMES.get(found.dtype, found.dtype)} {list(found.shape)}; this"
+                f"{self._paths[name]}: {name} is {DTYPE_NAMES.get(found.dtype, found.dtype)} {list(found.shape)}; this"
                 f" model needs {DTYPE_NAMES.get(like.dtype, like.dtype)} {list(like.shape)}"
             )
         return found
@@ -112,14 +118,34 @@ class StateReader:
         discard_pages(tensor)
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    """The file's reader, with one line for what is wrong with it."""
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise IntegrityError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+def _open_tensors(path: Path, key: bytes | None) -> "_PlainTensors | SealedTensors":
+    if path.suffix != SUFFIX:
+        return _PlainTensors(path)
+    if key is None:
+        raise ConfigError(f"{path} is sealed; give the key that it was sealed with (checkpoint.key_file)")
+    return SealedTensors(path, key)
+
+
+class _PlainTensors:
+    """As SealedTensors: pages of the file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with self._open() as file:
+            self.names = list(file.keys())
+
+    def read(self, name: str) -> Tensor:
+        with self._open() as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[Any]:
+        try:
+            with safe_open(self._path, framework="pt", device="cpu") as file:
+                yield file
+        except (SafetensorError, OSError) as error:
+            raise IntegrityError(f"{self._path} is damaged: {str(error).splitlines()[0]}") from error
 
 
 def random_states() -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ def begin_save(
     run: Mapping[str, Any],
     extra: Mapping[str, bytes],
     tokenizer: Any,
+    key: bytes | None,
     seal: Callable[[Path], object] | None,
 ) -> Save:
     """Training stands still until this returns: updates are finished, and what is small and changes is copied."""
@@ -61,6 +62,7 @@ def begin_save(
         others={f"buffer.{name}": copy for name, copy in copies.items()} | random_states(),
         extra=extra,
         tokenizer=tokenizer,
+        key=key,
         seal=seal or _write_manifest,
     )
 
@@ -70,13 +72,13 @@ def _write_manifest(folder: Path) -> None:
     write_manifest(folder, facts, write=files.write_file)
 
 
-def load(engine: "Engine", folder: Path, *, weights: bool, verify: bool) -> Description:
+def load(engine: "Engine", folder: Path, *, weights: bool, verify: bool, key: bytes | None) -> Description:
     """Set the engine to what the checkpoint in `folder` holds, to the last bit; nothing is changed where it does not
     fit. `weights`: False where the model comes from the checkpoint already."""
     if verify:
         require_unchanged(folder)
     told = read_description(folder)
-    reader = StateReader(folder / STATE)
+    reader = StateReader(folder / STATE, key)
     _require_same_kind(engine, folder, told)
     state = dict(_states(engine, folder, reader))
     buffers = {name: buffer for name, buffer in engine.model.named_buffers() if not buffer.is_meta}

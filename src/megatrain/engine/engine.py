@@ -47,6 +47,7 @@ from megatrain.model.sequence_chunks import ChunkTokens, part_tokens
 from megatrain.optim.adamw import AdamW, EngineOptimizer, check_learning_rate
 from megatrain.optim.compilation import compile_kernels
 from megatrain.optim.workers import Workers
+from megatrain.trust.encryption import read_key
 
 
 class Engine:
@@ -231,7 +232,13 @@ class Engine:
 
     @classmethod
     def from_checkpoint(
-        cls, folder: str | os.PathLike[str], optimizer: AdamW | None = None, *, verify: bool = True, **settings: Any
+        cls,
+        folder: str | os.PathLike[str],
+        optimizer: AdamW | None = None,
+        *,
+        verify: bool = True,
+        key_file: str | os.PathLike[str] | None = None,
+        **settings: Any,
     ) -> Self:
         """An engine that goes on as the one that saved `folder` would have: of a transformers model, with the same
         settings and optimizer. Host memory holds no more than training does. Raises IntegrityError where the checkpoint
@@ -244,13 +251,13 @@ class Engine:
 
         if verify:
             require_unchanged(Path(folder))
-        told = read_description(Path(folder))
+        told, key = read_description(Path(folder)), None if key_file is None else read_key(key_file)
         dtype = getattr(torch, told.model_dtype)
         engine = cls._from_folder(str(Path(folder) / MODEL), optimizer, dtype, settings)
         try:
             held = TORCH_DTYPE[told.precision]  # which a model in another precision may have lost
             lossless = dtype == held or (dtype, held) == (torch.float32, torch.bfloat16)
-            checkpoints.load(engine, Path(folder), weights=not lossless, verify=False)
+            checkpoints.load(engine, Path(folder), weights=not lossless, verify=False, key=key)
         except BaseException:
             engine.close()
             raise
@@ -519,6 +526,7 @@ class Engine:
         run: Mapping[str, Any] | None = None,
         extra: Mapping[str, bytes] | None = None,
         tokenizer: Any = None,
+        key_file: str | os.PathLike[str] | None = None,
         seal: Callable[[Path], object] | None = None,
         background: bool = False,
     ) -> Save:
@@ -528,7 +536,8 @@ class Engine:
 
         `background`: return once it is safe to train on, and write meanwhile; `wait` of what is returned says whether
         it worked, as does the next save. Writing into parameters oneself has to wait for it, too. `run`: what `load`
-        gives back, of what JSON holds; `extra`: further files by name; `seal` writes the manifest of the folder once
+        gives back, of what JSON holds; `extra`: further files by name; `key_file`: to seal `state/` with (weights stay
+        plain); `seal` writes the manifest of the folder once
         all is in it; None: one that names code, libraries and host.
         Raises MegaTrainError where it cannot be written: then nothing of it is left, and training can go on.
         """
@@ -537,7 +546,13 @@ class Engine:
         self._require_open()
         self.wait_for_save()
         self._save = checkpoints.begin_save(
-            self, Path(folder).expanduser(), run=run or {}, extra=extra or {}, tokenizer=tokenizer, seal=seal
+            self,
+            Path(folder).expanduser(),
+            run=run or {},
+            extra=extra or {},
+            tokenizer=tokenizer,
+            key=None if key_file is None else read_key(key_file),
+            seal=seal,
         )
         self.updates.before_update = self._save.wait_until_written
         if not background:
@@ -550,7 +565,9 @@ class Engine:
         if save is not None:
             save.wait()
 
-    def load(self, folder: str | os.PathLike[str], *, verify: bool = True) -> dict[str, Any]:
+    def load(
+        self, folder: str | os.PathLike[str], *, verify: bool = True, key_file: str | os.PathLike[str] | None = None
+    ) -> dict[str, Any]:
         """Take on the state that `save` has written, of the same model, precision, optimizer and param groups; returns
         its `run`. Gradients gathered so far are dropped. Where the checkpoint is not as it was written or does not fit,
         IntegrityError or ConfigError says so, and nothing is changed. A model whose weights are fused when they are
@@ -560,7 +577,8 @@ class Engine:
         self._require_open()
         self.wait_for_save()
         self.discard_gradients()
-        return dict(checkpoints.load(self, Path(folder).expanduser(), weights=True, verify=verify).run)
+        key = None if key_file is None else read_key(key_file)
+        return dict(checkpoints.load(self, Path(folder).expanduser(), weights=True, verify=verify, key=key).run)
 
     def optimizer_state(self) -> dict[int, dict[str, Any]]:
         """By parameter number in the param groups: step, exp_avg and exp_avg_sq in the parameter's shape (views where

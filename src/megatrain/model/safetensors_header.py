@@ -8,6 +8,7 @@ import json
 import math
 import os
 import reprlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     """
     try:
         with open_regular(file) as stream:
-            file_bytes = os.fstat(stream.fileno()).st_size
-            length = _header_bytes(stream.read(_LENGTH_BYTES), file_bytes)
-            tensors = _tensors(stream.read(length))
-        _check_places(tensors, file_bytes - _LENGTH_BYTES - length, file_bytes)
+            tensors, _ = parse_header(stream.read, os.fstat(stream.fileno()).st_size)
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}") from None
     except RecursionError:
@@ -58,6 +56,15 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     except ValueError as error:
         raise ConfigError(f"{file} is not a whole safetensors file: {error}") from None
     return tensors
+
+
+def parse_header(read: Callable[[int], bytes], file_bytes: int) -> tuple[dict[str, StoredTensor], int]:
+    """The tensors by name, and where the header ends, of a file that `read` gives from its beginning on. Raises
+    ValueError, which says what is wrong, or RecursionError."""
+    length = _header_bytes(read(_LENGTH_BYTES), file_bytes)
+    tensors = _tensors(read(length))
+    _check_places(tensors, file_bytes - _LENGTH_BYTES - length, file_bytes)
+    return tensors, _LENGTH_BYTES + length
 
 
 def _header_bytes(first: bytes, file_bytes: int) -> int:

@@ -1,10 +1,10 @@
 """safetensors files: where every byte of them goes, and writing them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -37,11 +37,14 @@ class Shard:
     """Where each weight begins, in bytes from the start of the file."""
 
 
-def plan_shards(shapes: Mapping[str, torch.Tensor], max_bytes: int, stem: str = "model") -> list[Shard]:
+def plan_shards(
+    shapes: Mapping[str, torch.Tensor], max_bytes: int, stem: str = "model", *, aligned: bool = True
+) -> list[Shard]:
     """Cut the weights, in order, into files of at most `max_bytes` of weights; only a single weight may exceed that.
 
     `shapes`: name -> a tensor of its shape and dtype, without memory. There is one file even for no weights. `stem`:
-    what the files' names begin with.
+    what the files' names begin with. `aligned`: each lies at a multiple of its own size, for readers that map the
+    file; else in the order of `shapes`, for files that are written from the first byte to the last.
     """
     parts: list[list[str]] = [[]]
     filled = 0
@@ -52,19 +55,21 @@ def plan_shards(shapes: Mapping[str, torch.Tensor], max_bytes: int, stem: str = 
         parts[-1].append(name)
         filled += tensor.nbytes
     if len(parts) == 1:
-        return [_lay_out(f"{stem}.safetensors", shapes)]
+        return [_lay_out(f"{stem}.safetensors", shapes, aligned)]
     return [
-        _lay_out(f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors", {name: shapes[name] for name in names})
+        _lay_out(
+            f"{stem}-{number:05d}-of-{len(parts):05d}.safetensors", {name: shapes[name] for name in names}, aligned
+        )
         for number, names in enumerate(parts, start=1)
     ]
 
 
-def _lay_out(file: str, shapes: Mapping[str, torch.Tensor]) -> Shard:
-    """Wider dtypes come first, so that every weight is aligned to its own size; readers map the file."""
+def _lay_out(file: str, shapes: Mapping[str, torch.Tensor], aligned: bool) -> Shard:
+    """Aligned, wider dtypes come first."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     starts: dict[str, int] = {}
     end = 0
-    for name, tensor in sorted(shapes.items(), key=lambda item: -item[1].dtype.itemsize):
+    for name, tensor in sorted(shapes.items(), key=lambda item: -item[1].dtype.itemsize if aligned else 0):
         starts[name], end = end, end + tensor.nbytes
         header[name] = {
             "dtype": DTYPE_NAMES[tensor.dtype],
@@ -77,29 +82,48 @@ def _lay_out(file: str, shapes: Mapping[str, torch.Tensor]) -> Shard:
     return Shard(file, text, {name: len(text) + start for name, start in starts.items()})
 
 
+class WritableFile(Protocol):
+    """As `files.NewFile`."""
+
+    def write_at(self, offset: int, data: bytes | memoryview) -> None: ...
+    def finish(self) -> None: ...
+    def abandon(self) -> None: ...
+
+
+NewFile = Callable[[Path], WritableFile]
+
+
 class ShardWriter:
     """Writes weights, in whatever order, to where they were planned; a file is on disk once it has all of its own."""
 
-    def __init__(self, shards: list[Shard], folder: Path, mode: int = files.SHARED) -> None:
+    def __init__(self, shards: list[Shard], folder: Path, new_file: NewFile = files.NewFile) -> None:
         self._shard_of = {name: shard for shard in shards for name in shard.offsets}
         self._missing = {shard.file: len(shard.offsets) for shard in shards}
-        self._folder, self._mode = folder, mode
-        self._open: dict[str, files.NewFile] = {}
+        self._folder, self._new_file = folder, new_file
+        self._open: dict[str, WritableFile] = {}
         for shard in shards:
             if not shard.offsets:  # a file even for no weights
-                files.write_file(folder / shard.file, shard.header, mode)
+                self._begin(shard).finish()
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """`tensor`: on the CPU, of the planned dtype and number of elements."""
         shard = self._shard_of[name]
         if shard.file not in self._open:
-            self._open[shard.file] = files.NewFile(self._folder / shard.file, self._mode)
-            self._open[shard.file].write_at(0, shard.header)
+            self._open[shard.file] = self._begin(shard)
         data = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
         self._open[shard.file].write_at(shard.offsets[name], data)
         self._missing[shard.file] -= 1
         if not self._missing[shard.file]:
             self._open.pop(shard.file).finish()
+
+    def _begin(self, shard: Shard) -> "WritableFile":
+        file = self._new_file(self._folder / shard.file)
+        try:
+            file.write_at(0, shard.header)
+        except BaseException:
+            file.abandon()
+            raise
+        return file
 
     def close(self) -> None:
         """Raises RuntimeError where weights that were planned have not come."""

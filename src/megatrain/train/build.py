@@ -17,6 +17,7 @@ from megatrain.errors import ConfigError, IntegrityError
 from megatrain.train.model_settings import ModelSettings, Vocabulary
 from megatrain.train.param_groups import make_optimizer
 from megatrain.train.run_folder import RunFolder, model_folder
+from megatrain.trust.encryption import read_key
 
 if TYPE_CHECKING:
     from megatrain.engine.engine import Engine
@@ -133,6 +134,8 @@ def plan_training(config: Config, settings: ModelSettings, folder: RunFolder) ->
         precision = setup.resolve_precision(config.engine.precision, setup.make_device(config.engine.device))
         parameters = sum(parameter.numel() for parameter in model.parameters())
         folder.require_room(parameters * (2 if precision == "bf16" else 4))
+    if config.checkpoint.key_file is not None:
+        read_key(config.checkpoint.key_file)  # before training, and not at the first save
     if config.model.path is not None:
         try:
             check_weights(model_folder(config.model.path))
@@ -162,7 +165,8 @@ def build_engine(
     if checkpoint is not None:
         options["attn_implementation"] = attention
         try:
-            return Engine.from_checkpoint(checkpoint, optimizer=optimizer, verify=False, **options)
+            key_file = config.checkpoint.key_file
+            return Engine.from_checkpoint(checkpoint, optimizer=optimizer, verify=False, key_file=key_file, **options)
         except (ConfigError, IntegrityError) as error:
             raise ConfigError(f"--resume: {error}") from None
     if config.model.path is not None:

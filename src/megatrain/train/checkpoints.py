@@ -71,6 +71,7 @@ class RunCheckpoints:
                 run={"steps": done},
                 extra={"config.yaml": self._config.encode()},
                 tokenizer=self._tokenizer,
+                key_file=self._settings.key_file,
                 seal=self._seal(done),
                 background=True,
             )

@@ -37,7 +37,7 @@ def require_library(setting: str) -> None:
         )
 
 
-def read_key(path: str | Path, setting: str = "checkpoint.key_file") -> bytes:
+def read_key(path: str | os.PathLike[str], setting: str = "checkpoint.key_file") -> bytes:
     """The key that file `path` holds: 32 random bytes, or 64 hexadecimal digits of them (a line's end may follow).
 
     Raises ConfigError naming `setting` for a file that is missing, that others can read, or that holds anything else.
