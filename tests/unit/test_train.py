@@ -380,8 +380,27 @@ def test_a_folder_that_must_not_be_written(tmp_path: Path) -> None:
 def test_a_disk_that_is_too_small(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "not" / "yet"))
     folder.require_room(1000)
-    with pytest.raises(CapacityError, match=r"^output: the saved model takes 1000000.00 TB and the disk"):
+    with pytest.raises(CapacityError, match=r"^output: what is saved takes 1000000.00 TB and the disk"):
         folder.require_room(10**18)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "moments", "precision", "there", "bytes_each"),
+    [
+        ({}, "fp32", "bf16", 0, 2),
+        ({"every": 5}, "fp32", "bf16", 0, 2 + 3 * 12),  # two stay, and one is written before the oldest goes
+        ({"every": 5}, "fp32", "bf16", 2, 2 + 12),
+        ({"every": 5, "keep": None}, "fp32", "bf16", 7, 2 + 12),
+        ({"every": 5, "keep": 1, "at_end": False}, "fp32", "fp32", 0, 2 * 12),
+        ({"every": 5, "keep": 1, "at_end": False}, "int8", "bf16", 0, 2 * (4 + 2 + 8 / 64)),
+    ],
+)
+def test_room_for_checkpoints_is_asked_for_before_training(
+    checkpoint: dict[str, Any], moments: str, precision: str, there: int, bytes_each: float
+) -> None:
+    settings = {"checkpoint": checkpoint, "optimizer": {"moments": moments}}
+    config = parse_config(settings, for_training=False)
+    assert build._saved_bytes(config, 6400, precision, there) == 6400 * bytes_each
 
 
 def test_parameter_groups_mean_the_names_they_find() -> None:

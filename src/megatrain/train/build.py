@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatrain.checkpoint.folders import list_checkpoints
 from megatrain.config import Config, check_warmup
 from megatrain.data.packing import Tokens, TokenStream, tokenize
 from megatrain.data.sources import Corpus
 from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS, load_tokenizer, train_bpe
 from megatrain.errors import ConfigError, IntegrityError
+from megatrain.optim.int8_moments import BLOCK
 from megatrain.train.model_settings import ModelSettings, Vocabulary
 from megatrain.train.param_groups import make_optimizer
 from megatrain.train.run_folder import RunFolder, model_folder
@@ -130,10 +132,9 @@ def plan_training(config: Config, settings: ModelSettings, folder: RunFolder) ->
     setup.check_arguments(optimizer, _engine_settings(config))
     planner = RunPlanner(config, settings.config, optimizer)
     planner.require_fit()
-    if config.checkpoint.at_end:
-        precision = setup.resolve_precision(config.engine.precision, setup.make_device(config.engine.device))
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        folder.require_room(parameters * (2 if precision == "bf16" else 4))
+    precision = setup.resolve_precision(config.engine.precision, setup.make_device(config.engine.device))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    folder.require_room(_saved_bytes(config, parameters, precision, len(list_checkpoints(folder.checkpoints))))
     if config.checkpoint.key_file is not None:
         read_key(config.checkpoint.key_file)  # before training, and not at the first save
     if config.model.path is not None:
@@ -142,6 +143,17 @@ def plan_training(config: Config, settings: ModelSettings, folder: RunFolder) ->
         except ConfigError as error:
             raise ConfigError(f"model.path: {error}") from None
     return optimizer, planner
+
+
+def _saved_bytes(config: Config, parameters: int, precision: str, there: int) -> int:
+    """That the run will add to its folder, where `there` checkpoints are already: the model, and as many checkpoints as
+    stay and one more, which is complete before the oldest goes."""
+    model = parameters * (2 if precision == "bf16" else 4)
+    moments = 8 if config.optimizer.moments == "fp32" else 2 + 8 / BLOCK
+    state = round(parameters * (moments + (2 if precision == "bf16" else 0)))
+    several = 1 if config.checkpoint.keep is None else config.checkpoint.keep + 1
+    checkpoints = max(1, several - there) if config.checkpoint.every is not None else 0
+    return (model if config.checkpoint.at_end else 0) + checkpoints * (model + state)
 
 
 def from_model(config: Config, folder: str) -> Config:

@@ -120,13 +120,13 @@ class RunFolder:
         """What was planned, and at the end what it came to."""
         return self.path / "plan.json"
 
-    def require_room(self, model_bytes: int) -> None:
-        """Raise CapacityError where the disk has no room for a model of that size."""
+    def require_room(self, saved_bytes: int) -> None:
+        """Raise CapacityError where the disk has no room for that much of models and checkpoints."""
         above = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
         free = shutil.disk_usage(above).free
-        if model_bytes > free:
+        if saved_bytes > free:
             raise CapacityError(
-                f"output: the saved model takes {format_bytes(model_bytes)} and the disk of {str(self.path)!r} has "
+                f"output: what is saved takes {format_bytes(saved_bytes)} and the disk of {str(self.path)!r} has "
                 f"{format_bytes(free)} free; give a folder on another disk"
             )
 
