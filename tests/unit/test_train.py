@@ -398,7 +398,7 @@ def test_a_disk_that_is_too_small(tmp_path: Path) -> None:
 def test_room_for_checkpoints_is_asked_for_before_training(
     checkpoint: dict[str, Any], moments: str, precision: str, there: int, bytes_each: float
 ) -> None:
-    settings = {"checkpoint": checkpoint, "optimizer": {"moments": moments}}
+    settings = {"model": {"path": "x"}, "checkpoint": checkpoint, "optimizer": {"moments": moments}}
     config = parse_config(settings, for_training=False)
     assert build._saved_bytes(config, 6400, precision, there) == 6400 * bytes_each
 
