@@ -189,6 +189,22 @@ def test_wherever_state_lies_it_is_saved_as_it_is(
     engine.close()
 
 
+def test_buffers_are_those_of_the_step_that_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the model's folder too, which is written while the next forward updates running statistics."""
+    torch.manual_seed(0)
+    engine = mt.Engine(Own(), mt.AdamW(**ADAMW), device="cpu", precision="fp32")
+    train(engine, 0, 2)
+    before, go = state_of(engine), _slow(monkeypatch)
+    save = engine.save(tmp_path / "saved", background=True)
+    engine.model(**batches_of(2)[0])
+    assert not torch.equal(engine.model.blocks[0][1].running_mean, before["buffer.blocks.0.1.running_mean"])
+    go.set()
+    save.wait()
+    saved = load_file(tmp_path / "saved" / "model" / "model.safetensors")
+    assert torch.equal(saved["blocks.0.1.running_mean"], before["buffer.blocks.0.1.running_mean"])
+    engine.close()
+
+
 def _slow(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Writing of state waits for the event."""
     go, write = threading.Event(), StateWriter.write
