@@ -341,7 +341,7 @@ def test_fewer_tokens_per_step_are_offered_where_those_are_what_is_missing() -> 
     found = plan(work, machine(), sequences=8, micro_batch=4, **tight)
     assert not found.fits
     assert "engine.micro_batch 2 and train.tokens_per_step 1024" in [r.change for r in found.remedies if r.fits]
-    assert found.refusal().endswith(" it would fit with engine.micro_batch 2 and train.tokens_per_step 1024")
+    assert found.refusal().endswith(" it would fit with engine.micro_batch 2")
     assert plan(work, machine(), sequences=2, micro_batch=2, **tight).fits
 
     needed = sum(plan(work, machine(), sequences=8, micro_batch=4, resident=0).ledger[HOST].values())
@@ -349,8 +349,27 @@ def test_fewer_tokens_per_step_are_offered_where_those_are_what_is_missing() -> 
     assert not kept.fits and "train.tokens_per_step 2048" in [r.change for r in kept.remedies if r.fits]
 
 
-def test_all_changes_together_may_need_fewer_tokens_too() -> None:
-    """Host memory for int8 moments with clipping by unit, device memory for half the tokens."""
+def test_what_changes_no_number_is_offered_first() -> None:
+    """Fewer sequences at a time, units that need not stay, graphs that need not be kept, one slot."""
+    work = workload(seq_len=512)
+    tight = {"device_memory": (_needed_on_device(work, 8, 2) + _needed_on_device(work, 8, 4)) // 2}
+    found = plan(work, machine(), sequences=8, micro_batch=4, slots=1, resident=0, keep_graphs="off", **tight)
+    assert not found.fits and found.remedies[0].change == "engine.micro_batch 2" and found.remedies[0].fits
+
+    free = _needed_on_device(work, 4, 1)
+    for setting, change in (
+        ({"resident": 4}, "engine.resident_units auto"),
+        ({"keep_graphs": 5}, "engine.keep_graphs auto"),
+        ({"slots": 6}, "engine.slots 1"),
+    ):
+        given = {"micro_batch": 1, "slots": 1, "keep_graphs": "off", "resident": 0} | setting
+        found = plan(work, machine(), sequences=4, device_memory=free + 1000, **given)
+        assert not found.fits, change
+        assert next(r.change for r in found.remedies if r.fits) == change
+
+
+def test_all_changes_together_may_need_smaller_micro_batches_too() -> None:
+    """Host memory for int8 moments with clipping by unit, device memory for half the sequences."""
     work = workload(seq_len=512)
     one = plan(work, machine(), sequences=4, micro_batch=4, clip_scope="unit", moments="int8", resident=0)
     limits = {
@@ -359,9 +378,7 @@ def test_all_changes_together_may_need_fewer_tokens_too() -> None:
     }
     found = plan(work, machine(), sequences=4, micro_batch=4, resident=0, **limits)
     fitting = [r.change for r in found.remedies if r.fits]
-    assert fitting == [
-        "train.clip_scope unit and optimizer.moments int8 and engine.micro_batch 2 and train.tokens_per_step 1024"
-    ]
+    assert fitting == ["train.clip_scope unit and optimizer.moments int8 and engine.micro_batch 2"]
 
 
 def test_more_units_than_there_are_cannot_stay() -> None:

@@ -57,3 +57,39 @@ def test_what_mixes_tokens_only_going_back_or_only_in_batches_runs_whole(inner: 
             stats = [engine.train_step([make_batch(step, length=TOKENS)]) for step in range(4)]
             results.append([s.loss for s in stats])
     assert results[0] == pytest.approx(results[1], rel=1e-6)
+
+
+class Settings:
+    def __init__(self) -> None:
+        self.mixes = False
+
+
+class ByItsSettings(Wide):
+    """What it reads is in an object, a mapping or a list that stays the same one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.settings, self.options, self.steps = Settings(), {"mixes": False}, [torch.nn.functional.silu]
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixes = self.settings.mixes or self.options["mixes"] or self.steps[0] is not torch.nn.functional.silu
+        return super().forward(x - x.mean(dim=1, keepdim=True) if mixes else x)
+
+
+@pytest.mark.parametrize("where", ["settings", "options", "steps"])
+def test_what_is_switched_between_steps_is_judged_anew(where: str) -> None:
+    torch.manual_seed(0)
+    model = Net(lambda: Residual(ByItsSettings))
+    results = []
+    for each, setting in ((copy.deepcopy(model), None), (model, PART)):
+        with make_engine(each, sequence_chunk_tokens=setting, clip_norm=None) as engine:
+            losses = []
+            for step in range(4):
+                if step == 2:
+                    for module in (m for m in each.modules() if isinstance(m, ByItsSettings)):
+                        module.settings.mixes |= where == "settings"
+                        module.options["mixes"] |= where == "options"
+                        module.steps[0] = torch.sin if where == "steps" else module.steps[0]
+                losses.append(engine.train_step([make_batch(step, length=TOKENS)]).loss)
+            results.append(losses)
+    assert results[0] == pytest.approx(results[1], rel=1e-6)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from numbers import Integral
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -76,6 +77,7 @@ class _Judging(threading.local):
 
 _judging = _Judging()
 _NO_FORWARD = nn.Module.forward
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class ChunkedForward:
@@ -113,7 +115,7 @@ class ChunkedForward:
 
     def _verdict(self, run: Run, hidden: Tensor, part: int, given: Any) -> Verdict:
         """By all that decides what the forward does: what it is called with, and attributes of its modules."""
-        kind = (hidden.shape[1:], part, hidden.dtype, hidden.device, _constants_in(given), _states_of(self.module))
+        kind = (hidden.shape, part, hidden.dtype, hidden.device, _constants_in(given), _states_of(self.module))
         if kind not in self._verdicts:
             _judging.now = True  # what is inside runs as it is
             try:
@@ -125,7 +127,8 @@ class ChunkedForward:
     def _has_hooks_inside(self) -> bool:
         """Hooks would be called for each part: those that collect a router's outputs, or somebody's own."""
         inside = (m for m in self.module.modules() if m is not self.module)
-        return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in inside)
+        of_all = any(getattr(nn.modules.module, f"_global{name}") for name in _HOOKS)
+        return of_all or any(getattr(m, name) for m in inside for name in _HOOKS)
 
 
 def _constants_in(given: tuple[tuple[Any, ...], Mapping[str, Any]]) -> tuple[Any, ...]:
@@ -136,13 +139,28 @@ def _constants_in(given: tuple[tuple[Any, ...], Mapping[str, Any]]) -> tuple[Any
 
 
 def _states_of(module: nn.Module) -> tuple[Any, ...]:
-    """Attributes of the modules inside: plain ones by value, others by which they are."""
-    plain = (bool, int, float, str, type(None))
-    return tuple(
-        (name, value if isinstance(value, plain) else id(value))
-        for inside in module.modules()
-        for name, value in inside.__dict__.items()
-    )
+    """Attributes of the modules inside: plain ones by value, others by which they are, and by what they hold in turn
+    where they are collections, or settings."""
+    own = (pair for inside in module.modules() for pair in inside.__dict__.items() if pair[0] not in _TORCHS_OWN)
+    return tuple((name, *_content(value)) for name, value in own)
+
+
+_TORCHS_OWN = frozenset(nn.Module().__dict__) - {"training"}  # weights are others in each run
+_PLAIN = (bool, int, float, str, type(None))
+_WITHOUT_SETTINGS = (Tensor, nn.Module, type, FunctionType, MethodType, ModuleType)
+
+
+def _content(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, _PLAIN):
+        return (value,)
+    held: Iterable[Any] = ()
+    if isinstance(value, Mapping):
+        held = [x for pair in value.items() for x in pair]
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        held = value
+    elif not isinstance(value, _WITHOUT_SETTINGS):
+        held = [x for pair in getattr(value, "__dict__", {}).items() for x in pair]
+    return id(value), *(x if isinstance(x, _PLAIN) else id(x) for x in held)
 
 
 def _place_of_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | str | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatrain.errors import CapacityError
@@ -65,23 +66,54 @@ def _require_the_same_for_each_token(module: nn.Module, run: Run, like: Tensor, 
     length = next(n for n in _PRIMES if n not in sizes and not any(size % n == 0 for size in sizes if size))
     whole = like.shape[1]
     lengths = [length, *dict.fromkeys((whole, min(part, whole), whole % part or part))]
+    shapes = [*((1, tokens) for tokens in lengths), *([(like.shape[0], length)] if like.shape[0] > 1 else [])]
     # what these graphs save is of no interest to those who look at what the unit's saves
     unseen = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor)
-    with _on_meta(module), torch.enable_grad(), unseen:
+    with _on_meta(module), torch.enable_grad(), unseen, _RefusesHooks():
         trails = []
-        for number, tokens in enumerate(lengths):
-            probe = torch.empty((1, tokens, *like.shape[2:]), dtype=like.dtype, device="meta").requires_grad_()
+        for number, shape in enumerate(shapes):
+            probe = torch.empty((*shape, *like.shape[2:]), dtype=like.dtype, device="meta").requires_grad_()
             if number == 0:
                 with TokenDims(probe) as watch:
                     result = run(probe)
                 if not isinstance(result, Tensor) or watch.dim_of(result) != 1:
                     raise MixesTokensError("it does not return one tensor of tokens")
+                _refuse_own_backwards(result)
             with Trail() as trail:
                 run(probe)
             trails.append(trail.steps)
-    for tokens, steps in zip(lengths[1:], trails[1:], strict=True):
+    for tokens, steps in zip(lengths[1:], trails[1 : len(lengths)], strict=True):
         if not _same_steps(trails[0], length, steps, tokens):
             raise MixesTokensError(f"it does something else over {tokens:,} tokens than over {length:,}")
+    for steps in trails[len(lengths) :]:  # its numbers are those of parts, too, which have as many sequences
+        if [name for name, _ in steps] != [name for name, _ in trails[0]]:
+            raise MixesTokensError("it does something else with several sequences than with one")
+
+
+def _refuse_own_backwards(result: Tensor) -> None:
+    """Raise MixesTokensError for an autograd function written in Python, whose backward nothing is known of: it may mix
+    the gradients of tokens. Liger's do not."""
+    seen: set[Any] = set()
+    waiting = [result.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        waiting += [other for other, _ in node.next_functions]
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            written_in = getattr(type(node), "_forward_cls", type(node)).__module__
+            if not written_in.startswith("liger_kernel."):
+                raise MixesTokensError(f"{type(node).__name__} of {written_in} has a backward of its own")
+
+
+class _RefusesHooks(TorchFunctionMode):
+    """Raises MixesTokensError where a forward hooks the gradient of what it computes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook):
+            raise MixesTokensError("it hooks a gradient, which would be one of a part")
+        return func(*args, **(kwargs or {}))
 
 
 def _same_steps(one: list[Any], length: int, other: list[Any], other_length: int) -> bool:

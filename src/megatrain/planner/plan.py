@@ -146,6 +146,9 @@ def _remedies(
     missing = sum(found.missing.values())
     changes = list(_changes(settings, streams=not hardware.computes_in_host_memory))
     enough = False
+    for remedy in _smaller_micro_batch(workload, hardware, settings, missing):
+        enough = True
+        yield remedy
     for name, change in changes:
         remedy = _tried(name, missing, choose(workload, hardware, replace(settings, **change)))
         enough |= remedy.fits
@@ -165,9 +168,11 @@ def _remedies(
         if number:
             remedy = _tried(names, missing, tried)
             enough = remedy.fits
-            yield remedy
+            if remedy.saves_bytes > 0:
+                yield remedy
         if not enough and sum(tried.missing.values()) <= _bytes_of_context(tried.ledger):
-            for remedy in _fewer(workload, hardware, together, missing, f"{names} and "):
+            given = (workload, hardware, together, missing, f"{names} and ")
+            for remedy in list(_smaller_micro_batch(*given)) or _fewer(*given):
                 enough = True
                 yield remedy
 
@@ -178,6 +183,13 @@ def _bytes_of_context(bytes_needed: Ledger) -> int:
 
 
 def _changes(settings: Settings, *, streams: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """First those that change no number of what is trained."""
+    if settings.resident and streams:
+        yield "engine.resident_units auto", {"resident": None}
+    if isinstance(settings.keep_graphs, int) and settings.keep_graphs:
+        yield "engine.keep_graphs auto", {"keep_graphs": "auto"}
+    if settings.slots is not None and settings.slots > 1 and streams:
+        yield "engine.slots 1", {"slots": 1}
     if settings.clip_scope == "global":
         yield "train.clip_scope unit", {"clip_scope": "unit"}
     if not settings.chunked:
@@ -191,6 +203,20 @@ def _changes(settings: Settings, *, streams: bool) -> Iterator[tuple[str, dict[s
 def _tried(change: str, missing: int, found: Candidate) -> Remedy:
     left = sum(found.missing.values())
     return Remedy(change, missing - left, left)
+
+
+def _smaller_micro_batch(
+    workload: Workload, hardware: Hardware, settings: Settings, missing: int, beside: str = ""
+) -> Iterator[Remedy]:
+    """Fewer sequences at a time, and as many per step. Said only where it fits. `beside`: as for `_fewer`."""
+    size = settings.micro_batch
+    while size is not None and size > 1:
+        size = next(n for n in range(size // 2, 0, -1) if settings.sequences % n == 0)
+        found = choose(workload, hardware, replace(settings, micro_batch=size))
+        remedy = _tried(f"{beside}engine.micro_batch {size}", missing, found)
+        if remedy.fits:
+            yield remedy
+            return
 
 
 def _fewer(
