@@ -250,7 +250,7 @@ def _train(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     )
     _report(result.loop.steps, result.evaluation)
     print(f"run folder: {result.folder}")
-    return DONE
+    return _ended(result.lost)
 
 
 def _demo(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
@@ -262,7 +262,7 @@ def _demo(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     _report(result.loop.steps, result.evaluation)
     if result.interrupted or not config.checkpoint.at_end:
         print(f"run folder: {result.folder}")
-        return DONE
+        return _ended(result.lost)
     texts = generate(
         str(result.folder),
         list(_DEMO_PROMPTS),
@@ -274,7 +274,12 @@ def _demo(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
         print(f"\n--- the model goes on from {prompt!r} ---\n{text}")
     print(f"\nmodel: {result.folder / 'model'}")
     print(f"more:  {_own_command()} generate {shlex.quote(str(result.folder))} --prompt 'import'")
-    return DONE
+    return _ended(result.lost)
+
+
+def _ended(lost: str | None) -> int:
+    """The exit code of a run that trained to its end: scripts ask it whether all is there that they go on with."""
+    return DONE if lost is None else _fail(lost, FAILED)
 
 
 def _own_command() -> str:

@@ -4,8 +4,11 @@ They are few and in one place, so that tests can let each of them fail in turn. 
 carried on; what the system refuses is raised as it comes (OSError), for callers to say in their own words.
 """
 
+import contextlib
 import errno
 import os
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 _MOST_BYTES = 1 << 30  # per system call; Linux ends one after 2 GiB
@@ -29,16 +32,18 @@ class NewFile:
 
     def finish(self) -> None:
         """All of it is on disk when this returns."""
+        descriptor, self._descriptor = self._descriptor, -1
         try:
-            os.fsync(self._descriptor)
+            os.fsync(descriptor)
         finally:
-            self.abandon()
+            os.close(descriptor)
 
     def abandon(self) -> None:
-        """Let it be as it is."""
+        """Let it be as it is, which is nobody's concern any more."""
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
-            os.close(descriptor)
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
@@ -61,9 +66,50 @@ def make_folder(path: Path, mode: int = 0o777) -> None:
     os.mkdir(path, mode)
 
 
+def make_folders(folder: Path) -> list[Path]:
+    """Make `folder` and what is missing above it, on disk; returns the folders made, the innermost first."""
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    made: list[Path] = []
+    try:
+        for one in reversed(missing):
+            with contextlib.suppress(FileExistsError):  # somebody else was faster
+                make_folder(one)
+                made.insert(0, one)
+            sync_folder(one.parent)
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "it is a file", str(folder))
+    except BaseException:
+        remove_empty(made)
+        raise
+    return made
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those of `folders`, innermost first, that are still empty."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def remove_tree(folder: Path) -> None:
+    """What of it can be removed. Never raises OSError, as shutil's own may all the same."""
+    with contextlib.suppress(OSError):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def rename(source: Path, target: Path) -> None:
     """Under its new name at once; `sync_folder` puts the name on disk."""
     os.rename(source, target)
+
+
+def rename_durably(source: Path, target: Path) -> None:
+    """Under its new name, on disk; after an error it has the old one."""
+    rename(source, target)
+    try:
+        sync_folder(target.parent)
+    except OSError:
+        rename(target, source)
+        raise
 
 
 def sync_file(path: Path) -> None:
@@ -85,9 +131,14 @@ def sync_folder(folder: Path) -> None:
 
 def sync_tree(folder: Path) -> None:
     """Every file and folder below `folder`."""
-    for parent, _, names in os.walk(folder):
+    for parent, _, names in os.walk(folder, onerror=_raise):
         for name in names:
             path = Path(parent, name)
             if path.is_file() and not path.is_symlink():
                 sync_file(path)
         sync_folder(Path(parent))
+
+
+def _raise(error: OSError) -> None:
+    """What cannot be listed cannot be flushed."""
+    raise error

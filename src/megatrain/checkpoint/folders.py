@@ -4,16 +4,15 @@ A folder with that name is complete: it got the name when all of it was on disk,
 removed.
 """
 
-import contextlib
 import re
-import shutil
 from pathlib import Path
 
 from megatrain import files
 from megatrain.checkpoint import description
 
 _NAME = re.compile(r"step-(\d{6,})")
-_UNFINISHED = re.compile(r"\.step-\d{6,}\.(saving-.*|removed)")
+_REMOVED = re.compile(r"\.step-\d{6,}\.removed")
+_UNFINISHED = re.compile(rf"\.step-\d{{6,}}\.saving-.*|{_REMOVED.pattern}")
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -28,25 +27,34 @@ def step_of(checkpoint: Path) -> int | None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete ones, the oldest first."""
-    found = []
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        for path in folder.iterdir():
-            step = step_of(path)
-            if step is not None and (path / description.FILE).is_file():
-                found.append((step, path))
-    return [path for _, path in sorted(found)]
+    return [path for path in _by_step(folder) if (path / description.FILE).is_file()]
+
+
+def _by_step(folder: Path) -> list[Path]:
+    """All that have a checkpoint's name."""
+    found = [(step_of(path), path) for path in _inside(folder)]
+    return [path for step, path in sorted((step, path) for step, path in found if step is not None)]
+
+
+def _inside(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def remove(checkpoint: Path) -> None:
-    """From here on it is none, whatever happens while it is removed."""
+    """From here on it is none, whatever happens while it is removed. Raises OSError where it still is one."""
     hidden = checkpoint.with_name(f".{checkpoint.name}.removed")
-    shutil.rmtree(hidden, ignore_errors=True)
-    files.rename(checkpoint, hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
+    files.remove_tree(hidden)
+    files.rename_durably(checkpoint, hidden)
+    files.remove_tree(hidden)
 
 
 def retain(folder: Path, keep: int | None) -> None:
-    """Remove all but the last `keep`, which is at least one; None: none is removed."""
+    """Remove all but the last `keep`, which is at least one; None: none is removed. Raises OSError where one that had
+    to go is still there."""
+    _remove_named(folder, _REMOVED)  # what could not be removed before may go now
     if keep is not None:
         for checkpoint in list_checkpoints(folder)[: -max(1, keep)]:
             remove(checkpoint)
@@ -54,14 +62,17 @@ def retain(folder: Path, keep: int | None) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """What saves and removals left behind that were killed. Only for the run that has the folder to itself."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        for path in list(folder.iterdir()):
-            if _UNFINISHED.fullmatch(path.name):
-                shutil.rmtree(path, ignore_errors=True)
+    _remove_named(folder, _UNFINISHED)
+
+
+def _remove_named(folder: Path, names: re.Pattern[str]) -> None:
+    for path in _inside(folder):
+        if names.fullmatch(path.name):
+            files.remove_tree(path)
 
 
 def remove_after(folder: Path, step: int) -> None:
-    """Those of later steps: a run that goes on from `step` will write its own."""
-    for checkpoint in list_checkpoints(folder):
+    """Those of later steps, damaged ones too: a run that goes on from `step` will write its own under their names."""
+    for checkpoint in _by_step(folder):
         if (step_of(checkpoint) or 0) > step:
             remove(checkpoint)

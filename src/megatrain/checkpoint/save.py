@@ -11,13 +11,11 @@ not there.
 """
 
 import os
-import shutil
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +24,10 @@ from megatrain import files
 from megatrain.checkpoint import description
 from megatrain.checkpoint.description import Description
 from megatrain.checkpoint.state_files import StateWriter
-from megatrain.errors import IntegrityError, MegaTrainError
+from megatrain.errors import ConfigError, IntegrityError, MegaTrainError
 from megatrain.memory.store import HostStore
+from megatrain.model.folder_swap import remove_leftovers, temporary_for
+from megatrain.model.loading import one_line
 from megatrain.model.saving import ModelFolder
 
 MODEL, STATE = "model", "state"
@@ -39,7 +39,8 @@ class Save:
     `order`: units as they are updated. `dtype`: of the weights on disk, that of the store's. `buffers`, by id: their
     values now; `others`: tensors beside the parameters' state. `extra`: further files, by name. `key`: to seal the
     state's files with. `seal` is called with the folder once all else is in it. Raises MegaTrainError where the folder
-    cannot be made; what fails later is raised by `wait`. After either nothing is left behind, and training is as if
+    cannot be made; what fails later is raised by `wait`: IntegrityError where what training holds is not what it should
+    be, MegaTrainError where it could not be written. After any of them nothing is left behind, and training is as if
     nothing had been saved.
     """
 
@@ -71,13 +72,14 @@ class Save:
         self._written: set[int] = set()
         self._over = False
         self._error: BaseException | None = None
-        self._temporary = folder.parent / f".{folder.name}.saving-{socket.gethostname()}-{os.getpid()}"
+        self._temporary = temporary_for(folder)
+        self._made: list[Path] = []  # folders above it
         self._started = time.perf_counter()
         try:
             self._prepare(model, dtype, buffers, others, extra, tokenizer, key)
         except BaseException as error:
             self._clean_up()
-            raise self._failed(error) from error
+            self._raise(error)
         self._thread = threading.Thread(target=self._run, name="megatrain-save", daemon=True)
         self._thread.start()
 
@@ -92,8 +94,10 @@ class Save:
         key: bytes | None,
     ) -> None:
         """The folders, and what is small."""
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        if os.path.lexists(self.folder):
+            raise ConfigError(f"cannot save to {self.folder}: it is there already; give a new folder")
+        self._made = files.make_folders(self.folder.parent)
+        remove_leftovers(self.folder)
         files.make_folder(self._temporary, 0o700)
         for part in (MODEL, STATE):
             files.make_folder(self._temporary / part)
@@ -131,7 +135,7 @@ class Save:
         """Return when the checkpoint is on disk. Raises MegaTrainError where it could not be written."""
         self._thread.join()
         if self._error is not None:
-            raise self._failed(self._error) from self._error
+            self._raise(self._error)
 
     # -- the thread -------------------------------------------------------------------------------------------
 
@@ -175,12 +179,14 @@ class Save:
         self._state.close()
         self._refuse_writes()
         files.write_file(self._temporary / description.FILE, self._told.to_bytes(), files.PRIVATE)
-        self._seal(self._temporary)
+        try:
+            self._seal(self._temporary)
+        except IntegrityError as error:  # of what lies in the folder, and not of what training holds
+            raise MegaTrainError(f"cannot save to {self.folder}: {error}") from error
         files.sync_tree(self._temporary)
-        if self.folder.exists():
-            raise IntegrityError(f"{self.folder} has come into being meanwhile")
-        files.rename(self._temporary, self.folder)
-        files.sync_folder(self.folder.parent)
+        if os.path.lexists(self.folder):
+            raise MegaTrainError(f"cannot save to {self.folder}: it has come into being meanwhile")
+        files.rename_durably(self._temporary, self.folder)
 
     def _refuse_writes(self) -> None:
         """Somebody else's writes into parameters may be in what was written, or not."""
@@ -195,11 +201,15 @@ class Save:
         for part in ("_weights", "_state"):
             if hasattr(self, part):
                 getattr(self, part).abandon()
-        shutil.rmtree(self._temporary, ignore_errors=True)
+        files.remove_tree(self._temporary)
+        files.remove_empty(self._made)
 
-    def _failed(self, error: BaseException) -> BaseException:
-        """One line for what went wrong on the disk; other errors as they are."""
-        if isinstance(error, OSError):
-            reason = error.strerror or str(error)
-            return MegaTrainError(f"cannot save to {self.folder}: {reason}; what was saved before is untouched")
-        return error
+    def _raise(self, error: BaseException) -> NoReturn:
+        """One line for whatever went wrong. Of a full disk, tokenizers' own writer raises a plain Exception."""
+        if isinstance(error, MegaTrainError) or not isinstance(error, Exception):
+            raise error
+        kind = "" if isinstance(error, OSError) or type(error) is Exception else f"{type(error).__name__}: "
+        reason = (error.strerror if isinstance(error, OSError) else None) or one_line(error)
+        raise MegaTrainError(
+            f"cannot save to {self.folder}: {kind}{reason}; what was saved before is untouched"
+        ) from error

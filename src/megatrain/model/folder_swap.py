@@ -48,29 +48,39 @@ def replacing(target: Path) -> Iterator[Path]:
 
     Files of the old folder that are no part of a model come along. After an error the old folder stands.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(target)
-    temporary = target.parent / f".{target.name}.saving-{socket.gethostname()}-{os.getpid()}"
-    temporary.mkdir()
+    made = files.make_folders(target.parent)
+    remove_leftovers(target)
+    temporary = temporary_for(target)
     try:
+        files.make_folder(temporary)
         yield temporary
         if target.exists():
             _carry_over(target, temporary)
         files.sync_tree(temporary)
         _put_in_place(temporary, target)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        files.remove_tree(temporary)
+        files.remove_empty(made)
         raise
-    files.sync_folder(target.parent)
 
 
-def _remove_leftovers(target: Path) -> None:
-    """Remove what saves to `target` left behind whose process on this machine was killed."""
+def temporary_for(target: Path) -> Path:
+    """Where this process writes what will be `target`: beside it, under a name that says whose it is."""
+    return target.with_name(f".{target.name}.saving-{socket.gethostname()}-{os.getpid()}")
+
+
+def is_leftover(name: str, target: str) -> bool:
+    """Whether a save to a folder called `target` writes, or has left behind, what is called `name`."""
+    return re.fullmatch(rf"\.{re.escape(target)}\.saving-.*", name) is not None
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove what saves to `target` left behind whose process on this machine was killed, or was this one."""
     prefix = f".{target.name}.saving-{socket.gethostname()}-"
     for path in target.parent.glob(f"{glob.escape(prefix)}*"):
         pid = path.name.removeprefix(prefix)
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
+        if pid.isdigit() and (int(pid) == os.getpid() or not psutil.pid_exists(int(pid))):
+            files.remove_tree(path)
 
 
 def _carry_over(old: Path, new: Path) -> None:
@@ -92,21 +102,26 @@ def _link_or_copy(source: str | Path, target: str | Path) -> None:
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:
-    """Make `temporary` be `target`; what was there before is removed afterwards."""
-    if not target.exists():
-        files.rename(temporary, target)
-    elif _exchange(temporary, target):
-        shutil.rmtree(temporary, ignore_errors=True)
-    else:
-        # the file system cannot swap two names at once: for an instant, `target` is missing and `aside` is it
-        aside = temporary.with_name(temporary.name + ".old")
-        files.rename(target, aside)
-        try:
+    """Make `temporary` be `target`, on disk; only then is what was there before removed. After an error both are what
+    they were."""
+    old = None
+    with contextlib.ExitStack() as undo:
+        if target.exists():
+            if _exchange(temporary, target):
+                old = temporary
+                undo.callback(_exchange, temporary, target)
+            else:
+                # the file system cannot swap two names at once: for an instant, `target` is missing and `old` is it
+                old = temporary.with_name(temporary.name + ".old")
+                files.rename(target, old)
+                undo.callback(files.rename, old, target)
+        if old is not temporary:
             files.rename(temporary, target)
-        except OSError:
-            files.rename(aside, target)
-            raise
-        shutil.rmtree(aside, ignore_errors=True)
+            undo.callback(files.rename, target, temporary)
+        files.sync_folder(target.parent)
+        undo.pop_all()
+    if old is not None:
+        files.remove_tree(old)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from megatrain import files
 from megatrain.checkpoint.folders import list_checkpoints, remove_after, remove_leftovers, retain, step_folder
 from megatrain.config import CheckpointConfig
-from megatrain.errors import MegaTrainError
+from megatrain.errors import ConfigError, IntegrityError, MegaTrainError
 from megatrain.sizes import format_seconds
-from megatrain.trust.manifest import Parent, parent_of, write_manifest
+from megatrain.trust.manifest import Parent, write_manifest
 
 if TYPE_CHECKING:
     from megatrain.checkpoint.save import Save
@@ -22,7 +22,9 @@ _log = logging.getLogger(__name__)
 
 class RunCheckpoints:
     """Saves the engine into `folder` as `settings` say, beside training. What cannot be saved is said, and training,
-    which may have taken days, goes on; the next one is tried at its time.
+    which may have taken days, goes on; the next one is tried at its time. Raises ConfigError where `folder` cannot be
+    cleared of what killed runs have left, and IntegrityError where what training holds is not what it should be: that
+    ends the run.
 
     `config`: the text of the run's config.yaml. `facts`: of every manifest. `first_step`: that the run goes on from,
     `parent`: the manifest that it began with.
@@ -44,12 +46,16 @@ class RunCheckpoints:
         self._config, self._facts, self._tokenizer = config, facts, tokenizer
         self._saved_step, self._parent = first_step, parent
         self._running: tuple[int, Save] | None = None
+        self._sealed: Parent | None = None  # what the next one calls the one that is being saved
+        self.lost: str | None = None  # why the last one that was due is not there
         self.stall_seconds = 0.0  # that training has stood still for saves, at most
         self.seconds = 0.0  # that saves took
         self.saved = self.failed = 0
-        if folder.exists():
+        try:
             remove_leftovers(folder)
             remove_after(folder, first_step)  # of a future that this run will not have
+        except OSError as error:
+            raise ConfigError(f"output: cannot remove checkpoints in {str(folder)!r}: {error.strerror}") from None
 
     def after_step(self, done: int, *, last: bool) -> None:
         """`done` steps are; `last`: no other comes."""
@@ -75,6 +81,8 @@ class RunCheckpoints:
                 seal=self._seal(done),
                 background=True,
             )
+        except IntegrityError:
+            raise
         except MegaTrainError as error:
             self._say_failed(done, error)
             return
@@ -82,9 +90,13 @@ class RunCheckpoints:
         self._saved_step, self._running = done, (done, save)
 
     def _seal(self, done: int) -> Callable[[Path], object]:
-        parent = self._parent
+        parent, name = self._parent, step_folder(self._folder, done).name
 
-        return lambda folder: write_manifest(folder, {**self._facts, "step": done}, parent, write=files.write_file)
+        def seal(folder: Path) -> None:
+            sha256 = write_manifest(folder, {**self._facts, "step": done}, parent, write=files.write_file)
+            self._sealed = Parent(name, sha256)
+
+        return seal
 
     def _settle(self) -> None:
         """The save that is under way is over, in one way or the other."""
@@ -93,22 +105,28 @@ class RunCheckpoints:
         (done, save), self._running = self._running, None
         try:
             self._engine.wait_for_save()
-            self._parent = parent_of(save.folder)
-            retain(self._folder, self._settings.keep)
-        except (MegaTrainError, OSError) as error:
+        except IntegrityError:
+            raise
+        except MegaTrainError as error:
             self._say_failed(done, error)
             return
         finally:
             self.stall_seconds += save.stall_seconds
             self.seconds += save.seconds
         self.saved += 1
+        self._parent, self.lost = self._sealed, None
+        try:
+            retain(self._folder, self._settings.keep)
+        except OSError as error:
+            _log.warning("checkpoint: an old one in %s cannot be removed: %s", self._folder, error.strerror or error)
 
     def _say_failed(self, done: int, error: BaseException) -> None:
         self.failed += 1
         self._saved_step = -1
         there = list_checkpoints(self._folder)
         stands = f"; the last checkpoint is {there[-1].name}" if there else ""
-        _log.warning("checkpoint: step %d was not saved: %s%s; training goes on", done, error, stands)
+        self.lost = f"checkpoint: step {done} was not saved: {error}{stands}"
+        _log.warning("%s; training goes on", self.lost)
 
     def summary(self) -> str | None:
         """A line for people; None where nothing was to be saved."""

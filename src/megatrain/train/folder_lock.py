@@ -17,9 +17,17 @@ class FolderLock:
     def __init__(self) -> None:
         self._descriptor: int | None = None
 
+    @property
+    def held(self) -> bool:
+        return self._descriptor is not None
+
     def take(self, file: Path) -> None:
-        """Claim the folder of `file`, which is made where it is missing. Raises ConfigError where another run has."""
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        """Claim the folder of `file`, which is made where it is missing. Raises ConfigError where another run has, or
+        where the file cannot be written."""
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise ConfigError(f"output: cannot write to {str(file)!r}: {error.strerror}") from None
         if fcntl is None:
             os.close(descriptor)
             return

@@ -68,11 +68,11 @@ def find_checkpoint(resume: str | None, output: Path, *, verify: bool) -> Resume
 
 def _last_good(checkpoints: list[Path], *, verify: bool) -> Resumed | None:
     """The last that can be relied on. Raises ConfigError where there are some, and none of them can."""
-    error: IntegrityError | None = None
+    error: IntegrityError | ConfigError | None = None
     for folder in reversed(checkpoints):
         try:
             return _read(folder, verify=verify)
-        except IntegrityError as found:
+        except (IntegrityError, ConfigError) as found:  # the latter: it has no manifest
             error = error or found
             _log.warning("--resume: %s; going on from the checkpoint before, if there is one", found)
     if error is not None:

@@ -1,5 +1,6 @@
 """One run, from settings to a trained model on disk."""
 
+import logging
 import os
 import sys
 from contextlib import closing
@@ -15,6 +16,7 @@ from megatrain.memory.arena import share_one_heap
 from megatrain.memory.limits import reset_peak_resident
 from megatrain.model.loading import one_line
 from megatrain.optim.schedules import learning_rate
+from megatrain.planner.plan import Plan
 from megatrain.sizes import format_bytes
 from megatrain.train import build
 from megatrain.train.checkpoints import RunCheckpoints
@@ -37,18 +39,22 @@ if TYPE_CHECKING:
     from megatrain.optim.adamw import AdamW
     from megatrain.train.planning import RunPlanner
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class RunResult:
     """What a run left: its folder, how training went, the measure on data.eval where there is one.
 
-    `interrupted`: by Ctrl-C, in training or in what follows it.
+    `interrupted`: by Ctrl-C, in training or in what follows it. `lost`: why what training ended with is no checkpoint
+    although it should be one.
     """
 
     folder: Path
     loop: LoopResult
     evaluation: Evaluation | None
     interrupted: bool
+    lost: str | None = None
 
 
 def run(
@@ -67,7 +73,13 @@ def run(
     Raises ConfigError and CapacityError before anything is written, and most of them before the texts are read.
     """
     share_one_heap()  # before reading and measuring start threads
-    folder, resumed = _open_folder(config, replace=replace, resume=resume, verify=verify)
+    folder = _open_folder(config, replace=replace, resume=resume)
+    with closing(folder):
+        resumed = find_checkpoint(resume, folder.final, verify=verify)
+        return _run(config, folder, resumed, force=force, profile_steps=profile_steps)
+
+
+def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: bool, profile_steps: int) -> RunResult:
     if resumed is not None:
         check_settings(resumed, config, force=force)
         _say(f"going on from {resumed.folder}, step {resumed.step:,}")
@@ -94,11 +106,11 @@ def run(
     kernels = f", {engine.kernels}" if engine.device.torch_device.type != "cpu" else ""
     _say(f"{settings.config.model_type} with {parameters:,} parameters, {engine.precision} on {where}{kernels}")
 
-    with StopOnInterrupt() as stop, closing(folder):
+    with StopOnInterrupt() as stop:
         folder.create(config)
         first_step = 0 if resumed is None else resumed.step
         cut_metrics(folder.metrics, first_step)
-        write_plan(folder.plan, plan)
+        _write_plan(folder, plan)
         watched = WatchedEngine(engine)
         checkpoints = RunCheckpoints(
             config.checkpoint,
@@ -113,11 +125,11 @@ def run(
         try:
             result = _train(config, engine, watched, data, folder, stop, profile_steps, checkpoints, first_step)
         except BaseException:
-            if (resume is None and not folder.metrics.exists()) or not folder.metrics.stat().st_size:
-                folder.discard()  # nothing of it was logged: there is nothing to keep
+            if not folder.has_results:
+                folder.discard()  # there is nothing to keep
             raise
         outcome = watched.outcome(plan)
-        write_plan(folder.plan, plan, outcome)
+        _write_plan(folder, plan, outcome)
         for line in (*outcome_lines(outcome), *filter(None, [checkpoints.summary()])):
             _say(line)
         if config.checkpoint.at_end:
@@ -127,17 +139,23 @@ def run(
         evaluation = _evaluate(config, engine, data, stop)
     engine.close()
     folder.finish(complete=not result.interrupted)
-    return RunResult(folder.path, result, evaluation, stop.requested)
+    return RunResult(folder.path, result, evaluation, stop.requested, checkpoints.lost)
 
 
-def _open_folder(
-    config: Config, *, replace: bool, resume: str | None, verify: bool
-) -> tuple[RunFolder, Resumed | None]:
-    """The run's folder, and the checkpoint that it goes on from. A run goes on in its own folder, or in a new one."""
-    output = Path(os.path.expanduser(str(config.output)))
-    resumed = find_checkpoint(resume, output, verify=verify)
-    own = resumed is not None and resumed.folder.resolve().parent.parent == output.resolve()
-    return RunFolder(str(config.output), replace=replace, resume=own or resume == "auto"), resumed
+def _open_folder(config: Config, *, replace: bool, resume: str | None) -> RunFolder:
+    """The run's folder, where it goes on in its own, or a new one: nobody else has it from here on."""
+    output = Path(os.path.expanduser(str(config.output))).resolve()
+    given = Path(os.path.expanduser(resume or "")).resolve()
+    own = resume is not None and (resume == "auto" or output in (given, given.parent.parent))
+    return RunFolder(str(config.output), replace=replace, resume=own)
+
+
+def _write_plan(folder: RunFolder, plan: Plan, outcome: dict[str, dict[str, float]] | None = None) -> None:
+    """No run fails for want of it."""
+    try:
+        write_plan(folder.plan, plan, outcome)
+    except OSError as error:
+        _log.warning("output: cannot write %r: %s", str(folder.plan), error.strerror)
 
 
 def _facts(config: Config, corpora: build.Corpora, planner: "RunPlanner") -> dict[str, Any]:

@@ -1,20 +1,21 @@
 """A run's folder on disk: made when training is sure to start, and never over another run's."""
 
-import contextlib
-import errno
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from megatrain import files
+from megatrain.checkpoint.folders import list_checkpoints
 from megatrain.config import Config, to_yaml
 from megatrain.errors import CapacityError, ConfigError
+from megatrain.model.folder_swap import is_leftover
 from megatrain.sizes import format_bytes
 from megatrain.train.folder_lock import FolderLock
 
-CHECKPOINTS = "checkpoints"
-_OWN_FILES = frozenset({"config.yaml", "metrics.jsonl", "model", "plan.json", "trace.json", CHECKPOINTS})
+CHECKPOINTS, _MODEL, _SETTINGS = "checkpoints", "model", "config.yaml"
+_OWN_FILES = frozenset({_SETTINGS, "metrics.jsonl", _MODEL, "plan.json", "trace.json", CHECKPOINTS})
 
 
 def model_folder(path: str) -> str:
@@ -32,37 +33,14 @@ def check_writable(folder: Path, key: str) -> None:
     """Raise ConfigError naming `key` where `folder` cannot be made and written to. Leaves nothing behind."""
     made: list[Path] = []
     try:
-        made = make_folder(folder)
+        made = files.make_folders(folder)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (OSError, ValueError) as error:  # ValueError: no path at all, such as one with a NUL in it
         reason = error.strerror if isinstance(error, OSError) else "no such name"
         raise ConfigError(f"{key}: cannot write to folder {str(folder)!r}: {reason}; give another folder") from None
     finally:
-        _remove_folders(made)
-
-
-def make_folder(folder: Path) -> list[Path]:
-    """Make `folder` and what is missing above it; returns the folders made, the innermost first."""
-    missing = [one for one in (folder, *folder.parents) if not one.exists()]
-    made: list[Path] = []
-    try:
-        for one in reversed(missing):
-            one.mkdir(exist_ok=True)
-            made.insert(0, one)
-        if not folder.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, "it is a file", str(folder))
-    except BaseException:
-        _remove_folders(made)
-        raise
-    return made
-
-
-def _remove_folders(folders: Iterable[Path]) -> None:
-    """Remove those of `folders`, innermost first, that are still empty."""
-    for folder in folders:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+        files.remove_empty(made)
 
 
 class RunFolder:
@@ -71,8 +49,8 @@ class RunFolder:
     A folder with files in it is refused, unless it holds a run and nothing else, and `resume` or `replace` is set.
     With `resume` that run goes on. With `replace` the new run is written beside it, and takes its place only when
     `finish` is told that it is complete.
-    Nothing stays on disk before `create`; from then on no other run can have the folder, until `finish` or `close`.
-    Raises ConfigError where the folder cannot be used.
+    Nothing stays on disk before `create`; from then on, and with `resume` from the start, no other run can have the
+    folder, until `finish` or `close`. Raises ConfigError where the folder cannot be used.
     """
 
     def __init__(self, output: str, *, replace: bool = False, resume: bool = False) -> None:
@@ -83,22 +61,24 @@ class RunFolder:
         self._lock = FolderLock()
         self._resumes = resume
         content = _content(self.final)
-        if resume and not content <= _OWN_FILES:
-            others = ", ".join(sorted(content - _OWN_FILES)[:3])
+        if resume and (foreign := _foreign(content)):
+            others = ", ".join(sorted(foreign)[:3])
             raise ConfigError(f"output: {output!r} holds more than a run ({others}); give another folder or remove it")
         if content and not resume:
             if not replace:
                 raise ConfigError(f"output: {output!r} already holds files; give another folder or remove it")
             self.final = Path(os.path.abspath(self.final))  # `.` has no name of its own
             self.path = self.final.with_name(self.final.name + ".partial")
-            if not (content | _content(self.path)) <= _OWN_FILES:
+            if _foreign(content | _content(self.path)):
                 raise ConfigError(f"output: {output!r} holds more than a run; give another folder or remove it")
         check_writable(self.path, "output")
+        if resume and _SETTINGS in content:  # before anybody reads what it would go on from
+            self._lock.take(self.path / _SETTINGS)
 
     @property
     def model(self) -> Path:
         """The transformers folder of the trained model."""
-        return self.path / "model"
+        return self.path / _MODEL
 
     @property
     def checkpoints(self) -> Path:
@@ -120,6 +100,12 @@ class RunFolder:
         """What was planned, and at the end what it came to."""
         return self.path / "plan.json"
 
+    @property
+    def has_results(self) -> bool:
+        """Whether there is something that training has left: a line of metrics, a model, a checkpoint."""
+        logged = self.metrics.exists() and self.metrics.stat().st_size > 0
+        return logged or self.model.exists() or bool(list_checkpoints(self.checkpoints))
+
     def require_room(self, saved_bytes: int) -> None:
         """Raise CapacityError where the disk has no room for that much of models and checkpoints."""
         above = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
@@ -132,13 +118,14 @@ class RunFolder:
 
     def create(self, config: Config) -> None:
         """Make the folder and write the complete settings into it. Raises ConfigError where another run came first."""
-        settings = self.path / "config.yaml"
+        settings = self.path / _SETTINGS
         try:
-            self._made = make_folder(self.path)
-            self._lock.take(settings)
+            self._made = files.make_folders(self.path)
+            if not self._lock.held:
+                self._lock.take(settings)
             others = _content(self.path) - {settings.name}
-            if self._resumes:
-                pass  # what is there is this run's own
+            if self._resumes:  # what is there is this run's own, but for what a save did not get to finish
+                _remove(self.path / name for name in others if is_leftover(name, _MODEL))
             elif self.path != self.final:
                 _remove(self.path / name for name in others)  # an earlier replacement that never became complete
             elif others or settings.stat().st_size:
@@ -151,10 +138,10 @@ class RunFolder:
 
     def discard(self) -> None:
         """Undo `create`: for a run that failed in its first step."""
-        for file in (self.path / "config.yaml", self.plan, self.metrics):
+        for file in (self.path / _SETTINGS, self.plan, self.metrics):
             file.unlink(missing_ok=True)
         self._lock.release()
-        _remove_folders(self._made)
+        files.remove_empty(self._made)
 
     def finish(self, *, complete: bool) -> None:
         """Put a complete run in the place of the one it replaces; an incomplete one stays beside it."""
@@ -179,6 +166,11 @@ def _remove(paths: Iterable[Path]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def _foreign(names: Iterable[str]) -> set[str]:
+    """Those that no run writes."""
+    return {name for name in names if name not in _OWN_FILES and not is_leftover(name, _MODEL)}
 
 
 def _content(folder: Path) -> set[str]:
