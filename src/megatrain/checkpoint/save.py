@@ -16,6 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ from megatrain.checkpoint.description import Description
 from megatrain.checkpoint.state_files import StateWriter
 from megatrain.errors import IntegrityError, MegaTrainError
 from megatrain.memory.store import HostStore
+from megatrain.memory.unit_hashes import BUFFERS, UnitHash, hash_buffers
 from megatrain.model.saving import ModelFolder
 
 MODEL, STATE = "model", "state"
+_HASH_THREADS = 2  # together as fast as a disk takes what they have hashed
 
 
 class Save:
@@ -38,8 +41,9 @@ class Save:
 
     `order`: units as they are updated. `dtype`: of the weights on disk, that of the store's. `buffers`, by id: their
     values now; `others`: tensors beside the parameters' state. `extra`: further files, by name. `seal` is called with
-    the folder once all else is in it. Raises MegaTrainError where the folder cannot be made; what fails later is raised
-    by `wait`. After either nothing is left behind, and training is as if nothing had been saved.
+    the folder once all else is in it. `unit_names`: units whose SHA-256 `unit_hashes` holds when it is over, None: of
+    none; it is taken beside the writing. Raises MegaTrainError where the folder cannot be made; what fails later is
+    raised by `wait`. After either nothing is left behind, and training is as if nothing had been saved.
     """
 
     def __init__(
@@ -56,11 +60,16 @@ class Save:
         extra: Mapping[str, bytes],
         tokenizer: Any,
         seal: Callable[[Path], object],
+        unit_names: Mapping[int, str] | None = None,
     ) -> None:
         self.folder = folder
+        self.unit_hashes: dict[str, str] = {}
         self.stall_seconds = 0.0  # that updates have waited
         self.seconds = 0.0  # that writing took, once it is over
         self._store, self._order, self._told, self._seal = store, order, told, seal
+        self._unit_names = unit_names
+        self._buffers = {n.removeprefix("buffer."): t for n, t in others.items() if n.startswith("buffer.")}
+        self._hash: UnitHash | None = None  # of the unit that is being written
         self._versions = {slot: entry.slot.parameter._version for slot, entry in store.slots.items()}
         self._changed = threading.Condition()
         self._written: set[int] = set()
@@ -98,7 +107,7 @@ class Save:
             return buffers.get(id(tensor), tensor.detach())
 
         self._weights = ModelFolder(model, self._temporary / MODEL, read, dtype, tokenizer)
-        self._state = StateWriter(self._temporary / STATE, self._store, others)
+        self._state = StateWriter(self._temporary / STATE, self._store, others, self._hash_parameter)
         homes = {id(entry.slot.parameter): entry.unit for entry in self._store.slots.values()}
         named = model.state_dict(keep_vars=True)
         self._unit_of = {name: homes[id(tensor)] for name, tensor in named.items() if id(tensor) in homes}
@@ -149,17 +158,31 @@ class Save:
         for name, unit in self._unit_of.items():
             missing[unit].add(name)
         more = True
-        for unit in self._order:
-            for slot in slots.get(unit, ()):
-                self._state.write(slot)
-            while more and missing[unit]:
-                sources = self._weights.write_group()
-                more = bool(sources)
-                for name in sources:
-                    missing[self._unit_of.get(name, unit)].discard(name)
-            self._note_written(unit)  # or all of the model is
+        with ThreadPoolExecutor(_HASH_THREADS, "megatrain-save-hash") as pool:
+            for unit in self._order:
+                self._hash = UnitHash(pool) if self._unit_names is not None else None
+                for slot in slots.get(unit, ()):
+                    self._state.write(slot)
+                    if self._hash is not None:
+                        self._hash.wait()  # nothing of the parameter is held beside the next
+                while more and missing[unit]:
+                    sources = self._weights.write_group()
+                    more = bool(sources)
+                    for name in sources:
+                        missing[self._unit_of.get(name, unit)].discard(name)
+                if self._unit_names is not None and self._hash is not None:
+                    self.unit_hashes[self._unit_names[unit]] = self._hash.hexdigest()
+                self._note_written(unit)  # or all of the model is
+            if self._unit_names is not None:
+                self.unit_hashes[BUFFERS] = hash_buffers(pool, self._buffers)
         while more:
             more = bool(self._weights.write_group())
+
+    def _hash_parameter(self, slot: int, state: Mapping[str, Tensor]) -> None:
+        """It is hashed while it is written, and does not change before its unit is."""
+        if self._hash is not None:
+            entry = self._store.slots[slot]
+            self._hash.add_parameter(entry, state, self._told.steps[entry.slot.name])
 
     def _note_written(self, unit: int) -> None:
         with self._changed:

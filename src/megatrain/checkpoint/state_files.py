@@ -10,7 +10,7 @@ nothing of what lies in host memory is copied.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,14 @@ _STEM = "state"
 class StateWriter:
     """Writes the state of `store` into the empty folder `folder`, parameter by parameter, and `others` at once."""
 
-    def __init__(self, folder: Path, store: HostStore, others: Mapping[str, Tensor]) -> None:
-        self._store = store
+    def __init__(
+        self,
+        folder: Path,
+        store: HostStore,
+        others: Mapping[str, Tensor],
+        look: Callable[[int, Mapping[str, Tensor]], None] | None = None,
+    ) -> None:
+        self._store, self._look = store, look
         shapes = {name: tensor.to("meta") for name, tensor in others.items()}
         for slot in store.slots:
             shapes |= names_of(store.slots[slot], store.state_shapes(slot))
@@ -41,12 +47,16 @@ class StateWriter:
             self._writer.write(name, tensor)
 
     def write(self, slot: int) -> None:
-        """What the optimizer holds of a parameter."""
+        """What the optimizer holds of a parameter. `look` is shown it before it is written."""
         entry = self._store.slots[slot]
+        state: Mapping[str, Tensor] = {}
         if entry.place.trainable:
             self._store.notice_silent_write(entry)
-            for name, tensor in names_of(entry, self._store.read_state(slot)).items():
-                self._writer.write(name, tensor)
+            state = self._store.read_state(slot)
+        if self._look is not None:
+            self._look(slot, state)
+        for name, tensor in names_of(entry, state).items():
+            self._writer.write(name, tensor)
 
     def close(self) -> None:
         self._writer.close()

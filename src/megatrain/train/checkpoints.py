@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from megatrain.checkpoint.folders import list_checkpoints, remove_after, remove_
 from megatrain.config import CheckpointConfig
 from megatrain.errors import MegaTrainError
 from megatrain.sizes import format_seconds
+from megatrain.trust.ledger import LedgerWriter
 from megatrain.trust.manifest import Parent, parent_of, write_manifest
 
 if TYPE_CHECKING:
@@ -25,7 +27,8 @@ class RunCheckpoints:
     which may have taken days, goes on; the next one is tried at its time.
 
     `config`: the text of the run's config.yaml. `facts`: of every manifest. `first_step`: that the run goes on from,
-    `parent`: the manifest that it began with.
+    `parent`: the manifest that it began with. Checkpoints are entered in `ledger`, whose last line
+    each manifest records.
     """
 
     def __init__(
@@ -39,10 +42,11 @@ class RunCheckpoints:
         tokenizer: Any,
         first_step: int,
         parent: Parent | None,
+        ledger: LedgerWriter,
     ) -> None:
         self._settings, self._engine, self._folder = settings, engine, folder
         self._config, self._facts, self._tokenizer = config, facts, tokenizer
-        self._saved_step, self._parent = first_step, parent
+        self._saved_step, self._parent, self._ledger = first_step, parent, ledger
         self._running: tuple[int, Save] | None = None
         self.stall_seconds = 0.0  # that training has stood still for saves, at most
         self.seconds = 0.0  # that saves took
@@ -73,6 +77,7 @@ class RunCheckpoints:
                 tokenizer=self._tokenizer,
                 seal=self._seal(done),
                 background=True,
+                hash_units=True,
             )
         except MegaTrainError as error:
             self._say_failed(done, error)
@@ -81,9 +86,15 @@ class RunCheckpoints:
         self._saved_step, self._running = done, (done, save)
 
     def _seal(self, done: int) -> Callable[[Path], object]:
-        parent = self._parent
+        facts, parent = {**self._facts, "step": done}, self._parent
+        if self._ledger.head is not None:
+            facts["ledger"] = asdict(self._ledger.head)
 
-        return lambda folder: write_manifest(folder, {**self._facts, "step": done}, parent, write=files.write_file)
+        def seal(folder: Path) -> None:
+            self._ledger.sync()  # before anything relies on it
+            write_manifest(folder, facts, parent, write=files.write_file)
+
+        return seal
 
     def _settle(self) -> None:
         """The save that is under way is over, in one way or the other."""
@@ -93,6 +104,8 @@ class RunCheckpoints:
         try:
             self._engine.wait_for_save()
             self._parent = parent_of(save.folder)
+            digest = self._parent.manifest_sha256
+            self._ledger.append("checkpoint", step=done, manifest_sha256=digest, units=save.unit_hashes)
             retain(self._folder, self._settings.keep)
         except (MegaTrainError, OSError) as error:
             self._say_failed(done, error)

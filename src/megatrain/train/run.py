@@ -2,22 +2,22 @@
 
 import os
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatrain.config import Config, to_yaml
-from megatrain.data.batches import StepBatches
 from megatrain.errors import MegaTrainError
 from megatrain.memory.arena import share_one_heap
 from megatrain.memory.limits import reset_peak_resident
 from megatrain.model.loading import one_line
-from megatrain.optim.schedules import learning_rate
 from megatrain.sizes import format_bytes
 from megatrain.train import build
 from megatrain.train.checkpoints import RunCheckpoints
+from megatrain.train.determinism import determinism
+from megatrain.train.entries import begin_ledger, end_ledger, record_step
 from megatrain.train.evaluate import Evaluation, evaluate
 from megatrain.train.interrupt import StopOnInterrupt
 from megatrain.train.loop import LoopResult, train
@@ -30,6 +30,7 @@ from megatrain.train.resume import Resumed, check_data, check_settings, cut_metr
 from megatrain.train.run_folder import RunFolder
 from megatrain.train.trial import try_out
 from megatrain.trust.facts import run_facts
+from megatrain.trust.ledger import LedgerWriter
 from megatrain.trust.manifest import parent_of
 
 if TYPE_CHECKING:
@@ -66,6 +67,13 @@ def run(
 
     Raises ConfigError and CapacityError before anything is written, and most of them before the texts are read.
     """
+    with determinism(config.train.deterministic):
+        return _run(config, replace=replace, profile_steps=profile_steps, resume=resume, force=force, verify=verify)
+
+
+def _run(
+    config: Config, *, replace: bool, profile_steps: int, resume: str | None, force: bool, verify: bool
+) -> RunResult:
     share_one_heap()  # before reading and measuring start threads
     folder, resumed = _open_folder(config, replace=replace, resume=resume, verify=verify)
     if resumed is not None:
@@ -84,7 +92,7 @@ def run(
         f"{len(tokenizer):,}; {data.steps:,} steps of {config.tokens_per_step:,} tokens"
     )
     plan = planner.plan()  # with the text in memory
-    facts = _facts(config, corpora, planner) if config.checkpoint.every or resumed else {}
+    facts = _facts(config, corpora, planner)
     if resumed is not None:
         check_data(resumed, facts, force=force)
     reset_peak_resident()  # so that the peak is the engine's, and not that of reading the text
@@ -94,10 +102,11 @@ def run(
     kernels = f", {engine.kernels}" if engine.device.torch_device.type != "cpu" else ""
     _say(f"{settings.config.model_type} with {parameters:,} parameters, {engine.precision} on {where}{kernels}")
 
-    with StopOnInterrupt() as stop, closing(folder):
+    with StopOnInterrupt() as stop, closing(folder), ExitStack() as stack:
         folder.create(config)
         first_step = 0 if resumed is None else resumed.step
         cut_metrics(folder.metrics, first_step)
+        ledger = stack.enter_context(closing(begin_ledger(folder, config, engine, facts, resumed)))
         write_plan(folder.plan, plan)
         watched = WatchedEngine(engine)
         checkpoints = RunCheckpoints(
@@ -109,9 +118,10 @@ def run(
             tokenizer=tokenizer,
             first_step=first_step,
             parent=None if resumed is None else parent_of(resumed.folder),
+            ledger=ledger,
         )
         try:
-            result = _train(config, engine, watched, data, folder, stop, profile_steps, checkpoints, first_step)
+            result = _train(config, engine, watched, data, folder, stop, profile_steps, checkpoints, ledger, first_step)
         except BaseException:
             if (resume is None and not folder.metrics.exists()) or not folder.metrics.stat().st_size:
                 folder.discard()  # nothing of it was logged: there is nothing to keep
@@ -122,6 +132,9 @@ def run(
             _say(line)
         if config.checkpoint.at_end:
             _save(engine, folder, tokenizer)
+        end_ledger(ledger, folder, engine, result.steps, saved=config.checkpoint.at_end)
+        if ledger.unwritten:
+            _say(f"warning: {folder.ledger} lacks its last lines, which could not be written")
         if result.skipped:
             _say(f"warning: {result.skipped} steps had a gradient that was not finite and changed nothing")
         evaluation = _evaluate(config, engine, data, stop)
@@ -141,7 +154,7 @@ def _open_folder(
 
 
 def _facts(config: Config, corpora: build.Corpora, planner: "RunPlanner") -> dict[str, Any]:
-    """What every manifest of the run says; all files of data.train are read."""
+    """What every manifest of the run says, and the ledger; all files of data.train are read."""
     return run_facts(to_yaml(config), corpora.train.files, planner.device.name)
 
 
@@ -189,24 +202,9 @@ def _train(
     stop: StopOnInterrupt,
     profile_steps: int,
     checkpoints: RunCheckpoints,
+    ledger: LedgerWriter,
     first_step: int,
 ) -> LoopResult:
-    batches = StepBatches(
-        data.sequences,
-        micro_batch=config.engine.micro_batch,
-        sequences_per_step=config.tokens_per_step // config.data.seq_len,
-        shuffle=config.data.shuffle,
-        seed=config.train.seed,
-    )
-    schedule = config.schedule
-    learning_rate_of = partial(
-        learning_rate,
-        peak=config.optimizer.lr,
-        name=schedule.name,
-        total_steps=data.steps,
-        warmup_steps=schedule.warmup_steps,
-        min_ratio=schedule.min_lr_ratio,
-    )
     engine.model.train()
     profiled = ProfiledEngine(engine, profile_steps, data.steps, folder.trace) if profile_steps else None
     if profiled is not None:
@@ -214,8 +212,8 @@ def _train(
     with MetricsFile(folder.metrics) as metrics:
         result = train(
             watched,
-            batches_of=batches.of_step,
-            learning_rate_of=learning_rate_of,
+            batches_of=build.batches_of(config, data),
+            learning_rate_of=build.learning_rate_of(config, data),
             total_steps=data.steps,
             metrics=metrics,
             progress=show_progress(data.steps),
@@ -223,6 +221,7 @@ def _train(
             log_every=config.train.log_every,
             first_step=first_step,
             after_step=lambda done, last: checkpoints.after_step(done, last=last),
+            record=partial(record_step, ledger),
         )
         if metrics.lost:
             _say(f"warning: {folder.metrics} lacks {metrics.lost} lines that could not be written")

@@ -12,9 +12,10 @@ from megatrain.config import Config, to_yaml
 from megatrain.errors import CapacityError, ConfigError
 from megatrain.sizes import format_bytes
 from megatrain.train.folder_lock import FolderLock
+from megatrain.trust.ledger import LEDGER_NAME
 
 CHECKPOINTS = "checkpoints"
-_OWN_FILES = frozenset({"config.yaml", "metrics.jsonl", "model", "plan.json", "trace.json", CHECKPOINTS})
+_OWN_FILES = frozenset({"config.yaml", "metrics.jsonl", "model", "plan.json", "trace.json", CHECKPOINTS, LEDGER_NAME})
 
 
 def model_folder(path: str) -> str:
@@ -66,7 +67,7 @@ def _remove_folders(folders: Iterable[Path]) -> None:
 
 
 class RunFolder:
-    """Where a run writes `config.yaml`, `metrics.jsonl` and `model/`.
+    """Where a run writes `config.yaml`, `metrics.jsonl`, `ledger.jsonl` and `model/`.
 
     A folder with files in it is refused, unless it holds a run and nothing else, and `resume` or `replace` is set.
     With `resume` that run goes on. With `replace` the new run is written beside it, and takes its place only when
@@ -111,6 +112,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def ledger(self) -> Path:
+        """The account of what the run did that `megatrain audit` checks."""
+        return self.path / LEDGER_NAME
+
+    @property
     def trace(self) -> Path:
         """The timeline of `--profile`."""
         return self.path / "trace.json"
@@ -151,7 +157,8 @@ class RunFolder:
 
     def discard(self) -> None:
         """Undo `create`: for a run that failed in its first step."""
-        for file in (self.path / "config.yaml", self.plan, self.metrics):
+        began = not self.checkpoints.exists()  # else the ledger tells where those come from
+        for file in (self.path / "config.yaml", self.plan, self.metrics, *([self.ledger] if began else [])):
             file.unlink(missing_ok=True)
         self._lock.release()
         _remove_folders(self._made)
