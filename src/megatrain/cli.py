@@ -1,6 +1,6 @@
 """The `megatrain` command.
 
-Exit codes: 0 done, 1 failed (or doctor found a problem, or verify a difference), 2 bad usage or settings,
+Exit codes: 0 done, 1 failed (or doctor found a problem, or verify or audit a difference), 2 bad usage or settings,
 130 interrupted twice.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from megatrain.arguments import OneLineParser
 from megatrain.config import describe, load_config
-from megatrain.config_kinds import PATH
+from megatrain.config_kinds import DEVICE, PATH
 from megatrain.errors import CapacityError, ConfigError, MegaTrainError
 from megatrain.version import __version__
 
@@ -99,6 +99,10 @@ def _dispatch(arguments: list[str], environment: dict[str, str]) -> int:
         from megatrain.trust.verify import verify
 
         return DONE if verify(known.folder, signature=known.signature, public_key=known.public_key) else FAILED
+    if known.command == "audit":
+        from megatrain.train.audit import audit
+
+        return DONE if audit(known.run, steps=known.steps, device=known.device) else FAILED
     if known.command == "sign":
         from megatrain.trust.signing import sign
 
@@ -178,6 +182,17 @@ def _add_trust(commands: Any) -> None:
     verify.add_argument("folder", type=_path, metavar="FOLDER", help="a checkpoint, a run's folder, or a signed folder")
     verify.add_argument("--signature", type=_path, metavar="FILE", help="default: model.sig in FOLDER")
     verify.add_argument("--public-key", type=_path, metavar="FILE", help="check the signature with it (PEM)")
+    audit = commands.add_parser(
+        "audit",
+        help="compute steps of a run again from what was recorded, and compare to the bit",
+        description="Exit code: 0 where all is as recorded, 1 where something differs, 2 for bad usage.",
+        allow_abbrev=False,
+    )
+    audit.add_argument("run", type=_path, metavar="RUN", help="a run's folder; from the folder that it was started in")
+    audit.add_argument(
+        "--steps", type=_steps, metavar="A:B", help="the first and the last; default: all that can be computed again"
+    )
+    audit.add_argument("--device", type=_device, help="default: as recorded")
     sign = commands.add_parser("sign", help="sign all files of a folder", allow_abbrev=False)
     sign.add_argument("folder", type=_path, metavar="FOLDER", help="a checkpoint, a run's folder or a model's")
     sign.add_argument("--private-key", type=_path, required=True, metavar="FILE", help="an elliptic-curve key (PEM)")
@@ -340,6 +355,20 @@ def _at_least(minimum: int) -> Callable[[str], int]:
         raise argparse.ArgumentTypeError(f"{text!r} is wrong; expected a whole number of at least {minimum}")
 
     return parse
+
+
+def _steps(text: str) -> tuple[int, int]:
+    first, colon, last = text.partition(":")
+    if not colon:
+        raise argparse.ArgumentTypeError(f"{text!r} is wrong; expected A:B, such as 1:100")
+    return _at_least(1)(first), _at_least(1)(last)
+
+
+def _device(text: str) -> str:
+    try:
+        return str(DEVICE.parse(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is wrong; expected {DEVICE.expected}") from None
 
 
 def _temperature(text: str) -> float:

@@ -179,6 +179,14 @@ class TrainConfig:
         metadata=_about(choice("global", "unit"), "norm over the whole model, or of each unit (layer) by itself"),
     )
     seed: int = field(default=0, metadata=_about(whole(0), "seed of new weights, data order and dropout"))
+    deterministic: bool = field(
+        default=False,
+        metadata=_about(
+            BOOL,
+            "on a GPU, only algorithms that give the same bits each time, so that `megatrain audit` can compare; "
+            "slower, and an error where there is none",
+        ),
+    )
     log_every: int = field(default=1, metadata=_about(whole(1), "steps between two lines of metrics.jsonl"))
 
 

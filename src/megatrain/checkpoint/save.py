@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,11 +27,13 @@ from megatrain.checkpoint.description import Description
 from megatrain.checkpoint.state_files import StateWriter
 from megatrain.errors import ConfigError, IntegrityError, MegaTrainError
 from megatrain.memory.store import HostStore
+from megatrain.memory.unit_hashes import BUFFERS, UnitHash, hash_buffers
 from megatrain.model.folder_swap import remove_leftovers, temporary_for
 from megatrain.model.loading import one_line
 from megatrain.model.saving import ModelFolder
 
 MODEL, STATE = "model", "state"
+_HASH_THREADS = 2  # together as fast as a disk takes what they have hashed
 
 
 class Save:
@@ -38,10 +41,11 @@ class Save:
 
     `order`: units as they are updated. `dtype`: of the weights on disk, that of the store's. `buffers`, by id: their
     values now; `others`: tensors beside the parameters' state. `extra`: further files, by name. `key`: to seal the
-    state's files with. `seal` is called with the folder once all else is in it. Raises MegaTrainError where the folder
-    cannot be made; what fails later is raised by `wait`: IntegrityError where what training holds is not what it should
-    be, MegaTrainError where it could not be written. After any of them nothing is left behind, and training is as if
-    nothing had been saved.
+    state's files with. `seal` is called with the folder once all else is in it. `unit_names`: units whose SHA-256
+    `unit_hashes` holds when it is over, None: of none; it is taken beside the writing. Raises MegaTrainError where the
+    folder cannot be made; what fails later is raised by `wait`: IntegrityError where what training holds is not what it
+    should be, MegaTrainError where it could not be written. After any of them nothing is left behind, and training is
+    as if nothing had been saved.
     """
 
     def __init__(
@@ -59,11 +63,16 @@ class Save:
         tokenizer: Any,
         key: bytes | None,
         seal: Callable[[Path], object],
+        unit_names: Mapping[int, str] | None = None,
     ) -> None:
         self.folder = folder
+        self.unit_hashes: dict[str, str] = {}
         self.stall_seconds = 0.0  # that updates have waited
         self.seconds = 0.0  # that writing took, once it is over
         self._store, self._order, self._told, self._seal = store, order, told, seal
+        self._unit_names = unit_names
+        self._buffers = {n.removeprefix("buffer."): t for n, t in others.items() if n.startswith("buffer.")}
+        self._hash: UnitHash | None = None  # of the unit that is being written
         self._versions = {slot: entry.slot.parameter._version for slot, entry in store.slots.items()}
         self._slots: dict[int, list[int]] = {unit: [] for unit in order}
         for index, entry in store.slots.items():
@@ -109,7 +118,7 @@ class Save:
 
         self._weights = ModelFolder(model, self._temporary / MODEL, read, dtype, tokenizer)
         order = [slot for unit in self._order for slot in self._slots[unit]]
-        self._state = StateWriter(self._temporary / STATE, self._store, order, others, key)
+        self._state = StateWriter(self._temporary / STATE, self._store, order, others, key, self._hash_parameter)
         homes = {id(entry.slot.parameter): entry.unit for entry in self._store.slots.values()}
         named = model.state_dict(keep_vars=True)
         self._unit_of = {name: homes[id(tensor)] for name, tensor in named.items() if id(tensor) in homes}
@@ -157,17 +166,31 @@ class Save:
         for name, unit in self._unit_of.items():
             missing[unit].add(name)
         more = True
-        for unit in self._order:
-            for slot in self._slots[unit]:
-                self._state.write(slot)
-            while more and missing[unit]:
-                sources = self._weights.write_group()
-                more = bool(sources)
-                for name in sources:
-                    missing[self._unit_of.get(name, unit)].discard(name)
-            self._note_written(unit)  # or all of the model is
+        with ThreadPoolExecutor(_HASH_THREADS, "megatrain-save-hash") as pool:
+            for unit in self._order:
+                self._hash = UnitHash(pool) if self._unit_names is not None else None
+                for slot in self._slots[unit]:
+                    self._state.write(slot)
+                    if self._hash is not None:
+                        self._hash.wait()  # nothing of the parameter is held beside the next
+                while more and missing[unit]:
+                    sources = self._weights.write_group()
+                    more = bool(sources)
+                    for name in sources:
+                        missing[self._unit_of.get(name, unit)].discard(name)
+                if self._unit_names is not None and self._hash is not None:
+                    self.unit_hashes[self._unit_names[unit]] = self._hash.hexdigest()
+                self._note_written(unit)  # or all of the model is
+            if self._unit_names is not None:
+                self.unit_hashes[BUFFERS] = hash_buffers(pool, self._buffers)
         while more:
             more = bool(self._weights.write_group())
+
+    def _hash_parameter(self, slot: int, state: Mapping[str, Tensor]) -> None:
+        """It is hashed while it is written, and does not change before its unit is."""
+        if self._hash is not None:
+            entry = self._store.slots[slot]
+            self._hash.add_parameter(entry, state, self._told.steps[entry.slot.name])
 
     def _note_written(self, unit: int) -> None:
         with self._changed:

@@ -10,7 +10,7 @@ nothing of what lies in host memory is copied.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,15 @@ class StateWriter:
     `others` at once. `key`: to seal the files with."""
 
     def __init__(
-        self, folder: Path, store: HostStore, slots: Iterable[int], others: Mapping[str, Tensor], key: bytes | None
+        self,
+        folder: Path,
+        store: HostStore,
+        slots: Iterable[int],
+        others: Mapping[str, Tensor],
+        key: bytes | None,
+        look: Callable[[int, Mapping[str, Tensor]], None] | None = None,
     ) -> None:
-        self._store = store
+        self._store, self._look = store, look
         shapes = {name: tensor.to("meta") for name, tensor in others.items()}
         for slot in slots:
             shapes |= names_of(store.slots[slot], store.state_shapes(slot))
@@ -48,12 +54,16 @@ class StateWriter:
             self._writer.write(name, tensor)
 
     def write(self, slot: int) -> None:
-        """What the optimizer holds of a parameter."""
+        """What the optimizer holds of a parameter. `look` is shown it before it is written."""
         entry = self._store.slots[slot]
+        state: Mapping[str, Tensor] = {}
         if entry.place.trainable:
             self._store.notice_silent_write(entry)
-            for name, tensor in names_of(entry, self._store.read_state(slot)).items():
-                self._writer.write(name, tensor)
+            state = self._store.read_state(slot)
+        if self._look is not None:
+            self._look(slot, state)
+        for name, tensor in names_of(entry, state).items():
+            self._writer.write(name, tensor)
 
     def close(self) -> None:
         self._writer.close()

@@ -1,5 +1,7 @@
 """Which sequences a step trains on: a pure function of the seed and the step's number."""
 
+import hashlib
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -45,3 +47,16 @@ class StepBatches:
 @lru_cache(maxsize=2)  # a step may span two epochs
 def _order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count)
+
+
+def batch_sha256(batches: Sequence[Mapping[str, Tensor]]) -> str:
+    """Of all that a step is given: row by row, each tensor's name, dtype, shape and bytes. Into how many micro-batches
+    the rows are cut makes no difference."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for row in range(max((len(tensor) for tensor in batch.values() if tensor.ndim), default=1)):
+            for name, tensor in sorted(batch.items()):
+                part = (tensor[row] if tensor.ndim else tensor).detach().to("cpu").contiguous()
+                digest.update(f"{name} {part.dtype} {list(part.shape)}\n".encode())
+                digest.update(part.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

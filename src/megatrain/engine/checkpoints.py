@@ -15,8 +15,10 @@ from megatrain.checkpoint.save import MODEL, STATE, Save
 from megatrain.checkpoint.state_files import StateReader, names_of, random_states, set_random_states
 from megatrain.errors import ConfigError, IntegrityError
 from megatrain.memory.store import TORCH_DTYPE
+from megatrain.memory.unit_hashes import hash_units as hash_units_of
 from megatrain.model.loading import load_pretrained
 from megatrain.trust.facts import code_sha256, describe_host, library_versions
+from megatrain.trust.hashing import usable_cores
 from megatrain.trust.manifest import require_unchanged, write_manifest
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ def begin_save(
     tokenizer: Any,
     key: bytes | None,
     seal: Callable[[Path], object] | None,
+    hash_units: bool,
 ) -> Save:
     """Training stands still until this returns: updates are finished, and what is small and changes is copied."""
     engine.flush()
@@ -64,7 +67,37 @@ def begin_save(
         tokenizer=tokenizer,
         key=key,
         seal=seal or _write_manifest,
+        unit_names=unit_names(engine) if hash_units else None,
     )
+
+
+def unit_names(engine: "Engine") -> dict[int, str]:
+    """Of all that the store holds."""
+    return {unit: engine.unit_name(unit) for unit in engine.store.units}
+
+
+def unit_hashes(engine: "Engine") -> dict[str, str]:
+    """SHA-256 of each unit's weights and optimizer state by its name, and of the buffers: what a save that goes on now
+    would find."""
+    engine.flush()
+    engine.notice_writes()
+    buffers = {name: buffer for name, buffer in engine.model.named_buffers() if not buffer.is_meta}
+    return hash_units_of(engine.store, unit_names(engine), buffers, threads=usable_cores())
+
+
+def differing_weight(engine: "Engine", folder: Path) -> str | None:
+    """The first parameter that the model in `folder`, saved in the engine's precision, has with another value."""
+    engine.flush()
+    for index, saved in _weights(engine, folder).items():
+        entry = engine.store.slots.get(index)
+        held = entry.weight.to("cpu") if entry is not None else None
+        if entry is not None and held is not None and not torch.equal(_bits(held), _bits(saved)):
+            return entry.slot.name
+    return None
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
 
 
 def _write_manifest(folder: Path) -> None:

@@ -475,7 +475,7 @@ class Engine:
     def _update_complete_unit(self, home: int, entries: list[SlotState]) -> None:
         """Without a global norm to wait for, a unit is updated as soon as its gradient is complete."""
         norm = self.gradients.unit_norm(entries)
-        name = (self.partition.units[home].name or "the model") if home >= 0 else "stray parameters"
+        name = self.unit_name(home)
         if not norm < float("inf"):
             raise NonFiniteGradientError(
                 f"step {self.step_count}: the gradient of {name} has norm {norm}; other units are already updated, so"
@@ -487,6 +487,10 @@ class Engine:
 
     def _updates_of(self, entries: list[SlotState], scale: float) -> list[SlabUpdate]:
         return unit_updates(entries, self.optimizer.param_groups, scale, held_gradients(entries))
+
+    def unit_name(self, home: int) -> str:
+        """For people."""
+        return (self.partition.units[home].name or "the model") if home >= 0 else "stray parameters"
 
     @property
     def _scope(self) -> str:
@@ -529,6 +533,7 @@ class Engine:
         key_file: str | os.PathLike[str] | None = None,
         seal: Callable[[Path], object] | None = None,
         background: bool = False,
+        hash_units: bool = False,
     ) -> Save:
         """Write the whole training state into `folder`, which must not exist: `model/`, a transformers folder;
         `state/`, remainders, moments, buffers and random states; `training.json`; and a manifest. `load` and
@@ -537,8 +542,9 @@ class Engine:
         `background`: return once it is safe to train on, and write meanwhile; `wait` of what is returned says whether
         it worked, as does the next save. Writing into parameters oneself has to wait for it, too. `run`: what `load`
         gives back, of what JSON holds; `extra`: further files by name; `key_file`: to seal `state/` with (weights stay
-        plain); `seal` writes the manifest of the folder once
-        all is in it; None: one that names code, libraries and host.
+        plain); `seal` writes the manifest of the folder once all is in it; None: one that names code, libraries and
+        host. `hash_units`: what is returned has SHA-256 of each unit in `unit_hashes` when it is over, as
+        `unit_hashes()` would give them now.
         Raises MegaTrainError where it cannot be written: then nothing of it is left, and training can go on.
         """
         from megatrain.engine import checkpoints
@@ -553,11 +559,20 @@ class Engine:
             tokenizer=tokenizer,
             key=None if key_file is None else read_key(key_file),
             seal=seal,
+            hash_units=hash_units,
         )
         self.updates.before_update = self._save.wait_until_written
         if not background:
             self.wait_for_save()
         return self._save
+
+    def unit_hashes(self) -> dict[str, str]:
+        """SHA-256 of what is held of each unit (layer) by its name: weights, optimizer state, step counters; and of the
+        model's buffers. Two engines of which they are equal train on alike."""
+        from megatrain.engine import checkpoints
+
+        self._require_open()
+        return checkpoints.unit_hashes(self)
 
     def wait_for_save(self) -> None:
         """Return when no save is under way. Raises MegaTrainError, once, where the last one has failed."""

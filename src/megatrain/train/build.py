@@ -5,17 +5,23 @@ Whatever is wrong shows here, before anything is written.
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from megatrain.checkpoint.folders import list_checkpoints
 from megatrain.config import Config, check_warmup
+from megatrain.data.batches import StepBatches
 from megatrain.data.packing import Tokens, TokenStream, tokenize
 from megatrain.data.sources import Corpus
 from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS, load_tokenizer, train_bpe
 from megatrain.errors import ConfigError, IntegrityError
 from megatrain.optim.int8_moments import BLOCK
+from megatrain.optim.schedules import learning_rate
 from megatrain.train.model_settings import ModelSettings, Vocabulary
 from megatrain.train.param_groups import make_optimizer
 from megatrain.train.run_folder import RunFolder, model_folder
@@ -106,6 +112,31 @@ def build_data(config: Config, corpora: Corpora, tokenizer: Any) -> Data:
     return Data(sequences, steps, stream.utf8_bytes, held_out)
 
 
+def batches_of(config: Config, data: Data) -> Callable[[int], list[dict[str, Tensor]]]:
+    """What each step is given, by its number from 0."""
+    batches = StepBatches(
+        data.sequences,
+        micro_batch=config.engine.micro_batch,
+        sequences_per_step=config.tokens_per_step // config.data.seq_len,
+        shuffle=config.data.shuffle,
+        seed=config.train.seed,
+    )
+    return batches.of_step
+
+
+def learning_rate_of(config: Config, data: Data) -> Callable[[int], float]:
+    """By the step's number from 0."""
+    schedule = config.schedule
+    return partial(
+        learning_rate,
+        peak=config.optimizer.lr,
+        name=schedule.name,
+        total_steps=data.steps,
+        warmup_steps=schedule.warmup_steps,
+        min_ratio=schedule.min_lr_ratio,
+    )
+
+
 def total_steps(config: Config, sequences: int) -> int:
     """Optimizer steps of the run, at least one: as given, or what the epochs or tokens come to."""
     steps = config.planned_steps
@@ -116,8 +147,8 @@ def total_steps(config: Config, sequences: int) -> int:
     return steps
 
 
-def plan_training(config: Config, settings: ModelSettings, folder: RunFolder) -> "tuple[AdamW, RunPlanner]":
-    """The optimizer and the planner, once it is clear that a step and the saved model have room.
+def plan_training(config: Config, settings: ModelSettings, folder: RunFolder | None) -> "tuple[AdamW, RunPlanner]":
+    """The optimizer and the planner, once it is clear that a step and the model, saved in `folder`, have room.
 
     Works on shapes alone. Raises ConfigError or CapacityError.
     """
@@ -132,9 +163,10 @@ def plan_training(config: Config, settings: ModelSettings, folder: RunFolder) ->
     setup.check_arguments(optimizer, _engine_settings(config))
     planner = RunPlanner(config, settings.config, optimizer)
     planner.require_fit()
-    precision = setup.resolve_precision(config.engine.precision, setup.make_device(config.engine.device))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    folder.require_room(_saved_bytes(config, parameters, precision, len(list_checkpoints(folder.checkpoints))))
+    if folder is not None:
+        precision = setup.resolve_precision(config.engine.precision, setup.make_device(config.engine.device))
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        folder.require_room(_saved_bytes(config, parameters, precision, len(list_checkpoints(folder.checkpoints))))
     if config.checkpoint.key_file is not None:
         read_key(config.checkpoint.key_file)  # before training, and not at the first save
     if config.model.path is not None:

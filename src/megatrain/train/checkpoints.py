@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from megatrain.checkpoint.folders import list_checkpoints, remove_after, remove_
 from megatrain.config import CheckpointConfig
 from megatrain.errors import ConfigError, IntegrityError, MegaTrainError
 from megatrain.sizes import format_seconds
+from megatrain.trust.ledger import LedgerWriter
 from megatrain.trust.manifest import Parent, write_manifest
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ class RunCheckpoints:
     ends the run.
 
     `config`: the text of the run's config.yaml. `facts`: of every manifest. `first_step`: that the run goes on from,
-    `parent`: the manifest that it began with.
+    `parent`: the manifest that it began with. Checkpoints are entered in `ledger`, whose last line
+    each manifest records.
     """
 
     def __init__(
@@ -41,10 +44,11 @@ class RunCheckpoints:
         tokenizer: Any,
         first_step: int,
         parent: Parent | None,
+        ledger: LedgerWriter,
     ) -> None:
         self._settings, self._engine, self._folder = settings, engine, folder
         self._config, self._facts, self._tokenizer = config, facts, tokenizer
-        self._saved_step, self._parent = first_step, parent
+        self._saved_step, self._parent, self._ledger = first_step, parent, ledger
         self._running: tuple[int, Save] | None = None
         self._sealed: Parent | None = None  # what the next one calls the one that is being saved
         self.lost: str | None = None  # why the last one that was due is not there
@@ -80,6 +84,7 @@ class RunCheckpoints:
                 key_file=self._settings.key_file,
                 seal=self._seal(done),
                 background=True,
+                hash_units=True,
             )
         except IntegrityError:
             raise
@@ -90,11 +95,13 @@ class RunCheckpoints:
         self._saved_step, self._running = done, (done, save)
 
     def _seal(self, done: int) -> Callable[[Path], object]:
-        parent, name = self._parent, step_folder(self._folder, done).name
+        facts, parent, name = {**self._facts, "step": done}, self._parent, step_folder(self._folder, done).name
+        if self._ledger.head is not None:
+            facts["ledger"] = asdict(self._ledger.head)
 
         def seal(folder: Path) -> None:
-            sha256 = write_manifest(folder, {**self._facts, "step": done}, parent, write=files.write_file)
-            self._sealed = Parent(name, sha256)
+            self._ledger.sync()  # before anything relies on it
+            self._sealed = Parent(name, write_manifest(folder, facts, parent, write=files.write_file))
 
         return seal
 
@@ -115,6 +122,9 @@ class RunCheckpoints:
             self.seconds += save.seconds
         self.saved += 1
         self._parent, self.lost = self._sealed, None
+        if self._sealed is not None:
+            digest = self._sealed.manifest_sha256
+            self._ledger.append("checkpoint", step=done, manifest_sha256=digest, units=save.unit_hashes)
         try:
             retain(self._folder, self._settings.keep)
         except OSError as error:

@@ -43,12 +43,16 @@ def train(
     log_every: int = 1,
     first_step: int = 0,
     after_step: Callable[[int, bool], None] = lambda done, last: None,
+    record: Callable[[int, Sequence[dict[str, Tensor]], float, StepStats], None] = lambda done, batches, lr, stats: (
+        None
+    ),
 ) -> LoopResult:
     """Train from `first_step` until `total_steps` are done or `stop` is requested.
 
-    `after_step` is called with the steps done, and whether that was the last one. `batches_of` and `learning_rate_of`
-    take the number of the step, from 0. Raises MegaTrainError where the first loss is not finite, since no later step
-    would change that, and where the gradient of many steps in a row, or of all of the run, is not.
+    `record` is told of each step: its number from 1, what it was given, what came of it. `after_step` is called with
+    the steps done, and whether that was the last one. `batches_of` and `learning_rate_of` take the number of the step,
+    from 0. Raises MegaTrainError where the first loss is not finite, since no later step would change that, and where
+    the gradient of many steps in a row, or of all of the run, is not.
     """
     done, skipped, in_a_row, loss = first_step, 0, 0, None
     with progress:
@@ -61,6 +65,7 @@ def train(
             if done == 1 and loss is not None and not math.isfinite(loss):
                 raise MegaTrainError(f"the loss of the first step is {loss}: a setting or weight of the model is wrong")
 
+            record(done, batches, lr, stats)
             line = metrics_line(done, lr, stats)
             hopeless = in_a_row >= _MOST_SKIPPED or (done == total_steps and skipped == done - first_step)
             if done % log_every == 0 or done == total_steps or stop.requested or hopeless:

@@ -91,7 +91,7 @@ def check_settings(resumed: Resumed, config: Config, *, force: bool) -> None:
         before = load_settings(resumed.folder / "config.yaml")
     except ConfigError as error:
         raise ConfigError(f"--resume: {resumed.folder / 'config.yaml'}: {error}") from None
-    changed = dict(_changes(before, config))
+    changed = settings_that_changed(before, config)
     if "engine.micro_batch" in changed:
         _log.warning(
             "--resume: engine.micro_batch is %s and was %s: the data are the same, losses only within rounding",
@@ -114,8 +114,12 @@ def check_data(resumed: Resumed, facts: Mapping[str, Any], *, force: bool) -> No
         raise ConfigError(f"--resume: data.train has changed ({which}); give --force to go on all the same")
 
 
+def settings_that_changed(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
+    """(was, is) by key of what makes a difference."""
+    return dict(_changes(before, now))
+
+
 def _changes(before: Config, now: Config) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """(key, (was, is)) of what makes a difference."""
     free = _FREE | (_LENGTHS if now.schedule.name == before.schedule.name == "constant" else set())
     one, other = (dict(_flat(dataclasses.asdict(config))) for config in (before, now))
     for key in one.keys() | other.keys():

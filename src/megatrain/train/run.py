@@ -3,23 +3,23 @@
 import logging
 import os
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatrain.config import Config, to_yaml
-from megatrain.data.batches import StepBatches
 from megatrain.errors import MegaTrainError
 from megatrain.memory.arena import share_one_heap
 from megatrain.memory.limits import reset_peak_resident
 from megatrain.model.loading import one_line
-from megatrain.optim.schedules import learning_rate
 from megatrain.planner.plan import Plan
 from megatrain.sizes import format_bytes
 from megatrain.train import build
 from megatrain.train.checkpoints import RunCheckpoints
+from megatrain.train.determinism import determinism
+from megatrain.train.entries import begin_ledger, end_ledger, record_step
 from megatrain.train.evaluate import Evaluation, evaluate
 from megatrain.train.interrupt import StopOnInterrupt
 from megatrain.train.loop import LoopResult, train
@@ -32,6 +32,7 @@ from megatrain.train.resume import Resumed, check_data, check_settings, cut_metr
 from megatrain.train.run_folder import RunFolder
 from megatrain.train.trial import try_out
 from megatrain.trust.facts import run_facts
+from megatrain.trust.ledger import LedgerWriter
 from megatrain.trust.manifest import parent_of
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def run(
     """
     share_one_heap()  # before reading and measuring start threads
     folder = _open_folder(config, replace=replace, resume=resume)
-    with closing(folder):
+    with closing(folder), determinism(config.train.deterministic):
         resumed = find_checkpoint(resume, folder.final, verify=verify)
         return _run(config, folder, resumed, force=force, profile_steps=profile_steps)
 
@@ -96,7 +97,7 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
         f"{len(tokenizer):,}; {data.steps:,} steps of {config.tokens_per_step:,} tokens"
     )
     plan = planner.plan()  # with the text in memory
-    facts = _facts(config, corpora, planner) if config.checkpoint.every or resumed else {}
+    facts = _facts(config, corpora, planner)
     if resumed is not None:
         check_data(resumed, facts, force=force)
     reset_peak_resident()  # so that the peak is the engine's, and not that of reading the text
@@ -106,10 +107,11 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
     kernels = f", {engine.kernels}" if engine.device.torch_device.type != "cpu" else ""
     _say(f"{settings.config.model_type} with {parameters:,} parameters, {engine.precision} on {where}{kernels}")
 
-    with StopOnInterrupt() as stop:
+    with StopOnInterrupt() as stop, ExitStack() as stack:
         folder.create(config)
         first_step = 0 if resumed is None else resumed.step
         cut_metrics(folder.metrics, first_step)
+        ledger = stack.enter_context(closing(begin_ledger(folder, config, engine, facts, resumed)))
         _write_plan(folder, plan)
         watched = WatchedEngine(engine)
         checkpoints = RunCheckpoints(
@@ -121,9 +123,10 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
             tokenizer=tokenizer,
             first_step=first_step,
             parent=None if resumed is None else parent_of(resumed.folder),
+            ledger=ledger,
         )
         try:
-            result = _train(config, engine, watched, data, folder, stop, profile_steps, checkpoints, first_step)
+            result = _train(config, engine, watched, data, folder, stop, profile_steps, checkpoints, ledger, first_step)
         except BaseException:
             if not folder.has_results:
                 folder.discard()  # there is nothing to keep
@@ -134,6 +137,9 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
             _say(line)
         if config.checkpoint.at_end:
             _save(engine, folder, tokenizer)
+        end_ledger(ledger, folder, engine, result.steps, saved=config.checkpoint.at_end)
+        if ledger.unwritten:
+            _say(f"warning: {folder.ledger} lacks its last lines, which could not be written")
         if result.skipped:
             _say(f"warning: {result.skipped} steps had a gradient that was not finite and changed nothing")
         evaluation = _evaluate(config, engine, data, stop)
@@ -159,7 +165,7 @@ def _write_plan(folder: RunFolder, plan: Plan, outcome: dict[str, dict[str, floa
 
 
 def _facts(config: Config, corpora: build.Corpora, planner: "RunPlanner") -> dict[str, Any]:
-    """What every manifest of the run says; all files of data.train are read."""
+    """What every manifest of the run says, and the ledger; all files of data.train are read."""
     return run_facts(to_yaml(config), corpora.train.files, planner.device.name)
 
 
@@ -207,24 +213,9 @@ def _train(
     stop: StopOnInterrupt,
     profile_steps: int,
     checkpoints: RunCheckpoints,
+    ledger: LedgerWriter,
     first_step: int,
 ) -> LoopResult:
-    batches = StepBatches(
-        data.sequences,
-        micro_batch=config.engine.micro_batch,
-        sequences_per_step=config.tokens_per_step // config.data.seq_len,
-        shuffle=config.data.shuffle,
-        seed=config.train.seed,
-    )
-    schedule = config.schedule
-    learning_rate_of = partial(
-        learning_rate,
-        peak=config.optimizer.lr,
-        name=schedule.name,
-        total_steps=data.steps,
-        warmup_steps=schedule.warmup_steps,
-        min_ratio=schedule.min_lr_ratio,
-    )
     engine.model.train()
     profiled = ProfiledEngine(engine, profile_steps, data.steps, folder.trace) if profile_steps else None
     if profiled is not None:
@@ -232,8 +223,8 @@ def _train(
     with MetricsFile(folder.metrics) as metrics:
         result = train(
             watched,
-            batches_of=batches.of_step,
-            learning_rate_of=learning_rate_of,
+            batches_of=build.batches_of(config, data),
+            learning_rate_of=build.learning_rate_of(config, data),
             total_steps=data.steps,
             metrics=metrics,
             progress=show_progress(data.steps),
@@ -241,6 +232,7 @@ def _train(
             log_every=config.train.log_every,
             first_step=first_step,
             after_step=lambda done, last: checkpoints.after_step(done, last=last),
+            record=partial(record_step, ledger),
         )
         if metrics.lost:
             _say(f"warning: {folder.metrics} lacks {metrics.lost} lines that could not be written")

@@ -13,9 +13,10 @@ from megatrain.errors import CapacityError, ConfigError
 from megatrain.model.folder_swap import is_leftover
 from megatrain.sizes import format_bytes
 from megatrain.train.folder_lock import FolderLock
+from megatrain.trust.ledger import LEDGER_NAME
 
 CHECKPOINTS, _MODEL, _SETTINGS = "checkpoints", "model", "config.yaml"
-_OWN_FILES = frozenset({_SETTINGS, "metrics.jsonl", _MODEL, "plan.json", "trace.json", CHECKPOINTS})
+_OWN_FILES = frozenset({_SETTINGS, "metrics.jsonl", _MODEL, "plan.json", "trace.json", CHECKPOINTS, LEDGER_NAME})
 
 
 def model_folder(path: str) -> str:
@@ -44,7 +45,7 @@ def check_writable(folder: Path, key: str) -> None:
 
 
 class RunFolder:
-    """Where a run writes `config.yaml`, `metrics.jsonl` and `model/`.
+    """Where a run writes `config.yaml`, `metrics.jsonl`, `ledger.jsonl` and `model/`.
 
     A folder with files in it is refused, unless it holds a run and nothing else, and `resume` or `replace` is set.
     With `resume` that run goes on. With `replace` the new run is written beside it, and takes its place only when
@@ -89,6 +90,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """The metrics file."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        """The account of what the run did that `megatrain audit` checks."""
+        return self.path / LEDGER_NAME
 
     @property
     def trace(self) -> Path:
@@ -138,7 +144,8 @@ class RunFolder:
 
     def discard(self) -> None:
         """Undo `create`: for a run that failed in its first step."""
-        for file in (self.path / _SETTINGS, self.plan, self.metrics):
+        began = not self.checkpoints.exists()  # else the ledger tells where those come from
+        for file in (self.path / _SETTINGS, self.plan, self.metrics, *([self.ledger] if began else [])):
             file.unlink(missing_ok=True)
         self._lock.release()
         files.remove_empty(self._made)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from megatrain.trust.hashing import Content, FileRecord, hash_files
 
-Kind = Literal["missing", "extra", "size", "content", "unreadable", "manifest", "parent", "signature"]
+Kind = Literal["missing", "extra", "size", "content", "unreadable", "manifest", "parent", "signature", "ledger"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,7 +78,7 @@ def hash_files(paths: Iterable[Path], *, threads: int | None = None) -> dict[Pat
     """
     largest_first = sorted(set(paths), key=_bytes_or_zero, reverse=True)
     stop = threading.Event()
-    with ThreadPoolExecutor(max(1, min(threads or _usable_cores(), len(largest_first))), "hash") as pool:
+    with ThreadPoolExecutor(max(1, min(threads or usable_cores(), len(largest_first))), "hash") as pool:
         try:
             return dict(zip(largest_first, pool.map(partial(_record_or_error, stop), largest_first), strict=True))
         except BaseException:  # Ctrl-C does not wait until a terabyte is read
@@ -89,7 +89,7 @@ def hash_files(paths: Iterable[Path], *, threads: int | None = None) -> dict[Pat
 def hash_file(path: Path, stop: threading.Event | None = None) -> FileRecord:
     """Raises OSError where `path` is no regular file or cannot be read, and when `stop` is set meanwhile."""
     digest, count = hashlib.sha256(), 0
-    with open(_open_regular(path), "rb", buffering=0) as stream:
+    with open(open_regular(path), "rb", buffering=0) as stream:
         room = min(_READ_BYTES, os.fstat(stream.fileno()).st_size + 1)  # one more: a file that has grown is noticed
         buffer = memoryview(bytearray(room))
         while read := stream.readinto(buffer):
@@ -104,14 +104,14 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
     """The whole of a small file. Raises OSError where it is a link, no regular file, or larger."""
     if path.is_symlink():
         raise OSError(errno.ELOOP, "it is a link", str(path))
-    with open(_open_regular(path), "rb") as stream:
+    with open(open_regular(path), "rb") as stream:
         data = stream.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise OSError(errno.EFBIG, f"it is larger than {max_bytes} bytes", str(path))
     return data
 
 
-def _open_regular(path: Path) -> int:
+def open_regular(path: Path) -> int:
     """A descriptor. Without waiting: a named pipe that nobody writes to would keep the reader for ever."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -134,5 +134,5 @@ def _bytes_or_zero(path: Path) -> int:
         return 0
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,9 +1,10 @@
-"""`megatrain verify`: a checkpoint, or all of a run's, against their manifests, each other and a signature."""
+"""`megatrain verify`: a checkpoint, or all of a run's, against their manifests, each other, the run's ledger and a
+signature."""
 
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from megatrain.errors import ConfigError, IntegrityError
 from megatrain.sizes import format_bytes
 from megatrain.trust.chain import follow_parents
 from megatrain.trust.compare import Difference
+from megatrain.trust.hashing import hash_files
+from megatrain.trust.ledger import LEDGER_NAME, History, Ledger, head_recorded, read_ledger
 from megatrain.trust.manifest import MANIFEST_NAME, Manifest, differences, read_manifest
 from megatrain.trust.signing import SignatureCheck
 
@@ -29,8 +32,8 @@ def verify(folder: str, *, signature: str | None = None, public_key: str | None 
         raise ConfigError("--signature needs --public-key FILE, the key that it is checked with")
     # first, since what is missing is better said before a terabyte is read than after
     signed = SignatureCheck(folder, public_key, signature) if public_key is not None else None
-    folders = find_checkpoints(root)
-    if not folders and signed is None:
+    folders, ledger = find_checkpoints(root), root / LEDGER_NAME
+    if not folders and signed is None and not os.path.lexists(ledger):
         raise ConfigError(
             f"{folder!r} holds no {MANIFEST_NAME} and no checkpoints; expected a checkpoint, a run's folder or its "
             "`checkpoints` (a signed folder needs --public-key FILE)"
@@ -39,6 +42,8 @@ def verify(folder: str, *, signature: str | None = None, public_key: str | None 
     for one in folders:
         report.add_checkpoint(one)
     report.check_chains(folders)
+    if folders != [root]:
+        report.check_ledger(ledger)
     if signed is not None:
         report.add_signature(signed, str(public_key))
     return report.finish(time.monotonic() - started)
@@ -60,6 +65,32 @@ def _steps(folder: Path) -> list[Path]:
     except OSError as error:
         raise ConfigError(f"cannot read folder {str(folder)!r}: {error.strerror}") from None
     return sorted(found, key=lambda path: (int(path.name.removeprefix("step-")), path.name))
+
+
+def ledger_differences(
+    path: Path, ledger: Ledger, history: History, manifests: Mapping[Path, Manifest]
+) -> Iterator[Difference]:
+    """Between the run's account, its checkpoints and, where it is over, its model."""
+    by_step = {int(folder.name.removeprefix("step-")): folder for folder in manifests}
+    for step, entry in sorted(history.checkpoints.items()):
+        folder = by_step.get(step)
+        if folder is None:
+            continue  # retention
+        name, found = f"{folder.name}/{MANIFEST_NAME}", manifests[folder].sha256
+        if found != entry["manifest_sha256"]:
+            yield Difference("ledger", name, f"sha256 {entry['manifest_sha256']} (by the ledger)", f"sha256 {found}")
+        head = head_recorded(manifests[folder].facts) if entry.kind == "checkpoint" else None
+        there = ledger.entries[head.lines - 1].sha256 if head and 0 < head.lines <= len(ledger.entries) else "none"
+        if head is not None and there != head.sha256:
+            line = f"line {head.lines} with sha256 {head.sha256} (by {name})"
+            yield Difference("ledger", path.name, line, f"sha256 {there}")
+    if history.end is not None:
+        model = path.with_name("model")
+        for name, expected in sorted(history.end["files"].items()):
+            record = hash_files([model / name])[model / name]
+            found = f"unreadable ({record.strerror})" if isinstance(record, OSError) else f"sha256 {record.sha256}"
+            if found != f"sha256 {expected}":
+                yield Difference("ledger", f"model/{name}", f"sha256 {expected} (by the ledger)", found)
 
 
 class _Report:
@@ -96,6 +127,27 @@ class _Report:
             print(f"note: {line}")
         if links:
             print(f"parents: {links} with the manifest that their child recorded")
+
+    def check_ledger(self, path: Path) -> None:
+        """Its chain, and that it and the checkpoints know each other. A run without one is none of this version's."""
+        if not os.path.lexists(path):
+            heads = [head for m in self._manifests.values() if (head := head_recorded(m.facts)) is not None]
+            if heads and self._root.name != "checkpoints":
+                newest = max(heads, key=lambda head: head.lines)
+                expected = f"{newest.lines} lines, the last with sha256 {newest.sha256}"
+                self._say([Difference("ledger", path.name, expected, "no file")])
+            return
+        try:
+            ledger = read_ledger(path)
+        except IntegrityError as error:
+            self._say([Difference("ledger", path.name, "a chain of lines", str(error))])
+            return
+        history = History(ledger.entries)
+        self._say(ledger_differences(path, ledger, history, self._manifests))
+        if ledger.torn_bytes:
+            print(f"note: {path.name}: its last line was not written to its end, and is left out")
+        last = ledger.entries[-1].sha256 if ledger.entries else "none"
+        print(f"ledger: {len(ledger.entries):,} lines, the last with sha256 {last}")
 
     def add_signature(self, signed: SignatureCheck, public_key: str) -> None:
         found = signed.differences()
