@@ -4,6 +4,7 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
+import torch
 from harness.models import Model, random_model
 from harness.traces import kept_layers
 
@@ -30,6 +31,7 @@ _OWN = (
     "synchronous_updates",
     "prefetch",
     "inputs_leave",
+    "deterministic",
 )  # of this adapter; the rest is the engine's
 
 
@@ -44,6 +46,9 @@ class EngineRun:
             weight_stream.build_schedule = _build_late_schedule
         if own.get("inputs_leave", False):
             weight_stream.WeightStream._inputs_must_leave = lambda *_: True
+        if own.get("deterministic", False):
+            torch.use_deterministic_algorithms(True)  # for good: a system has a process of its own
+            torch.utils.deterministic.fill_uninitialized_memory = False  # as train.deterministic has it
         self._layers, self._device_peak = model.shape.layers, 0
         self._device = settings.torch_device
         with warnings.catch_warnings():

@@ -87,7 +87,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_a_run_learns_and_leaves_its_folder(finished: tuple[Path, str]) -> None:
     folder, out = finished
     run = folder / "run"
-    assert {path.name for path in run.iterdir()} == {"config.yaml", "plan.json", "metrics.jsonl", "model"}
+    assert {path.name for path in run.iterdir()} == {
+        "config.yaml",
+        "plan.json",
+        "metrics.jsonl",
+        "ledger.jsonl",
+        "model",
+    }
     lines = metrics_of(run)
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert lines[-1]["loss"] < lines[0]["loss"] - 1

@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from megatrain.errors import ConfigError, IntegrityError, MegaTrainError
 from megatrain.model import folder_swap
 from megatrain.model.loading import initialise
 from megatrain.train.checkpoints import RunCheckpoints
+from megatrain.trust.ledger import LedgerWriter
 from megatrain.trust.manifest import require_unchanged
 
 Tree = dict[str, bytes | None]
@@ -317,6 +319,7 @@ def run_checkpoints(engine: mt.Engine, folder: Path, first_step: int = 0, **sett
         tokenizer=None,
         first_step=first_step,
         parent=None,
+        ledger=LedgerWriter(Path(tempfile.mkdtemp()) / "ledger.jsonl"),
     )
 
 

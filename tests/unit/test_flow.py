@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "optim": {"errors", "sizes", "threads", "model.partition"},
     "memory": {"errors", "sizes", "threads", "model.partition", "optim"},
     "doctor": {"version", "sizes", "memory.limits"},
-    "trust": {"version", "errors", "sizes", "files", "doctor"},
+    "trust": {"version", "errors", "sizes", "files", "private_files", "doctor"},
     "checkpoint": {"errors", "sizes", "threads", "files", "model", "optim", "memory", "trust"},
     "device": {"errors", "sizes", "memory"},
     "engine": {

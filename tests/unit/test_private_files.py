@@ -61,7 +61,7 @@ def test_a_run_keeps_its_account_to_itself_and_shares_its_model(
 ) -> None:
     assert run(settings, tmp_path) == 0
     folder = tmp_path / "run"
-    assert mode(folder / "metrics.jsonl") == mode(folder / "plan.json") == 0o600
+    assert {mode(folder / name) for name in ("metrics.jsonl", "plan.json", "ledger.jsonl")} == {0o600}
     assert mode(folder) == mode(folder / "model") == 0o777 & ~umask
     shared = [path for path in (folder / "model").iterdir() if path.suffix in (".safetensors", ".json")]
     assert shared and {mode(path) for path in shared} == {0o666 & ~umask}

@@ -1,8 +1,10 @@
-"""benchmarks/sweeps.py, ablations.py and integrity.py: what is changed and what is left."""
+"""benchmarks/sweeps.py, ablations.py, integrity.py and determinism.py: what is changed and what is left."""
 
 import argparse
+import dataclasses
 
 import ablations
+import determinism
 import integrity
 import pytest
 import sweeps
@@ -83,6 +85,12 @@ def test_levels_of_integrity_differ_in_nothing_else() -> None:
             assert {(t.model, t.settings.device, t.settings.precision) for t in tasks.values()} == {
                 (size.model, "lagged", "fp32")
             }
+
+
+def test_determinism_is_all_that_differs() -> None:
+    off, on = determinism.tasks_of(determinism.HOST, OPTIONS).values()
+    assert (dict(off.settings.engine), dict(on.settings.engine)) == ({}, {"deterministic": True})
+    assert dataclasses.replace(on, settings=off.settings) == off
 
 
 def test_wrong_sweeps_are_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -551,7 +551,7 @@ class Engine:
 
         self._require_open()
         self.wait_for_save()
-        self._save = checkpoints.begin_save(
+        save = self._save = checkpoints.begin_save(
             self,
             Path(folder).expanduser(),
             run=run or {},
@@ -561,10 +561,10 @@ class Engine:
             seal=seal,
             hash_units=hash_units,
         )
-        self.updates.before_update = self._save.wait_until_written
+        self.updates.before_update = save.wait_until_written
         if not background:
             self.wait_for_save()
-        return self._save
+        return save
 
     def unit_hashes(self) -> dict[str, str]:
         """SHA-256 of what is held of each unit (layer) by its name: weights, optimizer state, step counters; and of the

@@ -153,7 +153,8 @@ def _stretches(history: History) -> Iterator[tuple[int, int, Entry, Config]]:
     for (base, told), end in zip(history.beginnings, ends, strict=True):
         config = _config_of(told)
         if stretches and _alike(stretches[-1][2], told) and not settings_that_changed(stretches[-1][3], config):
-            stretches[-1] = (*stretches[-1][:1], end, *stretches[-1][2:])
+            first_base, _, first_told, _ = stretches[-1]
+            stretches[-1] = (first_base, end, first_told, config)  # the later one may say more steps
         else:
             stretches.append((base, end, told, config))
     yield from stretches
