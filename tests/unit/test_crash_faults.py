@@ -218,7 +218,9 @@ def test_what_cannot_be_written_to_is_one_line(tmp_path: Path, monkeypatch: pyte
             assert_as_before(tmp_path, before, name)
     with monkeypatch.context() as patch:  # for root, every folder can be written to
         patch.setattr(files.os, "mkdir", _read_only)
-        with pytest.raises(MegaTrainError, match="^cannot save to .*new: Read-only file system; what was saved before"):
+        with pytest.raises(
+            MegaTrainError, match=r"^cannot save to .*new: Read-only file system; what was saved before"
+        ):
             engine.save(tmp_path / "missing" / "new")
     assert_as_before(tmp_path, before, "read-only")
     assert_same(state_of(engine), state)
@@ -235,7 +237,7 @@ def _read_only(*_: object) -> None:
 def test_a_read_only_folder(tmp_path: Path) -> None:
     engine = engine_of()
     tmp_path.chmod(0o500)
-    with pytest.raises(MegaTrainError, match="^cannot save to .*new: Permission denied; what was saved before is"):
+    with pytest.raises(MegaTrainError, match=r"^cannot save to .*new: Permission denied; what was saved before is"):
         engine.save(tmp_path / "new")
     engine.close()
 
@@ -462,7 +464,7 @@ def test_a_folder_of_checkpoints_that_cannot_be_cleared_is_one_line(
     engine = engine_of()
     (tmp_path / "step-000009").mkdir()
     monkeypatch.setattr(files.os, "rename", _read_only)
-    with pytest.raises(ConfigError, match="^output: cannot remove checkpoints in '.*': Read-only file system$"):
+    with pytest.raises(ConfigError, match=r"^output: cannot remove checkpoints in '.*': Read-only file system$"):
         run_checkpoints(engine, tmp_path, first_step=5)
     engine.close()
 
