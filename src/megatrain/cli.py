@@ -1,7 +1,7 @@
 """The `megatrain` command.
 
-Exit codes: 0 done, 1 failed (or doctor found a problem, or verify or audit a difference), 2 bad usage or settings,
-130 interrupted twice.
+Exit codes: 0 done, 1 failed (or doctor found a problem, verify or audit a difference, or a run's last checkpoint could
+not be saved), 2 bad usage or settings, 130 interrupted twice.
 """
 
 import argparse

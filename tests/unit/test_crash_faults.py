@@ -220,7 +220,9 @@ def test_what_cannot_be_written_to_is_one_line(tmp_path: Path, monkeypatch: pyte
             assert_as_before(tmp_path, before, name)
     with monkeypatch.context() as patch:  # for root, every folder can be written to
         patch.setattr(files.os, "mkdir", _read_only)
-        with pytest.raises(MegaTrainError, match=r"^cannot save to .*new: Read-only file system; what was saved"):
+        with pytest.raises(
+            MegaTrainError, match=r"^cannot save to .*new: Read-only file system; what was saved before"
+        ):
             engine.save(tmp_path / "missing" / "new")
     assert_as_before(tmp_path, before, "read-only")
     assert_same(state_of(engine), state)

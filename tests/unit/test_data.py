@@ -142,6 +142,10 @@ def test_bpe_survives_a_folder(bpe: Any, tmp_path: Path) -> None:
     loaded = load_tokenizer(str(tmp_path))
     assert loaded(TEXTS[3])["input_ids"] == bpe(TEXTS[3])["input_ids"]
     assert {name: getattr(loaded, name) for name in BPE_SPECIAL_TOKENS} == BPE_SPECIAL_TOKENS
+    # its files are the same again: a run that goes on from a checkpoint leaves what it would have left
+    written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    loaded.save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == written
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:

@@ -59,6 +59,11 @@ def load_tokenizer(path: str, *, key: str = "model.tokenizer") -> Any:
         if os.path.isdir(folder) and not isinstance(error, ConfigError):
             reason = f"its tokenizer's files are damaged ({reason})" if _has_tokenizer(folder) else _NO_FILES
         raise ConfigError(f"{key}: no tokenizer in {path!r}: {reason}") from None
+    for name in (
+        "is_local",
+        "local_files_only",
+    ):  # how it was found, which transformers would save as if it were its own
+        tokenizer.init_kwargs.pop(name, None)
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"{key}: the tokenizer in {path!r} has no eos_token; documents are joined with it")
     return tokenizer
