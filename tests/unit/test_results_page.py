@@ -73,8 +73,8 @@ def test_what_was_not_measured_says_so(tmp_path: Path, recorded: Path) -> None:
 
 
 def test_a_busy_machine_is_told(tmp_path: Path, recorded: Path) -> None:
-    _sweep(Results(recorded, MACHINE | {"date": "2026-11-21 12:00", "load": "1.5"}), SETTING, 0.97)
-    assert "Measured beside other work (a load of 1.5 on 2 cores before it began)" in _write(tmp_path, recorded)
+    _sweep(Results(recorded, MACHINE | {"date": "2026-11-21 12:00", "load": "2.5"}), SETTING, 0.97)
+    assert "Measured beside other work (a load of 2.5 on 2 cores before it began)" in _write(tmp_path, recorded)
 
 
 def test_claims_are_answered_by_gpus(tmp_path: Path, recorded: Path) -> None:
