@@ -208,7 +208,8 @@ def test_where_the_model_cannot_be_saved_one_line_names_it(
     monkeypatch.setattr("megatrain.files.os.pwrite", full)
     settings = write_settings(tmp_path, train={"steps": 1})
     assert cli.main(["train", str(settings), "--output", str(tmp_path / "run")]) == 1
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("megatrain: ")]
+    ledger, line = [line for line in capsys.readouterr().err.splitlines() if line.startswith("megatrain: ")]
+    assert "ledger.jsonl" in ledger and "training goes on" in ledger
     assert line.startswith(f"megatrain: output: cannot save the model to {str(tmp_path / 'run' / 'model')!r}: ")
     assert "No space left on device" in line
     assert len(metrics_of(tmp_path / "run")) == 1
