@@ -129,6 +129,13 @@ def test_a_checkpoint_that_cannot_be_saved_costs_a_line_and_no_run(forked: Forke
     assert cli.main(["verify", str(run)]) == 0
 
 
+def test_a_plan_that_cannot_be_written_costs_a_line_and_no_model(forked: ForkedRuns) -> None:
+    settings = settings_of(forked, "no-plan", train={"steps": 1}, checkpoint={"every": None})
+    ended = forked.run("train", settings, "--output", str(forked.folder / "no-plan"), no_room_for="plan.json")
+    assert ended.code == 0 and "plan.json': No space left on device" in ended.output, ended.output
+    assert {path.name for path in (forked.folder / "no-plan").iterdir()} == {"config.yaml", "metrics.jsonl", "model"}
+
+
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_where_the_last_checkpoint_cannot_be_saved_the_exit_code_says_so(interrupted: bool, forked: ForkedRuns) -> None:
     """Who goes on from it has to know; all else is done, and the model saved."""
