@@ -16,7 +16,10 @@ from megatrain import cli
 from megatrain.checkpoint.folders import list_checkpoints, step_of
 from megatrain.trust.manifest import require_unchanged
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="processes are forked as Linux does")
+pytestmark = [
+    pytest.mark.xdist_group("crash"),
+    pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="processes are forked as Linux does"),
+]
 
 
 @pytest.fixture(scope="module")
