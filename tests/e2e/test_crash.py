@@ -16,7 +16,10 @@ from megatrain import cli
 from megatrain.checkpoint.folders import list_checkpoints, step_of
 from megatrain.trust.manifest import require_unchanged
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="processes are forked as Linux does")
+pytestmark = [
+    pytest.mark.xdist_group("crash"),
+    pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="processes are forked as Linux does"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +130,13 @@ def test_a_checkpoint_that_cannot_be_saved_costs_a_line_and_no_run(forked: Forke
     assert (run / "model" / "model.safetensors").exists()
     assert [step_of(path) for path in list_checkpoints(run / "checkpoints")] == [1, 3, 4]
     assert cli.main(["verify", str(run)]) == 0
+
+
+def test_a_plan_that_cannot_be_written_costs_a_line_and_no_model(forked: ForkedRuns) -> None:
+    settings = settings_of(forked, "no-plan", train={"steps": 1}, checkpoint={"every": None})
+    ended = forked.run("train", settings, "--output", str(forked.folder / "no-plan"), no_room_for="plan.json")
+    assert ended.code == 0 and "plan.json': No space left on device" in ended.output, ended.output
+    assert {path.name for path in (forked.folder / "no-plan").iterdir()} == {"config.yaml", "metrics.jsonl", "model"}
 
 
 @pytest.mark.parametrize("interrupted", [False, True])

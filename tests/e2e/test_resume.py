@@ -14,7 +14,10 @@ from small_runs import SETTINGS, metrics_of, model_of, settings_of, train, write
 from megatrain import cli
 from megatrain.train.run_folder import RunFolder
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="processes are forked as Linux does")
+pytestmark = [
+    pytest.mark.xdist_group("resume"),
+    pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="processes are forked as Linux does"),
+]
 
 # 94 sequences, four in a step: the second epoch begins within step 24
 STEPS = {"steps": 30}
