@@ -1,12 +1,13 @@
 """What two engines, batches or processes are compared by: equal where they are, different for a single bit."""
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_checkpoint import ADAMW, engine_of, train
+from test_checkpoint import ADAMW, _slow, engine_of, train
 
 import megatrain as mt
 from megatrain.data.batches import batch_sha256
@@ -40,6 +41,22 @@ def test_units_have_the_same_hash_wherever_they_lie_and_when_they_are_saved_and_
     assert again.unit_hashes() == expected
     for one in (plain, engine, again):
         one.close()
+
+
+@pytest.mark.parametrize("device", ["cpu", "lagged"])
+def test_a_save_hashes_what_was_there_when_it_began(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two more steps are asked for while the first unit waits to be written; counters move before weights do."""
+    engine = engine_of(device=device)
+    train(engine, 0, 2)
+    expected, go = engine.unit_hashes(), _slow(monkeypatch)
+    save = engine.save(tmp_path / "saved", background=True, hash_units=True)
+    threading.Timer(0.5, go.set).start()
+    train(engine, 2, 4)
+    save.wait()
+    assert save.unit_hashes == expected
+    engine.close()
 
 
 def test_one_bit_of_anything_changes_the_hash_of_its_unit_alone() -> None:
