@@ -98,7 +98,8 @@ def _dispatch(arguments: list[str], environment: dict[str, str]) -> int:
     if known.command == "verify":
         from megatrain.trust.verify import verify
 
-        return DONE if verify(known.folder, signature=known.signature, public_key=known.public_key) else FAILED
+        signed = {"signature": known.signature, "public_key": known.public_key}
+        return DONE if verify(known.folder, **signed, data=known.data) else FAILED
     if known.command == "audit":
         from megatrain.train.audit import audit
 
@@ -182,6 +183,9 @@ def _add_trust(commands: Any) -> None:
     verify.add_argument("folder", type=_path, metavar="FOLDER", help="a checkpoint, a run's folder, or a signed folder")
     verify.add_argument("--signature", type=_path, metavar="FILE", help="default: model.sig in FOLDER")
     verify.add_argument("--public-key", type=_path, metavar="FILE", help="check the signature with it (PEM)")
+    verify.add_argument(
+        "--data", action="store_true", help="also the files trained on; from the folder that the run was started in"
+    )
     audit = commands.add_parser(
         "audit",
         help="compute steps of a run again from what was recorded, and compare to the bit",

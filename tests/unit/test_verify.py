@@ -13,6 +13,7 @@ import pytest
 from saved_folders import FILES, fill, make_checkpoint, make_run
 
 from megatrain import cli
+from megatrain.trust.facts import describe_files
 from megatrain.trust.manifest import parent_of, read_manifest, write_manifest
 
 Output = pytest.CaptureFixture[str]
@@ -198,3 +199,30 @@ def test_verifying_needs_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_data_that_was_trained_on(tmp_path: Path, capsys: Output) -> None:
+    text, other = tmp_path / "a.txt", tmp_path / "b.txt"
+    text.write_bytes(b"some text")
+    other.write_bytes(b"more text")
+    folder = fill(tmp_path / "step-000100", FILES)
+    write_manifest(folder, {"data": describe_files([text, other])})
+    assert cli.main(["verify", str(folder), "--data"]) == cli.DONE
+    assert said(capsys)[0] == "data: 2 files that were trained on"
+    text.write_bytes(b"some test")
+    other.unlink()
+    assert cli.main(["verify", str(folder)]) == cli.DONE  # without, data are not looked at
+    said(capsys)
+    assert cli.main(["verify", str(folder), "--data"]) == cli.FAILED
+    changed, missing, _, result = said(capsys)
+    assert changed.startswith(f"{text}: expected sha256 ") and ", found sha256 " in changed
+    assert missing.startswith(f"{other}: expected sha256 ") and missing.endswith("none (No such file or directory)")
+    assert result.startswith("2 differences")
+
+
+@pytest.mark.parametrize("data", [None, [{"path": 3}], [{"path": "a", "bytes": -1, "sha256": "0" * 64}]])
+def test_a_manifest_that_names_no_data(data: object, tmp_path: Path, capsys: Output) -> None:
+    folder = fill(tmp_path / "step-000100", FILES)
+    write_manifest(folder, {} if data is None else {"data": data})
+    assert cli.main(["verify", str(folder), "--data"]) == cli.WRONG
+    assert "names no files that were trained on" in complaint(capsys)

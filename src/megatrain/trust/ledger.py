@@ -258,15 +258,21 @@ def _is_engine(value: object) -> bool:
     return isinstance(value, dict) and {name: type(item) for name, item in value.items()} == kinds
 
 
-def _is_facts(value: object) -> bool:
-    if not isinstance(value, dict) or not isinstance(value.get("data"), list):
-        return False
-    if not all(isinstance(value.get(name), dict) for name in ("code", "hardware", "libraries")):
-        return False
-    return all(
-        isinstance(file, dict) and _is_text(file.get("path")) and _is_sha256(file.get("sha256"))
-        for file in value["data"]
+def is_data(value: object) -> bool:
+    """Whether these are files that were trained on, as `facts.describe_files` describes them."""
+    return isinstance(value, list) and all(
+        isinstance(file, dict)
+        and _is_text(file.get("path"))
+        and _is_sha256(file.get("sha256"))
+        and _counts_from(0)(file.get("bytes"))
+        for file in value
     )
+
+
+def _is_facts(value: object) -> bool:
+    if not isinstance(value, dict) or not is_data(value.get("data")):
+        return False
+    return all(isinstance(value.get(name), dict) for name in ("code", "hardware", "libraries"))
 
 
 _SETTINGS: dict[str, Callable[[object], bool]] = {"config": _is_text, "engine": _is_engine, "facts": _is_facts}

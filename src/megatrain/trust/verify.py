@@ -5,26 +5,27 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatrain.errors import ConfigError, IntegrityError
 from megatrain.sizes import format_bytes
 from megatrain.trust.chain import follow_parents
 from megatrain.trust.compare import Difference
-from megatrain.trust.hashing import hash_files
-from megatrain.trust.ledger import LEDGER_NAME, History, Ledger, head_recorded, read_ledger
+from megatrain.trust.hashing import FileRecord, hash_files
+from megatrain.trust.ledger import LEDGER_NAME, History, Ledger, head_recorded, is_data, read_ledger
 from megatrain.trust.manifest import MANIFEST_NAME, Manifest, differences, read_manifest
 from megatrain.trust.signing import SignatureCheck
 
 _CHECKPOINT = re.compile(r"step-(\d+)")
 
 
-def verify(folder: str, *, signature: str | None = None, public_key: str | None = None) -> bool:
+def verify(folder: str, *, signature: str | None = None, public_key: str | None = None, data: bool = False) -> bool:
     """Print what differs, line by line, and what was checked; returns whether all is as recorded.
 
-    `folder`: a checkpoint, a run's folder or its `checkpoints`; with `public_key` any folder that is signed. Raises
-    ConfigError where there is nothing to check it against.
+    `folder`: a checkpoint, a run's folder or its `checkpoints`; with `public_key` any folder that is signed. `data`:
+    the files that were trained on, too; relative paths are from the current folder. Raises ConfigError where there is
+    nothing to check it against.
     """
     started = time.monotonic()
     root = Path(os.path.abspath(os.path.expanduser(folder)))
@@ -44,6 +45,8 @@ def verify(folder: str, *, signature: str | None = None, public_key: str | None 
     report.check_chains(folders)
     if folders != [root]:
         report.check_ledger(ledger)
+    if data:
+        report.check_data()
     if signed is not None:
         report.add_signature(signed, str(public_key))
     return report.finish(time.monotonic() - started)
@@ -91,6 +94,22 @@ def ledger_differences(
             found = f"unreadable ({record.strerror})" if isinstance(record, OSError) else f"sha256 {record.sha256}"
             if found != f"sha256 {expected}":
                 yield Difference("ledger", f"model/{name}", f"sha256 {expected} (by the ledger)", found)
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """A file that was trained on, as a manifest has it."""
+
+    path: Path
+    content: FileRecord
+
+
+def data_recorded(manifest: Manifest) -> list[DataFile]:
+    """Raises ConfigError for a manifest, of another program, that has none."""
+    listed = manifest.facts.get("data")
+    if listed is None or not is_data(listed):
+        raise ConfigError(f"--data: the {MANIFEST_NAME} of this checkpoint names no files that were trained on")
+    return [DataFile(Path(f["path"]), FileRecord(bytes=f["bytes"], sha256=f["sha256"])) for f in listed]
 
 
 class _Report:
@@ -148,6 +167,23 @@ class _Report:
             print(f"note: {path.name}: its last line was not written to its end, and is left out")
         last = ledger.entries[-1].sha256 if ledger.entries else "none"
         print(f"ledger: {len(ledger.entries):,} lines, the last with sha256 {last}")
+
+    def check_data(self) -> None:
+        """The files that training read, as any of the manifests has them; each is hashed once."""
+        recorded = {(one.path, one.content) for manifest in self._manifests.values() for one in data_recorded(manifest)}
+        found = hash_files({path for path, _ in recorded})
+        for path, expected in sorted(recorded, key=str):
+            self._files += 1
+            record = found[path]
+            if isinstance(record, OSError):
+                self._say([Difference("missing", str(path), f"sha256 {expected.sha256}", f"none ({record.strerror})")])
+            else:
+                self._bytes += record.bytes
+                if record != expected:
+                    self._say(
+                        [Difference("content", str(path), f"sha256 {expected.sha256}", f"sha256 {record.sha256}")]
+                    )
+        print(f"data: {len(recorded):,} files that were trained on")
 
     def add_signature(self, signed: SignatureCheck, public_key: str) -> None:
         found = signed.differences()
