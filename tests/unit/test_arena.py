@@ -59,10 +59,10 @@ def test_resident_at_once_and_returned_with_the_last_view() -> None:
     assert abs(resident_bytes() - before) < 256 * PAGE_BYTES
 
 
-def vm_flags(address: int) -> set[str]:
-    """Of the mapping in which `address` lies, as the kernel tells them."""
+def vm_flags(address: int, smaps: str | None = None) -> set[str]:
+    """Of the mapping in which `address` lies, as the kernel tells them; `smaps`: as it has told them before."""
     inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
+    for line in (smaps or Path("/proc/self/smaps").read_text()).splitlines():
         if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
             inside = int(found[1], 16) <= address < int(found[2], 16)
         elif inside and line.startswith("VmFlags:"):

@@ -123,8 +123,8 @@ def test_a_model_twenty_times_the_memory() -> None:
     count = 150
     state = sum(p.nbytes for p in Net(count=count).parameters())
     cap = state // 20
-    host = train(Net(count=count), "cpu", steps=3, keep_graphs="off")
-    assert same(train(Net(count=count), lagged(memory_bytes=cap), steps=3, keep_graphs="off"), host)
+    host = train(Net(count=count), "cpu", steps=2, keep_graphs="off")
+    assert same(train(Net(count=count), lagged(memory_bytes=cap), steps=2, keep_graphs="off"), host)
 
 
 # -- what the schedule says -------------------------------------------------------------------------------------------

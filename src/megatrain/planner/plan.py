@@ -225,6 +225,9 @@ def _fewer(
     """Half the tokens per step, and half of that, until it fits; whole micro-batches of the set size as long as there
     are any. Said only where it does. `beside`: the changes that `settings` holds already."""
     sequences, micro_batch = settings.sequences, settings.micro_batch
+    least = replace(settings, sequences=1, micro_batch=None if micro_batch is None else 1)
+    if not choose(workload, hardware, least).fits:
+        return  # nor does anything between
     while sequences > 1:
         if micro_batch is not None and sequences <= micro_batch:
             sequences = micro_batch = max(1, micro_batch // 2)
@@ -246,6 +249,10 @@ def _shorter(
     """Half the context, and half of that, with as many tokens per step, until it fits. Said only where it does: what
     does not depend on the context cannot be had from it."""
     seq_len, sequences = workload.seq_len, settings.sequences
+    halvings = max(0, (seq_len // _SHORTEST_CONTEXT).bit_length() - 1)
+    shortest = choose(at_length(seq_len >> halvings), hardware, replace(settings, sequences=sequences << halvings))
+    if not shortest.fits:
+        return  # nor does anything between
     while seq_len // 2 >= _SHORTEST_CONTEXT:
         seq_len, sequences = seq_len // 2, sequences * 2
         other = replace(settings, sequences=sequences)
