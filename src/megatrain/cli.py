@@ -95,6 +95,8 @@ def _dispatch(arguments: list[str], environment: dict[str, str]) -> int:
         return _generate(known)
     if known.command == "export":
         return _export(known)
+    if known.command == "init":
+        return _init(known)
     if known.command == "verify":
         from megatrain.trust.verify import verify
 
@@ -142,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         if name == "train":
             _add_resume(command)
     _add_plan(commands)
+    _add_init(commands)
     generate = commands.add_parser("generate", help="let a model write text", allow_abbrev=False)
     generate.add_argument("folder", type=_path, metavar="FOLDER", help="a run's folder or a transformers folder")
     generate.add_argument("--prompt", required=True, type=_text, help="text to go on from")
@@ -201,6 +204,37 @@ def _add_trust(commands: Any) -> None:
     sign.add_argument("folder", type=_path, metavar="FOLDER", help="a checkpoint, a run's folder or a model's")
     sign.add_argument("--private-key", type=_path, required=True, metavar="FILE", help="an elliptic-curve key (PEM)")
     sign.add_argument("--signature", type=_path, metavar="OUT", help="default: model.sig in FOLDER")
+
+
+def _add_init(commands: Any) -> None:
+    init = commands.add_parser(
+        "init",
+        help="write a commented config for a model and data, from the plan of this machine",
+        description="Exit code: 0 where the config was written, 2 where the model has no room or something is wrong.",
+        allow_abbrev=False,
+    )
+    init.add_argument("out", nargs="?", default="run.yaml", type=_path, metavar="OUT.yaml", help="default: run.yaml")
+    init.add_argument("--model", required=True, type=_path, help="a transformers folder, a run's folder or a hub id")
+    init.add_argument("--data", required=True, action="append", type=_text, help="as data.train; may be repeated")
+    init.add_argument("--eval", action="append", default=[], type=_text, help="held-out data, as data.eval")
+    init.add_argument("--epochs", default=1.0, type=_above_0, metavar="N", help="passes over the data; default: 1")
+    init.add_argument("--seq-len", type=_at_least(2), metavar="N", help="tokens per sequence; default: 2048 at most")
+    init.add_argument("--nvme", type=_path, metavar="FOLDER", help="a folder on a local disk for optimizer state")
+    init.add_argument("--hardware", metavar="NAME|FILE.yaml", help="another machine; default: this one")
+    init.add_argument("--replace", action="store_true", help="write over OUT.yaml")
+
+
+def _init(known: argparse.Namespace) -> int:
+    from megatrain.train.init_command import Wish, init
+
+    target = Path(known.out)
+    wish = Wish(
+        known.model, tuple(known.data), tuple(known.eval), known.epochs, known.seq_len, known.nvme, known.hardware
+    )
+    plan = init(wish, target, replace=known.replace)
+    print(f"wrote {target}: {plan.tokens:,} tokens per step, {plan.tokens_per_second:,.0f} tokens/s predicted")
+    print(f"next: megatrain data {target}; megatrain plan {target}; megatrain train {target}")
+    return DONE
 
 
 def _add_plan(commands: Any) -> None:
@@ -381,6 +415,13 @@ def _temperature(text: str) -> float:
         if float(text) == 0 or 1e-4 <= float(text) < float("inf"):
             return float(text)
     raise argparse.ArgumentTypeError(f"{text!r} is wrong; expected 0 or a number of at least 0.0001")
+
+
+def _above_0(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) <= 1e9:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is wrong; expected a number above 0")
 
 
 def _path(text: str) -> str:

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,14 @@ def plan_command(known: argparse.Namespace, overrides: Sequence[tuple[str, str]]
     if not is_run:
         _take_defaults(settings, found.config)
     config = parse_config(settings, for_training=False)
-    plan = _plan(config, found, known, options, chooses_micro_batch=chooses_micro_batch)
+    plan = plan_here_or_there(
+        config,
+        found,
+        name=_name(known.what, found),
+        hardware_name=known.hardware,
+        options=options,
+        chooses_micro_batch=chooses_micro_batch,
+    )
     if known.timeline is not None:
         _write(plan, Path(known.timeline))
     if known.json:
@@ -124,21 +131,25 @@ def _take_defaults(settings: dict[str, Any], model_config: Any) -> None:
         train["tokens_per_step"] = max(1, _TOKENS_PER_STEP // together) * together
 
 
-def _plan(
+def plan_here_or_there(
     config: Config,
     found: ModelSettings,
-    known: argparse.Namespace,
-    options: dict[str, Any],
     *,
+    name: str,
+    hardware_name: str | None,
+    options: Mapping[str, Any],
     chooses_micro_batch: bool,
 ) -> Plan:
-    hardware = None if known.hardware is None else load_hardware(known.hardware)
-    _refuse_other_device(config.engine.device, known.hardware, hardware)
+    """The plan for the hardware of that name, or, where there is none, for this machine, whose units are timed.
+    `options`: bytes of host_memory and nvme that may be used, in place of the settings'. `chooses_micro_batch`: the
+    planner does, and not the settings."""
+    hardware = None if hardware_name is None else load_hardware(hardware_name)
+    _refuse_other_device(config.engine.device, hardware_name, hardware)
     precision = _precision(config, hardware)
     chooses_micro_batch &= hardware is not None  # units are timed with the micro-batch that is set
 
     def workload_at(seq_len: int) -> Workload:
-        return workload_of(config, found.config, precision, seq_len=seq_len, name=_name(known.what, found))
+        return workload_of(config, found.config, precision, seq_len=seq_len, name=name)
 
     workload = workload_at(config.data.seq_len)
     measured: Measured | None = None
