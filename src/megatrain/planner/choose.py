@@ -6,7 +6,7 @@ memory is short and there is a disk, state of units goes to that.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 
 from megatrain.device.cuda import USABLE_SHARE
 from megatrain.engine.kept_graphs import graph_budget, last_that_fit
@@ -99,6 +99,11 @@ def _with_its_chunks(workload: Workload, hardware: Hardware, settings: Settings)
         return workload
     held = held_before_steps(workload)
     tokens = device_chunk_tokens(limits(hardware, settings)[DEVICE], held, BYTES_PER_LOGIT * workload.vocabulary)
+    return _with_chunks_of(workload, tokens)
+
+
+@lru_cache(maxsize=32)  # the same workload for the same tokens: schedules are remembered by it
+def _with_chunks_of(workload: Workload, tokens: int) -> Workload:
     return replace(workload, chunk_tokens=tokens)
 
 
@@ -242,7 +247,7 @@ class _Chooser:
             graphs = {u: 0 if u in self.workload.head else n for u, n in held.items()}
             chosen = last_that_fit(graphs, graph_budget(max(0, free)))
         if not self.hardware.computes_in_host_memory:  # a graph is kept over weights that stay in their slot
-            schedule, _ = step_schedule(self.workload, placement, sequences)
+            schedule = step_schedule(self.workload, placement, sequences).schedule
             chosen &= schedule.held | set(placement.units_in(DEVICE))
         return replace(placement, kept=frozenset(chosen - set(self.workload.head)))
 

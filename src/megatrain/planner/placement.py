@@ -8,15 +8,16 @@ Tiers of a unit's state:
              memory, streamed as above
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 
 from megatrain.engine.gradient_stream import STAGING_BUFFERS
 from megatrain.memory import slab_state
 from megatrain.memory.layout import BYTES
 from megatrain.memory.plan import plan_memory
 from megatrain.model.head import BYTES_PER_LOGIT
-from megatrain.planner.visits import gradient_sums, planned_visits, saved_inputs, streamed_units
+from megatrain.planner.visits import PlannedVisit, gradient_sums, planned_visits, saved_inputs, streamed_units
 from megatrain.planner.workload import UnitWork, Workload
 from megatrain.schedule.build import build_schedule
 from megatrain.schedule.check import check_schedule
@@ -84,35 +85,64 @@ def state_bytes(unit: UnitWork, placement: Placement) -> int:
 
 
 def step_schedule(
-    workload: Workload, placement: Placement, sequences: int, working: Mapping[int, int] | None = None
-) -> tuple[Schedule, Sizes]:
+    workload: Workload, placement: Placement, sequences: int, working: tuple[tuple[int, int], ...] = ()
+) -> "StepSchedule":
     """The engine's operations of one step with this placement. `working`: what units hold while they run."""
-    visits = planned_visits(workload, placement.tiers)
-    streamed = streamed_units(workload, placement.tiers)
-    classes = slot_classes(streamed, [v.visit for v in visits if v.visit.units], placement.slots) if streamed else ()
-    gradients, readers = _leaving_gradients(workload, placement)
+    on_device = frozenset(placement.units_in(DEVICE))
+    count = micro_batches(sequences, placement)
+    return _step_schedule(workload, on_device, placement.slots, placement.inputs_leave, sequences, count, working)
+
+
+@dataclass(frozen=True)
+class StepSchedule:
+    """`peak_bytes`: of device memory, slots included."""
+
+    schedule: Schedule
+    sizes: Sizes
+
+    @cached_property
+    def peak_bytes(self) -> int:
+        return check_schedule(self.schedule, self.sizes)
+
+
+@lru_cache(maxsize=256)  # many placements of a plan have one in common
+def _step_schedule(
+    workload: Workload,
+    on_device: frozenset[int],
+    slots: int,
+    inputs_leave: bool,
+    sequences: int,
+    micro_batches: int,
+    working: tuple[tuple[int, int], ...],
+) -> StepSchedule:
+    tiers = {u.index: DEVICE if u.index in on_device else HOST for u in workload.homes}
+    visits = planned_visits(workload, tiers)
+    streamed = streamed_units(workload, tiers)
+    classes = slot_classes(streamed, [v.visit for v in visits if v.visit.units], slots) if streamed else ()
+    gradients, readers = _leaving_gradients(workload, tiers, visits)
     sizes = Sizes(
         weights=streamed,
         gradients=gradients,
         saved_inputs={u: n for u, n in saved_inputs(workload, sequences).items() if u in streamed},
-        inputs_leave=placement.inputs_leave,
-        gradient_sums=gradient_sums(workload, micro_batches(sequences, placement)),
-        working=working or {},
+        inputs_leave=inputs_leave,
+        gradient_sums=gradient_sums(workload, micro_batches),
+        working=dict(working),
     )
-    return build_schedule([v.visit for v in visits], sizes, classes, readers=readers), sizes
+    return StepSchedule(build_schedule([v.visit for v in visits], sizes, classes, readers=readers), sizes)
 
 
 def micro_batches(sequences: int, placement: Placement) -> int:
     return StepShape(sequences, placement.micro_batch).micro_batches
 
 
-def _leaving_gradients(workload: Workload, placement: Placement) -> tuple[dict[int, int], dict[int, list[int]]]:
+def _leaving_gradients(
+    workload: Workload, tiers: Mapping[int, str], visits: Sequence[PlannedVisit]
+) -> tuple[dict[int, int], dict[int, list[int]]]:
     """(bytes that cross the link by unit, the streamed units after whose backward each is complete)."""
-    visits = planned_visits(workload, placement.tiers)
     gradients: dict[int, int] = {}
     readers: dict[int, list[int]] = {}
     for unit in workload.units:
-        if unit.link_gradient_bytes and placement.tiers[unit.index] != DEVICE:
+        if unit.link_gradient_bytes and tiers[unit.index] != DEVICE:
             gradients[unit.index] = unit.link_gradient_bytes
             reading = [u.index for u in workload.units if unit.index in u.reads]
             # a small unit has no visit of its own: the streamed one beside it stands for it
@@ -155,7 +185,7 @@ def ledger(
     else:
         device["process"] = device_process
     if placement.inputs_leave:
-        schedule, _ = step_schedule(workload, placement, sequences)
+        schedule = step_schedule(workload, placement, sequences).schedule
         host["saved inputs"] = sum(op.n_bytes for op in schedule.operations if op.kind.value == "save")
     return {DEVICE: _present(device), HOST: _present(host), NVME: _present(nvme)}
 
@@ -207,9 +237,10 @@ def held_before_steps(workload: Workload) -> int:
 
 def _device_bytes(workload: Workload, placement: Placement, sequences: int, *, emulated: bool) -> dict[str, int]:
     resident = [u for u in workload.homes if placement.tiers[u.index] == DEVICE]
-    logits = dict.fromkeys(workload.head[-1:], logits_bytes(workload, placement.micro_batch))
-    schedule, sizes = step_schedule(workload, placement, sequences, logits if emulated else None)
-    moving = check_schedule(schedule, sizes) - schedule.slot_bytes
+    logits = tuple(dict.fromkeys(workload.head[-1:], logits_bytes(workload, placement.micro_batch)).items())
+    planned = step_schedule(workload, placement, sequences, logits if emulated else ())
+    schedule, sizes = planned.schedule, planned.sizes
+    moving = planned.peak_bytes - schedule.slot_bytes
     # inputs of units without a slot stay where they are
     moving += sum(n for u, n in saved_inputs(workload, sequences).items() if u not in sizes.weights)
     small = sum(u.image_bytes for u in workload.units if u.index in workload.small and u not in resident)

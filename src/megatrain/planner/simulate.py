@@ -255,7 +255,7 @@ class _StreamPlayer(_Player):
         self, workload: Workload, placement: Placement, durations: Durations, sequences: int, prefetch: bool
     ) -> None:
         super().__init__(workload, placement, durations, sequences, prefetch)
-        schedule, _ = step_schedule(workload, placement, sequences)
+        schedule = step_schedule(workload, placement, sequences).schedule
         self.schedule: Schedule = schedule
         beside_slots = {*workload.small, ALL_UNITS_STRAY} - set(placement.units_in(DEVICE))
         self.own_memory = [u for u in workload.homes if u.index in beside_slots]

@@ -95,7 +95,7 @@ class UnitWork:
         return sum(s.state_count for s in self.slabs)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # as itself alone it is what schedules are remembered by
 class Workload:
     """A model in one precision at one sequence length. `order`: units of the base in the order of their calls; `head`:
     units that run together, forward and backward at once, chunk by chunk. `chunk_tokens`: of the head, on the host.
