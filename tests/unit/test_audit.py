@@ -349,7 +349,7 @@ def test_a_resume_refuses_a_ledger_that_is_not_its_own(run: Path, finished: Path
     os.truncate(checkpoint(run, 5) / MANIFEST_NAME, 10)
     arguments = ["train", str(finished / "settings.yaml"), "--output", str(run), "--resume", "auto"]
     assert cli.main(arguments) == cli.WRONG
-    assert "is not the one that the checkpoint recorded: line " in capsys.readouterr().err.splitlines()[-1]
+    assert "ledger.jsonl: expected line 6 with sha256 " in capsys.readouterr().err
     (run / LEDGER_NAME).unlink()  # as the line says: moved away
     assert cli.main(arguments) == cli.DONE
     assert read_ledger(run / LEDGER_NAME).entries[0].kind == "resume"
@@ -365,3 +365,117 @@ def test_a_first_step_that_fails_leaves_no_ledger(tmp_path: Path, monkeypatch: p
     with pytest.raises(AssertionError):
         train(tmp_path)
     assert not (tmp_path / "run").exists()
+
+
+# -- what the end of a ledger vouches for -----------------------------------------------------------------------------
+
+
+def cut_ledger(run: Path, lines: int) -> None:
+    whole = (run / LEDGER_NAME).read_bytes().splitlines(keepends=True)
+    (run / LEDGER_NAME).write_bytes(b"".join(whole[:-lines]))
+
+
+def flip(folder: Path) -> None:
+    """One bit of a weight, in the folder's safetensors."""
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 4
+    path.write_bytes(data)
+
+
+def flip_and_reseal(folder: Path) -> None:
+    flip(folder / "model")
+    manifest = read_manifest(folder)
+    (folder / MANIFEST_NAME).unlink()
+    write_manifest(folder, manifest.facts, manifest.parent)
+
+
+def test_a_ledger_without_its_end_does_not_hide_a_changed_model(run: Path, capsys: Output) -> None:
+    cut_ledger(run, 1)
+    flip(run / "model")
+    assert cli.main(["verify", str(run)]) == cli.FAILED
+    assert "model: expected an `end` of the run in the ledger" in capsys.readouterr().out
+    assert audit(run, "--steps", "5:5") == cli.FAILED
+
+
+def test_nor_does_one_without_its_last_checkpoint(run: Path, capsys: Output) -> None:
+    """Everything agrees with everything, and the ledger could be that of a killed run."""
+    cut_ledger(run, 2)
+    shutil.rmtree(run / "model")
+    flip_and_reseal(checkpoint(run, 5))
+    assert cli.main(["verify", str(run)]) == cli.DONE
+    assert "step-000005: the run was stopped before the ledger entered it" in capsys.readouterr().out
+    assert audit(run, "--steps", "5:5") == cli.FAILED
+    assert "in step-000005 is not what the step gives" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_the_run_did_not_make(run: Path, finished: Path, capsys: Output) -> None:
+    shutil.copytree(checkpoint(run, 5), checkpoint(run, 7))
+    flip_and_reseal(checkpoint(run, 7))
+    assert cli.main(["verify", str(run)]) == cli.FAILED
+    printed = capsys.readouterr().out
+    assert "step-000007/manifest.json: expected step 7, found step 5" in printed
+    assert "step-000007: expected a checkpoint that the ledger has entered, found none of that step" in printed
+    longer = ["--train.steps", "6", "--output", str(run), "--resume", "auto"]
+    assert cli.main(["train", str(finished / "settings.yaml"), *longer]) == cli.DONE
+    said = capsys.readouterr().err
+    assert "expected step 7, found step 5" in said and "step-000005, step 5\n" in said
+    assert not checkpoint(run, 7).exists()  # once step 6 was whole
+    assert audit(run) == cli.DONE
+
+
+def test_a_checkpoint_that_the_ledger_knows_otherwise_is_not_gone_on_from(
+    run: Path, finished: Path, capsys: Output
+) -> None:
+    flip_and_reseal(checkpoint(run, 5))
+    longer = ["--train.steps", "6", "--output", str(run), "--resume", "auto"]
+    assert cli.main(["train", str(finished / "settings.yaml"), *longer]) == cli.DONE
+    said = capsys.readouterr().err
+    assert "(by the ledger)" in said and "going on from" in said and "step-000004, step 4\n" in said
+
+
+def test_what_is_not_as_it_was_written_stays_until_the_next_checkpoint_is_whole(
+    run: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    (checkpoint(run, 5) / "model" / ".DS_Store").touch()
+    settings = ["train", str(finished / "settings.yaml"), "--output", str(run), "--resume", "auto"]
+    monkeypatch.setattr("megatrain.train.checkpoints.write_manifest", lambda *_, **__: 1 / 0)
+    cli.main(settings)
+    assert (checkpoint(run, 5) / "model" / "model.safetensors").exists()
+    assert "goes on before step-000005, which go when its own next one is complete" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert cli.main(settings) == cli.DONE
+    assert not (checkpoint(run, 5) / "model" / ".DS_Store").exists()
+    assert cli.main(["verify", str(run)]) == cli.DONE
+
+
+def test_an_explicit_return_to_an_earlier_checkpoint_is_what_auto_means_next(
+    run: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    settings = ["train", str(finished / "settings.yaml"), "--output", str(run), "--resume"]
+    monkeypatch.setattr("megatrain.train.checkpoints.write_manifest", lambda *_, **__: 1 / 0)
+    cli.main([*settings, str(checkpoint(run, 2))])
+    monkeypatch.undo()
+    shutil.rmtree(run / "model", ignore_errors=True)
+    cut_ledger(run, 1)  # as if killed at step 5: no `end`
+    capsys.readouterr()
+    assert cli.main(["verify", str(run)]) == cli.DONE
+    assert "step-000004: the run has gone on from an earlier checkpoint since" in capsys.readouterr().out
+    assert cli.main([*settings, "auto"]) == cli.DONE
+    assert "step-000002, step 2\n" in capsys.readouterr().err
+
+
+def test_tokens_per_step_that_follow_from_the_micro_batch_are_data(tmp_path: Path, capsys: Output) -> None:
+    """With tokens_per_step null another micro-batch is another batch; written out, it is not."""
+    train(tmp_path, "--train.tokens_per_step=null", "--engine.micro_batch=2", "--train.steps=3")
+    more = ["--train.steps=5", "--output", str(tmp_path / "run"), "--resume", "auto"]
+    settings = str(tmp_path / "settings.yaml")
+    assert cli.main(["train", settings, "--train.tokens_per_step=null", "--engine.micro_batch=1", *more]) == cli.WRONG
+    assert "train.tokens_per_step is 16, was 32" in capsys.readouterr().err
+    assert cli.main(["train", settings, "--train.tokens_per_step=32", "--engine.micro_batch=1", *more]) == cli.DONE
+
+
+def test_a_signed_run_goes_on(run: Path, finished: Path) -> None:
+    (run / "model.sig").write_text("of the run as it was")
+    longer = ["--train.steps", "6", "--output", str(run), "--resume", "auto"]
+    assert cli.main(["train", str(finished / "settings.yaml"), *longer]) == cli.DONE

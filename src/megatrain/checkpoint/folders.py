@@ -71,8 +71,6 @@ def _remove_named(folder: Path, names: re.Pattern[str]) -> None:
             files.remove_tree(path)
 
 
-def remove_after(folder: Path, step: int) -> None:
+def later_than(folder: Path, step: int) -> list[Path]:
     """Those of later steps, damaged ones too: a run that goes on from `step` will write its own under their names."""
-    for checkpoint in _by_step(folder):
-        if (step_of(checkpoint) or 0) > step:
-            remove(checkpoint)
+    return [checkpoint for checkpoint in _by_step(folder) if (step_of(checkpoint) or 0) > step]

@@ -64,8 +64,9 @@ class Save:
         key: bytes | None,
         seal: Callable[[Path], object],
         unit_names: Mapping[int, str] | None = None,
+        replaces: bool = False,
     ) -> None:
-        self.folder = folder
+        self.folder, self._replaces = folder, replaces
         self.unit_hashes: dict[str, str] = {}
         self.stall_seconds = 0.0  # that updates have waited
         self.seconds = 0.0  # that writing took, once it is over
@@ -103,7 +104,7 @@ class Save:
         key: bytes | None,
     ) -> None:
         """The folders, and what is small."""
-        if os.path.lexists(self.folder):
+        if os.path.lexists(self.folder) and not self._replaces:
             raise ConfigError(f"cannot save to {self.folder}: it is there already; give a new folder")
         self._made = files.make_folders(self.folder.parent)
         remove_leftovers(self.folder)

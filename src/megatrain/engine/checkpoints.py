@@ -35,6 +35,7 @@ def begin_save(
     key: bytes | None,
     seal: Callable[[Path], object] | None,
     hash_units: bool,
+    replaces: bool = False,
 ) -> Save:
     """Training stands still until this returns: updates are finished, and what is small and changes is copied."""
     engine.flush()
@@ -68,6 +69,7 @@ def begin_save(
         key=key,
         seal=seal or _write_manifest,
         unit_names=unit_names(engine) if hash_units else None,
+        replaces=replaces,
     )
 
 

@@ -534,6 +534,7 @@ class Engine:
         seal: Callable[[Path], object] | None = None,
         background: bool = False,
         hash_units: bool = False,
+        replaces: bool = False,
     ) -> Save:
         """Write the whole training state into `folder`, which must not exist: `model/`, a transformers folder;
         `state/`, remainders, moments, buffers and random states; `training.json`; and a manifest. `load` and
@@ -544,7 +545,7 @@ class Engine:
         gives back, of what JSON holds; `extra`: further files by name; `key_file`: to seal `state/` with (weights stay
         plain); `seal` writes the manifest of the folder once all is in it; None: one that names code, libraries and
         host. `hash_units`: what is returned has SHA-256 of each unit in `unit_hashes` when it is over, as
-        `unit_hashes()` would give them now.
+        `unit_hashes()` would give them now. `replaces`: `folder` may exist as long as `seal` removes it.
         Raises MegaTrainError where it cannot be written: then nothing of it is left, and training can go on.
         """
         from megatrain.engine import checkpoints
@@ -560,6 +561,7 @@ class Engine:
             key=None if key_file is None else read_key(key_file),
             seal=seal,
             hash_units=hash_units,
+            replaces=replaces,
         )
         self.updates.before_update = save.wait_until_written
         if not background:

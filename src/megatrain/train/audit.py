@@ -214,12 +214,13 @@ def _replay(leg: Leg, history: History, folder: Path, device: str | None, compar
 def _for_replay(leg: Leg, device: str | None) -> Config:
     """As it was, on the device that is wanted; what is not training is left out."""
     config = leg.config
+    key_file = None if leg.checkpoint is None else config.checkpoint.key_file  # nothing else is sealed
     engine = dataclasses.replace(config.engine, precision=leg.told["engine"]["precision"])
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, eval=None),
         engine=engine if device is None else dataclasses.replace(engine, device=device),
-        checkpoint=dataclasses.replace(config.checkpoint, every=None, at_end=False),
+        checkpoint=dataclasses.replace(config.checkpoint, every=None, at_end=False, key_file=key_file),
     )
 
 
@@ -260,6 +261,8 @@ def _compare(
 ) -> str | None:
     engine.model.train()
     batches_of, learning_rate_of = build.batches_of(config, data), build.learning_rate_of(config, data)
+    there = {step_of(path): path for path in list_checkpoints(folder / CHECKPOINTS)}
+    unentered = {step: path for step, path in there.items() if step not in history.checkpoints}
     begun = leg.told if leg.checkpoint is None else history.checkpoints[leg.begin]
     different = _different_units(leg.begin, begun, engine, compared)
     for step in range(leg.begin, leg.last):
@@ -273,6 +276,8 @@ def _compare(
         different = _different_step(history.steps[step + 1], found)
         if different is None and step + 1 in history.checkpoints:
             different = _different_units(step + 1, history.checkpoints[step + 1], engine, compared)
+        elif different is None and step + 1 in unentered:
+            different = _different_weights(step + 1, engine, unentered[step + 1])
     if different is None and history.end is not None and history.end["step"] == leg.last:
         different = _different_units(leg.last, history.end, engine, compared)
         different = different or _different_model(history.end, engine, folder)
@@ -295,6 +300,12 @@ def _different_units(step: int, recorded: Entry, engine: "Engine", compared: _Co
             return f"step {step}: unit {name} had sha256 {was}, computed again it has {now}"
     compared.units += len(found)
     return None
+
+
+def _different_weights(step: int, engine: "Engine", checkpoint: Path) -> str | None:
+    """Of a checkpoint that the ledger has not entered, or has taken back."""
+    name = differing_weight(engine, checkpoint / "model")
+    return None if name is None else f"step {step}: {name} in {checkpoint.name} is not what the step gives"
 
 
 def _different_model(end: Entry, engine: "Engine", folder: Path) -> str | None:

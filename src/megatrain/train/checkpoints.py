@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatrain import files
-from megatrain.checkpoint.folders import list_checkpoints, remove_after, remove_leftovers, retain, step_folder
+from megatrain.checkpoint.folders import later_than, list_checkpoints, remove, remove_leftovers, retain, step_folder
 from megatrain.config import CheckpointConfig
 from megatrain.errors import ConfigError, IntegrityError, MegaTrainError
 from megatrain.sizes import format_seconds
@@ -57,9 +57,13 @@ class RunCheckpoints:
         self.saved = self.failed = 0
         try:
             remove_leftovers(folder)
-            remove_after(folder, first_step)  # of a future that this run will not have
         except OSError as error:
             raise ConfigError(f"output: cannot remove checkpoints in {str(folder)!r}: {error.strerror}") from None
+        self._outlived = later_than(folder, first_step)
+        """Of a future that this run will not have, damaged ones too; they stay until the first of its own is whole."""
+        if self._outlived:
+            names = ", ".join(path.name for path in self._outlived)
+            _log.warning("checkpoint: the run goes on before %s, which go when its own next one is complete", names)
 
     def after_step(self, done: int, *, last: bool) -> None:
         """`done` steps are; `last`: no other comes."""
@@ -85,6 +89,7 @@ class RunCheckpoints:
                 seal=self._seal(done),
                 background=True,
                 hash_units=True,
+                replaces=target in self._outlived,
             )
         except IntegrityError:
             raise
@@ -102,6 +107,9 @@ class RunCheckpoints:
         def seal(folder: Path) -> None:
             self._ledger.sync()  # before anything relies on it
             self._sealed = Parent(name, write_manifest(folder, facts, parent, write=files.write_file))
+            for outlived in self._outlived:  # all of the new one is on disk, but for its name
+                remove(outlived)
+            self._outlived = []
 
         return seal
 

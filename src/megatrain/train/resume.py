@@ -18,6 +18,7 @@ from megatrain.errors import ConfigError, IntegrityError
 from megatrain.train.run_folder import CHECKPOINTS
 from megatrain.trust.facts import library_versions
 from megatrain.trust.manifest import Manifest, read_manifest, require_unchanged
+from megatrain.trust.recorded import require_recorded
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def _last_good(checkpoints: list[Path], *, verify: bool) -> Resumed | None:
     error: IntegrityError | ConfigError | None = None
     for folder in reversed(checkpoints):
         try:
-            return _read(folder, verify=verify)
+            return _read(folder, verify=verify, as_last=True)
         except (IntegrityError, ConfigError) as found:  # the latter: it has no manifest
             error = error or found
             _log.warning("--resume: %s; going on from the checkpoint before, if there is one", found)
@@ -80,8 +81,10 @@ def _last_good(checkpoints: list[Path], *, verify: bool) -> Resumed | None:
     return None
 
 
-def _read(folder: Path, *, verify: bool) -> Resumed:
+def _read(folder: Path, *, verify: bool, as_last: bool = False) -> Resumed:
     manifest = (require_unchanged if verify else read_manifest)(folder)
+    if verify:
+        require_recorded(folder, manifest, as_last=as_last)
     return Resumed(folder, read_description(folder), manifest)
 
 
@@ -94,7 +97,8 @@ def check_settings(resumed: Resumed, config: Config, *, force: bool) -> None:
     changed = settings_that_changed(before, config)
     if "engine.micro_batch" in changed:
         _log.warning(
-            "--resume: engine.micro_batch is %s and was %s: the data are the same, losses only within rounding",
+            "--resume: engine.micro_batch is %s and was %s: the data are the same, losses only within rounding (and "
+            "dropout, where the model has any, draws other numbers)",
             *reversed(changed.pop("engine.micro_batch")),
         )
     if changed and not force:
@@ -121,10 +125,15 @@ def settings_that_changed(before: Config, now: Config) -> dict[str, tuple[Any, A
 
 def _changes(before: Config, now: Config) -> Iterator[tuple[str, tuple[Any, Any]]]:
     free = _FREE | (_LENGTHS if now.schedule.name == before.schedule.name == "constant" else set())
-    one, other = (dict(_flat(dataclasses.asdict(config))) for config in (before, now))
+    one, other = map(_settings, (before, now))
     for key in one.keys() | other.keys():
         if one.get(key) != other.get(key) and key not in free and not key.startswith("checkpoint."):
             yield key, (one.get(key), other.get(key))
+
+
+def _settings(config: Config) -> dict[str, Any]:
+    """By key. Tokens per step as they come out: where they are null, they follow from the micro-batch."""
+    return dict(_flat(dataclasses.asdict(config))) | {"train.tokens_per_step": config.tokens_per_step}
 
 
 def _flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

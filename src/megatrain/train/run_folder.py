@@ -14,9 +14,12 @@ from megatrain.model.folder_swap import is_leftover
 from megatrain.sizes import format_bytes
 from megatrain.train.folder_lock import FolderLock
 from megatrain.trust.ledger import LEDGER_NAME
+from megatrain.trust.manifest import SIGNATURE_NAME
 
 CHECKPOINTS, _MODEL, _SETTINGS = "checkpoints", "model", "config.yaml"
-_OWN_FILES = frozenset({_SETTINGS, "metrics.jsonl", _MODEL, "plan.json", "trace.json", CHECKPOINTS, LEDGER_NAME})
+_OWN_FILES = frozenset(
+    {_SETTINGS, "metrics.jsonl", _MODEL, "plan.json", "trace.json", CHECKPOINTS, LEDGER_NAME, SIGNATURE_NAME}
+)
 
 
 def model_folder(path: str) -> str:

@@ -15,8 +15,13 @@ from megatrain.trust.compare import Difference
 from megatrain.trust.hashing import FileRecord, hash_files
 from megatrain.trust.ledger import LEDGER_NAME, History, Ledger, head_recorded, is_data, read_ledger
 from megatrain.trust.manifest import MANIFEST_NAME, Manifest, differences, read_manifest
+from megatrain.trust.recorded import Standing, checkpoint_differences, model_differences, standing
 from megatrain.trust.signing import SignatureCheck
 
+_NOTES = {
+    Standing.UNENTERED: "the run was stopped before the ledger entered it; its own manifest alone vouches for it",
+    Standing.TAKEN_BACK: "the run has gone on from an earlier checkpoint since",
+}
 _CHECKPOINT = re.compile(r"step-(\d+)")
 
 
@@ -73,27 +78,10 @@ def _steps(folder: Path) -> list[Path]:
 def ledger_differences(
     path: Path, ledger: Ledger, history: History, manifests: Mapping[Path, Manifest]
 ) -> Iterator[Difference]:
-    """Between the run's account, its checkpoints and, where it is over, its model."""
-    by_step = {int(folder.name.removeprefix("step-")): folder for folder in manifests}
-    for step, entry in sorted(history.checkpoints.items()):
-        folder = by_step.get(step)
-        if folder is None:
-            continue  # retention
-        name, found = f"{folder.name}/{MANIFEST_NAME}", manifests[folder].sha256
-        if found != entry["manifest_sha256"]:
-            yield Difference("ledger", name, f"sha256 {entry['manifest_sha256']} (by the ledger)", f"sha256 {found}")
-        head = head_recorded(manifests[folder].facts) if entry.kind == "checkpoint" else None
-        there = ledger.entries[head.lines - 1].sha256 if head and 0 < head.lines <= len(ledger.entries) else "none"
-        if head is not None and there != head.sha256:
-            line = f"line {head.lines} with sha256 {head.sha256} (by {name})"
-            yield Difference("ledger", path.name, line, f"sha256 {there}")
-    if history.end is not None:
-        model = path.with_name("model")
-        for name, expected in sorted(history.end["files"].items()):
-            record = hash_files([model / name])[model / name]
-            found = f"unreadable ({record.strerror})" if isinstance(record, OSError) else f"sha256 {record.sha256}"
-            if found != f"sha256 {expected}":
-                yield Difference("ledger", f"model/{name}", f"sha256 {expected} (by the ledger)", found)
+    """Between the run's account, its checkpoints and its model."""
+    for folder, manifest in manifests.items():
+        yield from checkpoint_differences(ledger, history, folder, manifest)
+    yield from model_differences(ledger.entries, path.with_name("model"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +151,9 @@ class _Report:
             return
         history = History(ledger.entries)
         self._say(ledger_differences(path, ledger, history, self._manifests))
+        for folder, manifest in self._manifests.items():
+            if note := _NOTES.get(standing(ledger, history, folder, manifest)):
+                print(f"note: {folder.name}: {note}")
         if ledger.torn_bytes:
             print(f"note: {path.name}: its last line was not written to its end, and is left out")
         last = ledger.entries[-1].sha256 if ledger.entries else "none"
