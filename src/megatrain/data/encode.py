@@ -112,7 +112,9 @@ class Encoder:
             return [self._rendered(one)[0] for one in (sample.chosen, sample.rejected)]
         if isinstance(sample, Chat):
             if self.settings.template is None:
-                raise NotDerivableError("the tokenizer has no chat template")
+                raise BadRowError(
+                    "is a conversation, and the tokenizer has no chat template (data.chat_template gives one)"
+                )
             everything = self.settings.everything and self.settings.layout.format != "preference"
             return [self.settings.template.render(sample, everything=everything)]
         return [_plain(sample, self.settings)]

@@ -47,17 +47,22 @@ def _tokenised(config: Config, source: Source, tokenizer: Any) -> Tokenised:
     kept = data.cache not in ("auto", "off") or (data.cache == "auto" and not is_small(source))
     return tokenise(
         source,
-        settings_of(config, source.layout, tokenizer),
+        settings_of(config, source.layout, tokenizer, source.described),
         bad_rows=data.bad_rows,
         workers=data.workers,
         cache=TokenCache(cache_folder(data.cache) if kept else None),
     )
 
 
-def settings_of(config: Config, layout: Layout, tokenizer: Any) -> EncoderSettings:
+def settings_of(config: Config, layout: Layout, tokenizer: Any, described: str) -> EncoderSettings:
     """How rows are encoded. Raises ConfigError."""
     everything = config.data.train_on == "all"
     template = chat_template(tokenizer)
+    if template is None and layout.format in ("messages", "alpaca", "sharegpt"):
+        raise ConfigError(
+            f"{_TEMPLATE}: the tokenizer has none, and {described!r} is in format {layout.format}; give one, as a file "
+            "or as text"
+        )
     try:
         return encoder_settings(
             tokenizer, layout, template=template, seq_len=config.data.seq_len, everything=everything
