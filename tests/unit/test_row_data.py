@@ -21,6 +21,7 @@ from megatrain.model.loading import initialise
 from megatrain.train import build
 from megatrain.train.data_command import data_command
 from megatrain.train.evaluate import evaluate
+from megatrain.train.resume import settings_that_changed
 from megatrain.train.row_data import RowData, prepare_rows
 from megatrain.train.run import run
 
@@ -240,6 +241,48 @@ def test_pairs_stay_pairs(chat_folder: Path, tmp_path: Path) -> None:
         assert chosen.tokens_of(number)[:first].tolist() == rejected.tokens_of(number)[:first].tolist()
 
 
+def test_of_a_streaming_source_no_more_is_read_than_the_steps_need(
+    chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenising, "_ROWS_PER_BLOCK", 4)
+    path = write(tmp_path / "a.jsonl", [chat(number) for number in range(400)])
+    source = {"path": str(path), "streaming": True}
+    given = settings(chat_folder, [source], cache=str(tmp_path / "cache"))
+    found = prepared(parse_config(given))
+    whole = rows_of(chat_folder, path)
+    count = len(found.examples)
+    assert 4 <= count <= 16  # two steps of 128 tokens
+    assert isinstance(found.examples, Examples) and found.examples.offsets[-1] >= 256
+    assert listed(found.examples) == listed(whole.examples)[:count]
+    given["train"]["steps"] = 20
+    assert len(prepared(parse_config(given)).examples) > count  # and it is not what the cache has of the shorter run
+    given["train"] = {"epochs": 1, "tokens_per_step": 128}
+    assert len(prepared(parse_config(given)).examples) == 400
+
+
+def test_of_streaming_texts_no_more_is_read_than_the_steps_need(chat_folder: Path, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"text": f"hello {number}"} for number in range(4000)] + [{"text": 3}])
+    given = settings(chat_folder, [{"path": str(path), "streaming": True}])
+    config = parse_config(given)
+    data = build.build_data(config, build.find_corpora(config), build.given_tokenizer(config))
+    assert 256 <= data.tokens < 4000  # the bad row at the end was never reached
+    given["data"]["train"] = str(path)
+    config = parse_config(given)
+    with pytest.raises(ConfigError, match="line 4001 has a number"):
+        build.build_data(config, build.find_corpora(config), build.given_tokenizer(config))
+
+
+def test_a_longer_run_of_a_streaming_source_is_another_run(chat_folder: Path) -> None:
+    def changed(source: Any) -> dict[str, Any]:
+        given = settings(chat_folder, [source])
+        before = parse_config(given | {"schedule": {"name": "constant"}})
+        now = parse_config(given | {"schedule": {"name": "constant"}, "train": {**given["train"], "steps": 9}})
+        return settings_that_changed(before, now)
+
+    assert changed("a.jsonl") == {}
+    assert changed({"path": "a.jsonl", "streaming": True}) == {"train.steps": (2, 9)}
+
+
 # -- settings that do not fit ----------------------------------------------------------------------------
 
 
@@ -270,8 +313,8 @@ def test_a_template_that_hides_whose_words_are_whose_is_named(chat_folder: Path,
     with pytest.raises(ConfigError) as caught:
         rows_of(chat_folder, path, chat_template=hiding)
     assert str(caught.value) == (
-        f"data.train_on: what the assistant says in {path} line 1 cannot be told from the chat template: before message "
-        "2 it asks for an answer in other words than it keeps; give data.train_on: all, or a data.chat_template with "
+        f"data.train_on: what the assistant says in {path} line 1 cannot be told from the chat template: before "
+        "message 2 it asks for an answer in other words than it keeps; give data.train_on: all, or a data.chat_template with "
         "{% generation %} around what is learned"
     )
     assert len(rows_of(chat_folder, path, chat_template=hiding, train_on="all").examples) == 1

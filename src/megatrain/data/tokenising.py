@@ -48,6 +48,14 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class Enough:
+    """What a run of so many steps can use at most: it has both."""
+
+    tokens: int
+    examples: int
+
+
+@dataclass(frozen=True)
 class Tokenised:
     """A source's examples and what became of its rows."""
 
@@ -57,10 +65,19 @@ class Tokenised:
 
 
 def tokenise(
-    source: Source, settings: EncoderSettings, *, bad_rows: str, workers: int | None, cache: TokenCache
+    source: Source,
+    settings: EncoderSettings,
+    *,
+    bad_rows: str,
+    workers: int | None,
+    cache: TokenCache,
+    enough: Enough | None = None,
 ) -> Tokenised:
-    """All rows of `source`. Raises ConfigError for the first bad row, unless `bad_rows` is 'skip'."""
-    name = hash_of(source.files, facts=_facts(source, settings, bad_rows), key=source.key)
+    """All rows of `source`, or, of a streaming one, as many as are enough. Raises ConfigError for the first bad row,
+    unless `bad_rows` is 'skip'."""
+    enough = enough if source.streaming else None
+    facts_of_it = [*_facts(source, settings, bad_rows), None if enough is None else asdict(enough)]
+    name = hash_of(source.files, facts=facts_of_it, key=source.key)
     found = cache.read(name)
     if found is not None:
         arrays, facts = found
@@ -68,7 +85,7 @@ def tokenise(
         return Tokenised(source, _examples(arrays, counts), counts)
     counts = Counts()
     with cache.writing(name) as entry:
-        _fill(entry, source, settings, BadRows(source.key, skip=bad_rows == "skip"), workers, counts)
+        _fill(entry, source, settings, BadRows(source.key, skip=bad_rows == "skip"), workers, counts, enough)
         arrays = entry.finish(asdict(counts))
     return Tokenised(source, _examples(arrays, counts), counts)
 
@@ -80,14 +97,20 @@ def is_small(source: Source) -> bool:
     return sum(path.stat().st_size for path in source.files) <= _SMALL_BYTES
 
 
-def _facts(source: Source, settings: EncoderSettings, bad_rows: str) -> Any:
+def _facts(source: Source, settings: EncoderSettings, bad_rows: str) -> list[Any]:
     assert source.rows is not None
     kinds = [path.suffix.lower() for path in source.files]
     return [_CODE, asdict(settings), bad_rows, kinds, source.rows.identity, source.described if not kinds else ""]
 
 
 def _fill(
-    entry: Entry, source: Source, settings: EncoderSettings, bad: BadRows, workers: int | None, counts: Counts
+    entry: Entry,
+    source: Source,
+    settings: EncoderSettings,
+    bad: BadRows,
+    workers: int | None,
+    counts: Counts,
+    enough: Enough | None,
 ) -> None:
     columns = [_Columns(entry, "", settings), *([_Columns(entry, "rejected_", settings)] if _pairs(settings) else [])]
     assert source.rows is not None
@@ -105,6 +128,8 @@ def _fill(
             counts.utf8_bytes += block.utf8_bytes
             counts.rejected_utf8_bytes += 0 if block.rejected is None else block.rejected.utf8_bytes
             progress.update(len(rows))
+            if enough is not None and columns[0].total >= enough.tokens and counts.examples >= enough.examples:
+                break
     counts.skipped, counts.first_bad = bad.count, bad.first
     for column in columns:
         column.offsets.append(np.array([column.total], np.int64))

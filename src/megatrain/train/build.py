@@ -26,7 +26,7 @@ from megatrain.optim.int8_moments import BLOCK
 from megatrain.optim.schedules import learning_rate
 from megatrain.train.model_settings import ModelSettings, Vocabulary
 from megatrain.train.param_groups import make_optimizer
-from megatrain.train.row_data import give_chat_template, prepare_rows
+from megatrain.train.row_data import enough_of, give_chat_template, prepare_rows
 from megatrain.train.run_folder import RunFolder, model_folder
 from megatrain.trust.encryption import read_key
 
@@ -140,7 +140,8 @@ def _with_held_out(config: Config, data: Data, mixture: Mixture, tokenizer: Any)
 
 
 def _text_data(config: Config, texts: Mixture, tokenizer: Any) -> Data:
-    stream = tokenize(texts.documents(), tokenizer)
+    enough = enough_of(config) if all(source.streaming for source in texts.sources) else None
+    stream = tokenize(texts.documents(), tokenizer, enough=None if enough is None else enough.tokens + 1)
     if stream.utf8_bytes == 0:
         raise _no_text(texts)
     sequences = stream.sequences(config.data.seq_len)

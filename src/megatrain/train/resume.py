@@ -120,7 +120,10 @@ def settings_that_changed(before: Config, now: Config) -> dict[str, tuple[Any, A
 
 
 def _changes(before: Config, now: Config) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    free = _FREE | (_LENGTHS if now.schedule.name == before.schedule.name == "constant" else set())
+    # of streamed rows a run reads as many as its steps need: with another length it would shuffle others
+    streamed = any(isinstance(source, dict) and source.get("streaming") for source in now.data.train or ())
+    constant = now.schedule.name == before.schedule.name == "constant"
+    free = _FREE | (_LENGTHS if constant and not streamed else set())
     one, other = (dict(_flat(dataclasses.asdict(config))) for config in (before, now))
     for key in one.keys() | other.keys():
         if one.get(key) != other.get(key) and key not in free and not key.startswith("checkpoint."):

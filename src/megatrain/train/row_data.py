@@ -14,7 +14,7 @@ from megatrain.data.formats import Layout
 from megatrain.data.mixture import Mixture, copies_of, mixed, say_counts
 from megatrain.data.row_source import Source
 from megatrain.data.token_files import TokenCache, cache_folder
-from megatrain.data.tokenising import Tokenised, is_small, tokenise
+from megatrain.data.tokenising import Enough, Tokenised, is_small, tokenise
 from megatrain.errors import ConfigError
 
 _TEMPLATE = "data.chat_template"
@@ -51,7 +51,16 @@ def _tokenised(config: Config, source: Source, tokenizer: Any) -> Tokenised:
         bad_rows=data.bad_rows,
         workers=data.workers,
         cache=TokenCache(cache_folder(data.cache) if kept else None),
+        enough=enough_of(config) if source.key == "data.train" else None,
     )
+
+
+def enough_of(config: Config) -> Enough | None:
+    """How much a run of a given number of steps can use; None where that depends on how much there is."""
+    steps = config.planned_steps
+    if steps is None:
+        return None
+    return Enough(steps * config.tokens_per_step, steps * config.tokens_per_step // config.data.seq_len)
 
 
 def settings_of(config: Config, layout: Layout, tokenizer: Any, described: str) -> EncoderSettings:
