@@ -314,8 +314,8 @@ def test_a_template_that_hides_whose_words_are_whose_is_named(chat_folder: Path,
         rows_of(chat_folder, path, chat_template=hiding)
     assert str(caught.value) == (
         f"data.train_on: what the assistant says in {path} line 1 cannot be told from the chat template: before "
-        "message 2 it asks for an answer in other words than it keeps; give data.train_on: all, or a data.chat_template "
-        "with {% generation %} around what is learned"
+        "message 2 it asks for an answer in other words than it keeps; give data.train_on: all, or a "
+        "data.chat_template with {% generation %} around what is learned"
     )
     assert len(rows_of(chat_folder, path, chat_template=hiding, train_on="all").examples) == 1
 

@@ -194,7 +194,8 @@ _encoder: Encoder | None = None  # of a worker process
 def _processes(source: Source, workers: int | None) -> int:
     if workers is not None:
         return workers
-    return 1 if is_small(source) else max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0)) - 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if is_small(source) else max(1, min(_MOST_WORKERS, cores - 1))
 
 
 def _encoded(blocks: Iterator[list[Row]], settings: EncoderSettings, workers: int) -> Iterator[tuple[list[Row], Block]]:
