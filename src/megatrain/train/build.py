@@ -16,13 +16,15 @@ from torch import Tensor
 from megatrain.checkpoint.folders import list_checkpoints
 from megatrain.config import Config, check_warmup
 from megatrain.data.batches import StepBatches
-from megatrain.data.packing import Tokens, TokenStream, tokenize
+from megatrain.data.packing import TokenStream, tokenize
+from megatrain.data.rows import Rows
 from megatrain.data.sources import Corpus
 from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS, load_tokenizer, train_bpe
 from megatrain.errors import ConfigError, IntegrityError
 from megatrain.optim.int8_moments import BLOCK
 from megatrain.optim.schedules import learning_rate
 from megatrain.train.model_settings import ModelSettings, Vocabulary
+from megatrain.train.packing import rows_of
 from megatrain.train.param_groups import make_optimizer
 from megatrain.train.run_folder import RunFolder, model_folder
 from megatrain.trust.encryption import read_key
@@ -46,9 +48,9 @@ class Corpora:
 
 @dataclass(frozen=True)
 class Data:
-    """A run's texts as tokens: `sequences` [count, seq_len] to train on for `steps`, `held_out` to measure on."""
+    """A run's texts as tokens: `rows` to train on for `steps`, `held_out` to measure on."""
 
-    sequences: Tokens
+    rows: Rows
     steps: int
     train_bytes: int
     held_out: TokenStream | None
@@ -92,34 +94,28 @@ def trained_tokenizer(config: Config, corpora: Corpora) -> Any:
     return train_bpe(corpora.train.documents(), setting["vocab_size"])
 
 
-def build_data(config: Config, corpora: Corpora, tokenizer: Any) -> Data:
-    """Tokenize the texts. Raises ConfigError where they hold no text, or less than one sequence."""
+def build_data(config: Config, corpora: Corpora, tokenizer: Any, model_config: Any) -> Data:
+    """Tokenize the texts. Raises ConfigError where they hold no text, or less than one sequence, or the model cannot
+    be given them in such rows."""
     stream = tokenize(corpora.train.documents(), tokenizer)
     if stream.utf8_bytes == 0:
         raise _no_text(corpora.train)
-    sequences = stream.sequences(config.data.seq_len)
-    if len(sequences) == 0:
-        raise ConfigError(
-            f"data.train: {len(stream.tokens)} tokens are less than one sequence of data.seq_len = "
-            f"{config.data.seq_len}; give more text or a smaller data.seq_len"
-        )
-    steps = total_steps(config, len(sequences))
+    rows = rows_of(config, stream, model_config, tokenizer.eos_token_id)
+    steps = total_steps(config, rows.count)
     held_out = None
     if corpora.eval is not None:
         held_out = tokenize(corpora.eval.documents(), tokenizer)
         if held_out.utf8_bytes == 0:
             raise _no_text(corpora.eval)
-    return Data(sequences, steps, stream.utf8_bytes, held_out)
+    return Data(rows, steps, stream.utf8_bytes, held_out)
 
 
 def batches_of(config: Config, data: Data) -> Callable[[int], list[dict[str, Tensor]]]:
     """What each step is given, by its number from 0."""
     batches = StepBatches(
-        data.sequences,
+        data.rows,
         micro_batch=config.engine.micro_batch,
-        sequences_per_step=config.tokens_per_step // config.data.seq_len,
-        shuffle=config.data.shuffle,
-        seed=config.train.seed,
+        rows_per_step=config.tokens_per_step // config.data.seq_len,
     )
     return batches.of_step
 

@@ -91,11 +91,12 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
     if tokenizer is None:
         tokenizer = build.trained_tokenizer(config, corpora)
         settings.fit(Vocabulary.of(tokenizer))
-    data = build.build_data(config, corpora, tokenizer)
+    data = build.build_data(config, corpora, tokenizer, settings.config)
     _say(
-        f"{data.sequences.size:,} tokens of {format_bytes(data.train_bytes)} text, vocabulary of "
+        f"{data.rows.tokens:,} tokens of {format_bytes(data.train_bytes)} text, vocabulary of "
         f"{len(tokenizer):,}; {data.steps:,} steps of {config.tokens_per_step:,} tokens"
     )
+    _say(data.rows.kind)
     plan = planner.plan()  # with the text in memory
     facts = _facts(config, corpora, planner)
     if resumed is not None:
