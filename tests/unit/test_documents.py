@@ -12,6 +12,7 @@ from test_engine_toys import make_engine
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from megatrain.errors import UnsupportedModelError
 from megatrain.model import deferred_masks
@@ -182,3 +183,35 @@ def test_a_mask_of_row_x_row_is_for_short_rows_alone(monkeypatch: pytest.MonkeyP
         UnsupportedModelError, match=r"share a row of 30 tokens would need a mask of 30 x 30: add takes"
     ):
         trained_packed(model)
+
+
+# -- flash attention ------------------------------------------------------------------------------------------------
+
+
+def flash_by_documents(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **given: Any
+) -> Any:
+    """What transformers' flash attention does with the borders of documents: rows follow each other."""
+    assert mask is None
+    starts = given["cu_seq_lens_q"]
+    assert starts.dtype == torch.int32 and torch.equal(starts, given["cu_seq_lens_k"])
+    lengths = starts.diff().tolist()
+    assert given["max_length_q"] == given["max_length_k"] == max(lengths)
+    flat = [s.transpose(1, 2).reshape(-1, s.shape[1], s.shape[3]) for s in (query, key, value)]
+    found = []
+    for parts in zip(*(s.split(lengths) for s in flat), strict=True):
+        q, k, v = (p.transpose(0, 1)[None] for p in parts)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        found.append(attended[0].transpose(0, 1))
+    return torch.cat(found).view(query.shape[0], query.shape[2], query.shape[1], -1), None
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_flash_attention_is_told_the_borders_of_all_rows(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers itself looks for them in a single row alone."""
+    masking, attention = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping, ALL_ATTENTION_FUNCTIONS._global_mapping
+    monkeypatch.setitem(masking, "flash_by_documents", masking["flash_attention_2"])
+    monkeypatch.setitem(attention, "flash_by_documents", flash_by_documents)
+    model = make(kind)
+    model.config._attn_implementation_internal = "flash_by_documents"
+    assert_close(trained_packed(model), trained_apart(make(kind)))

@@ -37,6 +37,13 @@ def test_compiled_blocks_have_masks_as_a_whole_and_need_positions_for_them() -> 
     assert found.obstacle == "GptOssAttention carries a document's state into the next one of its row"
 
 
+def test_compiled_blocks_cannot_be_told_documents_for_flash_attention() -> None:
+    config = AutoConfig.for_model("llama")
+    assert judge_shared_rows(config, "flash_attention_2").obstacle is None
+    found = judge_shared_rows(config, "flash_attention_2", compiled=True)
+    assert found.obstacle == "compiled blocks cannot be told where documents begin for flash attention"
+
+
 def test_attention_with_code_of_its_own_needs_the_whole_mask() -> None:
     found = judge_shared_rows(AutoConfig.for_model("bloom"))
     assert found.obstacle is None and found.whole_mask == "add takes it"

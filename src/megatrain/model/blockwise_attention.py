@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from megatrain.errors import CapacityError
-from megatrain.model.deferred_masks import DeferredMask, DeferredMasks, DocumentsMask
+from megatrain.model.deferred_masks import DeferredMask, DeferredMasks, DocumentsMask, VarlenMask
 from megatrain.model.document_attention import over_documents, try_out_documents
 from megatrain.model.root import configurations
 from megatrain.model.sequence_chunks import ChunkTokens, GradientSums, Repetition, graph_of_ones_own
@@ -105,6 +105,8 @@ def over_blocks(function: AttentionFunction) -> AttentionFunction:
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         mask, states = attention_mask, (query, key, value)
+        if isinstance(mask, VarlenMask):
+            return function(module, query, key, value, None, *args, **(kwargs | mask.borders()))
         if isinstance(mask, DocumentsMask):
             obstacle = _obstacle_to_documents(function, module, states, mask, args, kwargs)
             if obstacle is None:

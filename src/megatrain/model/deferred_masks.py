@@ -162,6 +162,26 @@ class DocumentsMask(DeferredMask):
         self.owner.whole_documents = why
 
 
+class VarlenMask(DocumentsMask):
+    """Of rows of several documents, for flash attention, which makes no masks and is told where documents begin.
+
+    transformers finds that out from position_ids, but only of a single row."""
+
+    def borders(self) -> dict[str, Any]:
+        """Arguments of transformers' flash attention over all rows, one after the other."""
+        lengths = [length for row in self.lengths for length in row]
+        starts = torch.tensor([0, *lengths]).cumsum(0).to(self.device, torch.int32)
+        longest = max(lengths)
+        found = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+        return self._by_length.setdefault(0, found)  # type: ignore[no-any-return]
+
+    def whole(self, why: str) -> Tensor:
+        raise UnsupportedModelError(
+            f"documents that share a row cannot be told to flash attention: {why}; use another attn_implementation, or"
+            " one document to a row"
+        )
+
+
 _FEW, _FEWEST = 256, 64  # queries of a block, for products to be fast, and if there is little room
 _OPERATORS = "add radd sub rsub mul rmul truediv and rand or ror xor rxor invert neg eq ne lt le gt ge getitem len iter"
 
@@ -266,6 +286,10 @@ def _stand_in() -> None:
             own = interface._local_mapping.get(name)
             interface[name] = value = _deferring(make, additive=make is masking.eager_mask)
             _stood_in.append((interface, name, value, own))
+        elif make is masking.flash_attention_mask:
+            own = interface._local_mapping.get(name)
+            interface[name] = value = _telling_documents(make)
+            _stood_in.append((interface, name, value, own))
 
 
 def _give_back() -> None:
@@ -301,6 +325,23 @@ def _deferring(make: MaskFunction, *, additive: bool) -> MaskFunction:
             mask = DeferredMask(make, arguments, part, owner, additive=additive)
         else:
             return make(**arguments)
+        return mask if owner.obstacle is None else mask.whole(owner.obstacle)
+
+    return mask
+
+
+def _telling_documents(make: MaskFunction) -> MaskFunction:
+    def mask(**arguments: Any) -> Any:
+        if isinstance(arguments.get("attention_mask"), DeferredMask):
+            return arguments["attention_mask"]
+        owner = next((each for each in _open if id(arguments.get("config")) in each.configurations), None)
+        if owner is None or not _is_of_a_sequence_with_itself(arguments):
+            return make(**arguments)
+        given = _keeping_documents_apart(arguments)
+        documents = documents_of(given.get("mask_function"))
+        if documents is None:
+            return make(**arguments)
+        mask = VarlenMask(make, given, documents, None, owner, additive=False)
         return mask if owner.obstacle is None else mask.whole(owner.obstacle)
 
     return mask

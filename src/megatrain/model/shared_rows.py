@@ -36,6 +36,8 @@ class SharedRows:
 def judge_shared_rows(config: Any, attention: str | None = None, *, compiled: bool = False) -> SharedRows:
     """Of a model of this configuration. `compiled`: its blocks are, and take tensors alone for masks."""
     tried = None if attention is not None and attention.startswith(_OWN_VARLEN) else attention
+    if compiled and attention is not None and attention.startswith("flash_attention"):
+        return SharedRows("compiled blocks cannot be told where documents begin for flash attention")
     with torch.random.fork_rng(devices=[]):
         try:
             model = reduced_model(config, tried)
