@@ -134,8 +134,13 @@ class DataConfig:
     )
     seq_len: int = field(default=1024, metadata=_about(SEQUENCE_LENGTH, "tokens per sequence"))
     packing: str = field(
-        default="joined",
-        metadata=_about(choice("joined"), "joined: documents follow each other, an end-of-text token between them"),
+        default="auto",
+        metadata=_about(
+            choice("auto", "joined", "best_fit", "none"),
+            "joined: documents follow each other, an end-of-text token between them; best_fit: several whole examples "
+            "to a row, each attending to itself alone; none: one to a row; auto: joined for text, best_fit for "
+            "examples, or none where the model cannot keep them apart",
+        ),
     )
     shuffle: bool = field(
         default=True, metadata=_about(BOOL, "shuffle the sequences anew in each epoch, from train.seed")

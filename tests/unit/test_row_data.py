@@ -21,6 +21,7 @@ from megatrain.model.loading import initialise
 from megatrain.train import build
 from megatrain.train.data_command import data_command
 from megatrain.train.evaluate import evaluate
+from megatrain.train.model_settings import read_model_settings
 from megatrain.train.resume import settings_that_changed
 from megatrain.train.row_data import RowData, prepare_rows
 from megatrain.train.run import run
@@ -264,12 +265,16 @@ def test_of_streaming_texts_no_more_is_read_than_the_steps_need(chat_folder: Pat
     path = write(tmp_path / "a.jsonl", [{"text": f"hello {number}"} for number in range(4000)] + [{"text": 3}])
     given = settings(chat_folder, [{"path": str(path), "streaming": True}])
     config = parse_config(given)
-    data = build.build_data(config, build.find_corpora(config), build.given_tokenizer(config))
+    data = build.build_data(
+        config, build.find_corpora(config), build.given_tokenizer(config), read_model_settings(config).config
+    )
     assert 256 <= data.tokens < 4000  # the bad row at the end was never reached
     given["data"]["train"] = str(path)
     config = parse_config(given)
     with pytest.raises(ConfigError, match="line 4001 has a number"):
-        build.build_data(config, build.find_corpora(config), build.given_tokenizer(config))
+        build.build_data(
+            config, build.find_corpora(config), build.given_tokenizer(config), read_model_settings(config).config
+        )
 
 
 def test_a_longer_run_of_a_streaming_source_is_another_run(chat_folder: Path) -> None:
@@ -363,21 +368,22 @@ def test_examples_are_measured_by_their_targets(chat_folder: Path, tmp_path: Pat
     assert found.loss == pytest.approx(nats / examples.target_tokens, rel=1e-6)
 
 
-def test_batches_are_examples_filled_up_and_the_same_whenever_asked(chat_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("packing", ["none", "best_fit"])
+def test_steps_learn_the_targets_of_examples_and_no_others(chat_folder: Path, tmp_path: Path, packing: str) -> None:
     path = write(tmp_path / "a.jsonl", [chat(number) for number in range(5)])
-    config = parse_config(settings(chat_folder, path))
-    data = build.build_data(config, build.find_corpora(config), build.given_tokenizer(config))
+    config = parse_config(settings(chat_folder, path, packing=packing))
+    model_config = read_model_settings(config).config
+    data = build.build_data(config, build.find_corpora(config), build.given_tokenizer(config), model_config)
     of_step = build.batches_of(config, data)
-    assert isinstance(data.examples, Examples)
-    seen = []
-    for step in (4, 3, 2, 1, 0):
-        (batch,) = of_step(step)
-        for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-            learned = ids[labels != -100]
-            assert torch.equal(learned, labels[labels != -100])
-            seen.append([one for one in labels.tolist() if one != -100])
-    whole = [[one for one in labels if one != -100] for labels in listed(data.examples)]
-    assert sorted(seen) == sorted(whole * 2)  # ten rows are two epochs
+    assert data.rows is not None
+    seen: list[int] = []
+    for step in reversed(range(data.rows.count)):  # two rows each: two epochs
+        for batch in of_step(step):
+            learned = batch["labels"] != -100
+            assert torch.equal(batch["input_ids"][learned], batch["labels"][learned])
+            seen += batch["labels"][learned].tolist()
+    examples = rows_of(chat_folder, path).examples
+    assert sorted(seen) == sorted([one for labels in listed(examples) for one in labels if one != -100] * 2)
 
 
 # -- megatrain data --------------------------------------------------------------------------------------

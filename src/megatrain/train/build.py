@@ -18,13 +18,14 @@ from megatrain.config import Config, check_warmup
 from megatrain.data.batches import StepBatches
 from megatrain.data.examples import Examples, PreferenceExamples
 from megatrain.data.mixture import Mixture
-from megatrain.data.packing import Tokens, TokenStream, tokenize
-from megatrain.data.padded import PaddedBatches
+from megatrain.data.packing import TokenStream, tokenize
+from megatrain.data.rows import Rows
 from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS, load_tokenizer, train_bpe
 from megatrain.errors import ConfigError, IntegrityError
 from megatrain.optim.int8_moments import BLOCK
 from megatrain.optim.schedules import learning_rate
 from megatrain.train.model_settings import ModelSettings, Vocabulary
+from megatrain.train.packing import rows_of
 from megatrain.train.param_groups import make_optimizer
 from megatrain.train.row_data import enough_of, give_chat_template, prepare_rows
 from megatrain.train.run_folder import RunFolder, model_folder
@@ -49,25 +50,22 @@ class Corpora:
 
 @dataclass(frozen=True)
 class Data:
-    """A run's data as tokens: `sequences` [count, seq_len] of joined texts, or `examples`, to train on for `steps`;
-    `held_out` to measure on; `said`: what became of rows, in lines for people."""
+    """A run's data as tokens: `rows` to train on for `steps`, or `pairs` of answers; `held_out` to measure on; `said`:
+    what became of what was read, in lines for people."""
 
-    sequences: Tokens | None
+    rows: Rows | None
     steps: int
     train_bytes: int
     held_out: TokenStream | Examples | None
-    examples: Examples | PreferenceExamples | None = None
+    pairs: PreferenceExamples | None = None
     said: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
         """Tokens to train on in an epoch."""
-        if self.sequences is not None:
-            return int(self.sequences.size)
-        both = self.examples
-        if isinstance(both, PreferenceExamples):
-            return len(both.chosen.tokens) + len(both.rejected.tokens)
-        return 0 if both is None else len(both.tokens)
+        if self.pairs is not None:
+            return len(self.pairs.chosen.tokens) + len(self.pairs.rejected.tokens)
+        return 0 if self.rows is None else self.rows.tokens
 
 
 def find_corpora(config: Config) -> Corpora:
@@ -114,15 +112,20 @@ def trained_tokenizer(config: Config, corpora: Corpora) -> Any:
     return train_bpe(corpora.train.documents(), setting["vocab_size"])
 
 
-def build_data(config: Config, corpora: Corpora, tokenizer: Any) -> Data:
-    """Tokenize texts and rows. Raises ConfigError where they hold nothing, or less than one sequence."""
+def build_data(config: Config, corpora: Corpora, tokenizer: Any, model_config: Any) -> Data:
+    """Tokenize texts and rows. Raises ConfigError where they hold nothing, or less than one sequence, or the model
+    cannot be given them in such rows."""
     if corpora.train.kind == "text":
-        data = _text_data(config, corpora.train, tokenizer)
+        data = _text_data(config, corpora.train, tokenizer, model_config)
     else:
-        rows = prepare_rows(config, corpora.train, tokenizer)
-        steps = total_steps(config, len(rows.examples))
-        utf8_bytes = sum(one.counts.utf8_bytes for one in rows.sources)
-        data = Data(None, steps, utf8_bytes, None, rows.examples, tuple(rows.said))
+        found = prepare_rows(config, corpora.train, tokenizer)
+        utf8_bytes, said = sum(one.counts.utf8_bytes for one in found.sources), tuple(found.said)
+        if isinstance(found.examples, PreferenceExamples):
+            steps = total_steps(config, len(found.examples))
+            data = Data(None, steps, utf8_bytes, None, found.examples, said)
+        else:
+            rows = rows_of(config, found.examples, model_config, tokenizer.eos_token_id)
+            data = Data(rows, total_steps(config, rows.count), utf8_bytes, None, None, said)
     return data if corpora.eval is None else _with_held_out(config, data, corpora.eval, tokenizer)
 
 
@@ -139,34 +142,25 @@ def _with_held_out(config: Config, data: Data, mixture: Mixture, tokenizer: Any)
     return replace(data, held_out=held_out, said=(*data.said, *rows.said))
 
 
-def _text_data(config: Config, texts: Mixture, tokenizer: Any) -> Data:
+def _text_data(config: Config, texts: Mixture, tokenizer: Any, model_config: Any) -> Data:
     enough = enough_of(config) if all(source.streaming for source in texts.sources) else None
     stream = tokenize(texts.documents(), tokenizer, enough=None if enough is None else enough.tokens + 1)
     if stream.utf8_bytes == 0:
         raise _no_text(texts)
-    sequences = stream.sequences(config.data.seq_len)
-    if len(sequences) == 0:
-        raise ConfigError(
-            f"data.train: {len(stream.tokens)} tokens are less than one sequence of data.seq_len = "
-            f"{config.data.seq_len}; give more text or a smaller data.seq_len"
-        )
-    return Data(sequences, total_steps(config, len(sequences)), stream.utf8_bytes, None)
+    rows = rows_of(config, stream, model_config, tokenizer.eos_token_id)
+    return Data(rows, total_steps(config, rows.count), stream.utf8_bytes, None)
 
 
 def batches_of(config: Config, data: Data) -> Callable[[int], list[dict[str, Tensor]]]:
     """What each step is given, by its number from 0."""
-    settings: dict[str, Any] = {
-        "micro_batch": config.engine.micro_batch,
-        "sequences_per_step": config.tokens_per_step // config.data.seq_len,
-        "shuffle": config.data.shuffle,
-        "seed": config.train.seed,
-    }
-    if isinstance(data.examples, PreferenceExamples):
+    if data.rows is None:
         raise ConfigError("data.format: preference rows are trained on in pairs, which this run does not do")
-    if data.examples is not None:
-        return PaddedBatches(data.examples, **settings).of_step
-    assert data.sequences is not None
-    return StepBatches(data.sequences, **settings).of_step
+    batches = StepBatches(
+        data.rows,
+        micro_batch=config.engine.micro_batch,
+        rows_per_step=config.tokens_per_step // config.data.seq_len,
+    )
+    return batches.of_step
 
 
 def learning_rate_of(config: Config, data: Data) -> Callable[[int], float]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatrain.data.examples import Examples
 from megatrain.data.packing import TokenStream
-from megatrain.data.padded import padded
+from megatrain.data.rows import SeparateRows
 from megatrain.train.interrupt import StopOnInterrupt
 
 _IGNORED = -100
@@ -63,7 +63,9 @@ def evaluate(
 
 
 def _batches(stream: TokenStream | Examples, seq_len: int, micro_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    return _rows(stream, micro_batch) if isinstance(stream, Examples) else _windows(stream, seq_len, micro_batch)
+    return (
+        _rows(stream, seq_len, micro_batch) if isinstance(stream, Examples) else _windows(stream, seq_len, micro_batch)
+    )
 
 
 def _windows(stream: TokenStream, seq_len: int, micro_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -80,10 +82,11 @@ def _windows(stream: TokenStream, seq_len: int, micro_batch: int) -> Iterator[tu
         yield ids, labels
 
 
-def _rows(examples: Examples, micro_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _rows(examples: Examples, seq_len: int, micro_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
     """input_ids and labels of each example, filled up to the longest of `micro_batch` examples."""
+    rows = SeparateRows(examples, seq_len, shuffle=False, seed=0)
     for first in range(0, len(examples), micro_batch):
-        batch = padded(examples, range(first, min(first + micro_batch, len(examples))))
+        batch = rows.batch([(0, row) for row in range(first, min(first + micro_batch, len(examples)))])
         yield batch["input_ids"], batch["labels"]
 
 

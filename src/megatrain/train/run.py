@@ -93,13 +93,15 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
     if tokenizer is None:
         tokenizer = build.trained_tokenizer(config, corpora)
         settings.fit(Vocabulary.of(tokenizer))
-    data = build.build_data(config, corpora, tokenizer)
+    data = build.build_data(config, corpora, tokenizer, settings.config)
     for line in data.said:
         _say(line)
     _say(
         f"{data.tokens:,} tokens of {format_bytes(data.train_bytes)} text, vocabulary of "
         f"{len(tokenizer):,}; {data.steps:,} steps of {config.tokens_per_step:,} tokens"
     )
+    if data.rows is not None:
+        _say(data.rows.kind)
     plan = planner.plan()  # with the text in memory
     facts = _facts(config, corpora, planner)
     if resumed is not None:
