@@ -19,7 +19,6 @@ from harness.percentiles import Spread
 from harness.results import RESULTS, Results
 
 from megatrain.config import Config, load_config
-from megatrain.data.batches import StepBatches
 from megatrain.planner.durations import durations
 from megatrain.planner.plan import Plan
 from megatrain.planner.simulate import simulate
@@ -47,23 +46,17 @@ def compare(name: str, config: Config, rounds: int) -> tuple[Spread, Spread, Spr
     tokenizer = build.given_tokenizer(config) or build.trained_tokenizer(config, corpora)
     settings.fit(Vocabulary.of(tokenizer))
     optimizer, planner = build.plan_training(config, settings, RunFolder(str(config.output)))
-    data = build.build_data(config, corpora, tokenizer)
+    data = build.build_data(config, corpora, tokenizer, settings.config)
     plan = planner.plan()
-    batches = StepBatches(
-        data.sequences,
-        micro_batch=config.engine.micro_batch,
-        sequences_per_step=config.tokens_per_step // config.data.seq_len,
-        shuffle=True,
-        seed=0,
-    )
+    batches_of = build.batches_of(config, data)
     found: list[tuple[float, float]] = []
     with build.build_engine(config, settings, optimizer, plan) as engine:
         engine.model.train()
         for step in range(_SETTLING):
-            engine.train_step(batches.of_step(step), lr=1e-5)
+            engine.train_step(batches_of(step), lr=1e-5)
         for number in range(rounds):
             predicted = _predicted(config, plan, planner)
-            times = [engine.train_step(batches.of_step(number * _STEPS + n), lr=1e-5).seconds for n in range(_STEPS)]
+            times = [engine.train_step(batches_of(number * _STEPS + n), lr=1e-5).seconds for n in range(_STEPS)]
             found.append((predicted, statistics.median(times)))
             print(f"{name}  round {number + 1}: predicted {predicted:.3f} s, measured {times}", flush=True)
     predicted, measured = zip(*found, strict=True)

@@ -81,7 +81,7 @@ def _dispatch(arguments: list[str], environment: dict[str, str]) -> int:
     overrides: list[tuple[str, str]] = []
     if arguments[:1] in (["train"], ["demo"]):
         arguments, overrides = _take_overrides(arguments)
-    elif arguments[:1] == ["plan"]:
+    elif arguments[:1] in (["plan"], ["data"]):
         arguments, overrides = _take_dotted_overrides(arguments)
     known = parser.parse_args(arguments)
     if known.command in ("train", "demo"):
@@ -91,6 +91,11 @@ def _dispatch(arguments: list[str], environment: dict[str, str]) -> int:
         from megatrain.train.plan_command import plan_command
 
         return DONE if plan_command(known, overrides) else FAILED
+    if known.command == "data":
+        from megatrain.train.data_command import data_command
+
+        data_command(known.config, overrides, examples=known.examples, as_json=known.json)
+        return DONE
     if known.command == "generate":
         return _generate(known)
     if known.command == "export":
@@ -145,6 +150,15 @@ def _parser() -> argparse.ArgumentParser:
             _add_resume(command)
     _add_plan(commands)
     _add_init(commands)
+    data = commands.add_parser(
+        "data",
+        help="show the first examples as the model sees them, and all of them in numbers",
+        usage="megatrain data CONFIG.yaml [--examples N] [--json] [--section.key value ...]",
+        allow_abbrev=False,
+    )
+    data.add_argument("config", type=_path, metavar="CONFIG.yaml", help="settings of a run")
+    data.add_argument("--examples", type=_at_least(0), default=3, metavar="N", help="how many to show; default: 3")
+    data.add_argument("--json", action="store_true", help="print one JSON object")
     generate = commands.add_parser("generate", help="let a model write text", allow_abbrev=False)
     generate.add_argument("folder", type=_path, metavar="FOLDER", help="a run's folder or a transformers folder")
     generate.add_argument("--prompt", required=True, type=_text, help="text to go on from")

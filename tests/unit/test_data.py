@@ -12,6 +12,7 @@ import torch
 from megatrain.data import packing
 from megatrain.data.batches import StepBatches
 from megatrain.data.packing import tokenize
+from megatrain.data.rows import JoinedRows
 from megatrain.data.sources import Corpus, stdlib_files
 from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS, load_tokenizer, train_bpe
 from megatrain.errors import ConfigError
@@ -205,7 +206,7 @@ def test_no_documents_give_one_token(bpe: Any) -> None:
 
 def batches(count: int = 10, shuffle: bool = True, seed: int = 5) -> StepBatches:
     sequences = np.arange(count, dtype=np.uint16)[:, None].repeat(3, axis=1)
-    return StepBatches(sequences, micro_batch=2, sequences_per_step=4, shuffle=shuffle, seed=seed)
+    return StepBatches(JoinedRows(sequences, shuffle=shuffle, seed=seed), micro_batch=2, rows_per_step=4)
 
 
 def rows_of(source: StepBatches, steps: range) -> list[int]:

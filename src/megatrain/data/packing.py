@@ -31,8 +31,9 @@ class TokenStream:
         return self.tokens[: count * seq_len].reshape(count, seq_len)
 
 
-def tokenize(documents: Iterable[str], tokenizer: Any) -> TokenStream:
-    """Tokenize `documents` into one stream; the tokenizer adds no tokens of its own. Empty: one token."""
+def tokenize(documents: Iterable[str], tokenizer: Any, *, enough: int | None = None) -> TokenStream:
+    """Tokenize `documents` into one stream; the tokenizer adds no tokens of its own. Empty: one token. Where so many
+    tokens are `enough`, no further documents are read."""
     end = tokenizer.eos_token_id
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
     parts = [np.array([end], dtype)]
@@ -47,6 +48,8 @@ def tokenize(documents: Iterable[str], tokenizer: Any) -> TokenStream:
         for (_, last), tokens in zip(pieces, encoded["input_ids"], strict=True):
             ids += [*tokens, end] if last else tokens
         parts.append(np.array(ids, dtype))
+        if enough is not None and sum(len(part) for part in parts) >= enough:
+            break
     return TokenStream(np.concatenate(parts), utf8_bytes)
 
 

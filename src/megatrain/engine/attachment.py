@@ -44,7 +44,8 @@ class Attachment:
             # units stand around them, and go before they do
             chunked = ChunkedModules([unit.module for unit in engine.partition.units], sequence_chunk_tokens)
             self._undo.callback(chunked.remove)
-            self._undo.callback(BlockwiseAttention(engine.model, sequence_chunk_tokens).remove)
+            if compile == "off":  # a compiler takes tensors alone for masks
+                self._undo.callback(BlockwiseAttention(engine.model, sequence_chunk_tokens).remove)
             self._attach(engine, compile, head_chunk_tokens)
         except BaseException:
             self.remove()

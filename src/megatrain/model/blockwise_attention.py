@@ -5,6 +5,9 @@ mask reaches, and a mask of that size: windows, sinks, soft-caps and groups of h
 block's graph is dropped with the block; going back each is run again, differentiated and forgotten. Gradients of keys
 and values, which several blocks share, add up in fp32.
 
+A row of several documents is attention over each document by itself (`document_attention.py`), which may in turn go
+over blocks.
+
 Only functions of transformers itself are called so: what another one does to many keys a trial would not show. Theirs
 are tried out all the same, on a few random queries.
 """
@@ -20,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from megatrain.errors import CapacityError
-from megatrain.model.deferred_masks import DeferredMask, DeferredMasks
+from megatrain.model.deferred_masks import DeferredMask, DeferredMasks, DocumentsMask, VarlenMask
+from megatrain.model.document_attention import over_documents, try_out_documents
 from megatrain.model.root import configurations
 from megatrain.model.sequence_chunks import ChunkTokens, GradientSums, Repetition, graph_of_ones_own
 from megatrain.model.side_effects import RandomState
@@ -34,14 +38,15 @@ _TOKENS, _WINDOW, _CUT = 8, 3, 4  # of the probe, and where its two blocks meet
 
 
 class BlockwiseAttention:
-    """Attention of a transformers model where its sequences run in parts, until `remove`.
+    """Attention of a transformers model where its sequences run in parts, or rows hold several documents, until
+    `remove`.
 
     Other models find what they would have found: their masks are not deferred.
     """
 
     def __init__(self, model: nn.Module, setting: ChunkTokens) -> None:
         found = configurations(model)
-        used = setting is not None and found and "transformers.modeling_utils" in sys.modules
+        used = found and "transformers.modeling_utils" in sys.modules
         self._masks = DeferredMasks(found, setting, _why_masks_have_to_be_tensors(model)) if used else None
         if used:
             _count(1)
@@ -51,6 +56,11 @@ class BlockwiseAttention:
             self._masks.remove()
             self._masks = None
             _count(-1)
+
+    @property
+    def whole_documents(self) -> str | None:
+        """Why a row of several documents had its mask as a whole; None where none had."""
+        return self._masks.whole_documents if self._masks is not None else None
 
     def largest_blocks_inside(self, module: nn.Module) -> list["LargestBlock"]:
         """Of attention inside `module` that has run over blocks on the meta device."""
@@ -88,14 +98,22 @@ def _count(change: int) -> None:
 
 
 def over_blocks(function: AttentionFunction) -> AttentionFunction:
-    """`function`, which with a deferred mask runs over blocks of queries if it can, and else with the whole mask."""
+    """`function`, which with a deferred mask runs over blocks of queries, or documents, if it can, and else with the
+    whole mask."""
 
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        mask = attention_mask
-        if isinstance(mask, DeferredMask):
-            obstacle = _obstacle(function, module, (query, key, value), mask, args, kwargs)
+        mask, states = attention_mask, (query, key, value)
+        if isinstance(mask, VarlenMask):
+            return function(module, query, key, value, None, *args, **(kwargs | mask.borders()))
+        if isinstance(mask, DocumentsMask):
+            obstacle = _obstacle_to_documents(function, module, states, mask, args, kwargs)
+            if obstacle is None:
+                return over_documents(attend, module, states, mask, kwargs), None
+            mask = mask.whole(obstacle)
+        elif isinstance(mask, DeferredMask):
+            obstacle = _obstacle(function, module, states, mask, args, kwargs)
             if obstacle is None:
                 return _attend(_Call(function, module, mask, kwargs), query, key, value), None
             mask = mask.whole(obstacle)
@@ -235,24 +253,57 @@ def _obstacle(
     others: Others,
 ) -> str | None:
     """Why attention needs the whole mask; None where blocks do."""
-    name = getattr(function, "__name__", type(function).__name__)
+    obstacle = _obstacle_to_parts(function, module, states, mask, args, others)
+    if obstacle is None and others.get("dropout"):
+        obstacle = "attention has dropout"
+    if obstacle is not None:
+        return obstacle
+    verdict = _verdict(_try_out, function, module, states, mask, others)
+    if verdict.obstacle is None and verdict.averages_without_keys and mask.may_leave_out_a_query():
+        return f"{_name_of(function)} gives a query without keys the mean of all tokens (pad on the right)"
+    return verdict.obstacle
+
+
+def _obstacle_to_documents(
+    function: AttentionFunction,
+    module: Any,
+    states: tuple[Tensor, Tensor, Tensor],
+    mask: DocumentsMask,
+    args: tuple[Any, ...],
+    others: Others,
+) -> str | None:
+    """Why attention needs the whole mask; None where each document may go by itself."""
+    obstacle = _obstacle_to_parts(function, module, states, mask, args, others)
+    if obstacle is not None:
+        return obstacle
+    without_dropout = others | ({"dropout": 0.0} if "dropout" in others else {})
+    return _verdict(_try_out_documents, function, module, states, mask, without_dropout).obstacle
+
+
+def _name_of(function: AttentionFunction) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _obstacle_to_parts(
+    function: AttentionFunction,
+    module: Any,
+    states: tuple[Tensor, Tensor, Tensor],
+    mask: DeferredMask,
+    args: tuple[Any, ...],
+    others: Others,
+) -> str | None:
+    """Why attention cannot be called for some tokens; None where a trial has to tell."""
+    name = _name_of(function)
     if args or not isinstance(module, nn.Module):
         return f"{name} is called in a way of its own"
     if not getattr(function, "__module__", "").startswith("transformers."):
         return f"{name} is not of transformers, and a trial on a few tokens would not show what it does to many"
     if [s.shape[2] if s.ndim == 4 else None for s in states] != [mask.shape[2], mask.shape[3], mask.shape[3]]:
         return f"{name} gets states of another shape than its mask"
-    if others.get("dropout"):
-        return "attention has dropout"
     if _weights_are_wanted(module, others):
         return "attention weights are asked for (output_attentions)"
     long = [n for n, v in others.items() if isinstance(v, Tensor) and _spans(v, mask.shape[2:])]
-    if long:
-        return f"{name} gets {long[0]} for all tokens"
-    verdict = _verdict(function, module, states, mask, others)
-    if verdict.obstacle is None and verdict.averages_without_keys and mask.may_leave_out_a_query():
-        return f"{name} gives a query without keys the mean of all tokens (pad on the right)"
-    return verdict.obstacle
+    return f"{name} gets {long[0]} for all tokens" if long else None
 
 
 def _spans(tensor: Tensor, lengths: Iterable[int]) -> bool:
@@ -277,6 +328,7 @@ class _Verdict:
 
 
 def _verdict(
+    try_out: Callable[..., _Verdict],
     function: AttentionFunction,
     module: nn.Module,
     states: tuple[Tensor, Tensor, Tensor],
@@ -285,12 +337,12 @@ def _verdict(
 ) -> _Verdict:
     verdicts, query = mask.owner.verdicts, states[0]
     constants = tuple((n, str(v)) for n, v in sorted(others.items()) if not isinstance(v, Tensor))
-    key = (function, id(module), module.training, query.dtype, query.device, mask.additive, constants)
+    key = (try_out, function, id(module), module.training, query.dtype, query.device, mask.additive, constants)
     if key not in verdicts:
         random = RandomState(query.device) if not query.is_meta else None
         try:
             with torch.no_grad():
-                found = _try_out(function, module, states, mask, others)
+                found = try_out(function, module, states, mask, others)
         except (CapacityError, torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:  # whatever the model's own code raises on a stand-in
@@ -331,6 +383,16 @@ def _try_out(
     if not close(blocks, whole):
         return _Verdict(f"{name} gives other results for some queries than for all")
     return _Verdict(None, not close(run(before, before, _nothing), run(before, everything, _nothing)))
+
+
+def _try_out_documents(
+    function: AttentionFunction,
+    module: nn.Module,
+    states: tuple[Tensor, Tensor, Tensor],
+    mask: DocumentsMask,
+    others: Others,
+) -> _Verdict:
+    return _Verdict(try_out_documents(function, module, states, mask, others))
 
 
 def _window(_batch: Any, _head: Any, query: Tensor, key: Tensor) -> Tensor:

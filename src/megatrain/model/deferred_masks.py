@@ -4,24 +4,27 @@ transformers makes masks by functions of (batch, head, query, key), one after th
 tensor of sequence x sequence. Here such a call is kept instead, and made for the part of the mask that is asked for, by
 the same function with the same arguments. Any other use of a deferred mask than attention over blocks of queries makes
 it as a whole, with one warning, and goes on with the tensor.
+
+A mask that keeps the documents of a row apart is kept, too, however short the row: attention then takes each document
+by itself, with the mask that it would have alone. So is the mask of a model whose own code does not look where the
+positions that it is given begin anew (`documents_at`).
 """
 
-import math
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable
-from functools import cache
-from types import FunctionType
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatrain.model.sequence_chunks import ChunkTokens, part_tokens
+from megatrain.errors import UnsupportedModelError
+from megatrain.model.mask_functions import documents_of, offsets_of
+from megatrain.model.sequence_chunks import LONG_TOKENS, ChunkTokens, part_tokens
 
 MaskFunction = Callable[..., Any]
-Offsets = tuple[float, float]  # of the keys that a query may attend to: (first, last) position less its own
 
 
 class DeferredMask:
@@ -110,6 +113,75 @@ class DeferredMask:
         return func(*_made(args, why), **_made(kwargs or {}, why))
 
 
+class DocumentsMask(DeferredMask):
+    """Of rows of several documents, each of which attends to itself alone.
+
+    lengths: tokens of the documents, by row.
+    part:    of a document, as of a sequence by itself; None where its mask may exist as a whole.
+    """
+
+    def __init__(
+        self,
+        make: MaskFunction,
+        arguments: dict[str, Any],
+        documents: tuple[Any, Tensor],
+        part: int | None,
+        owner: "DeferredMasks",
+        *,
+        additive: bool,
+    ) -> None:
+        super().__init__(make, arguments, part or arguments["q_length"], owner, additive=additive)
+        self.of_one, numbers = documents
+        self.lengths = [torch.unique_consecutive(row, return_counts=True)[1].tolist() for row in numbers]
+        self._in_parts = part is not None
+        self._by_length: dict[int, Any] = {}
+
+    def of_document(self, tokens: int) -> Any:
+        """What the model's own code would have had for a document of so many tokens by itself."""
+        if tokens not in self._by_length:
+            one = {"batch_size": 1, "q_length": tokens, "kv_length": tokens, "mask_function": self.of_one}
+            given = self._arguments | one | {"allow_is_causal_skip": True}
+            if self._in_parts and _needs_mask(self._make, given):
+                self._by_length[tokens] = DeferredMask(self._make, given, self.part, self.owner, additive=self.additive)
+            else:
+                self._by_length[tokens] = self._make(**given)
+        return self._by_length[tokens]
+
+    def whole(self, why: str) -> Tensor:
+        """Raises UnsupportedModelError where it would be large."""
+        tokens = self.shape[2]
+        if tokens > LONG_TOKENS:
+            raise UnsupportedModelError(
+                f"documents that share a row of {tokens:,} tokens would need a mask of {tokens:,} x {tokens:,}: {why};"
+                f" use rows of {LONG_TOKENS:,} tokens at most, or one document to a row"
+            )
+        return super().whole(why)
+
+    def _warn(self, why: str) -> None:
+        """Such a mask is small: nobody is told, but the owner knows."""
+        self.owner.whole_documents = why
+
+
+class VarlenMask(DocumentsMask):
+    """Of rows of several documents, for flash attention, which makes no masks and is told where documents begin.
+
+    transformers finds that out from position_ids, but only of a single row."""
+
+    def borders(self) -> dict[str, Any]:
+        """Arguments of transformers' flash attention over all rows, one after the other."""
+        lengths = [length for row in self.lengths for length in row]
+        starts = torch.tensor([0, *lengths]).cumsum(0).to(self.device, torch.int32)
+        longest = max(lengths)
+        found = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+        return self._by_length.setdefault(0, found)  # type: ignore[no-any-return]
+
+    def whole(self, why: str) -> Tensor:
+        raise UnsupportedModelError(
+            f"documents that share a row cannot be told to flash attention: {why}; use another attn_implementation, or"
+            " one document to a row"
+        )
+
+
 _FEW, _FEWEST = 256, 64  # queries of a block, for products to be fast, and if there is little room
 _OPERATORS = "add radd sub rsub mul rmul truediv and rand or ror xor rxor invert neg eq ne lt le gt ge getitem len iter"
 
@@ -134,56 +206,12 @@ def _made(node: Any, why: str) -> Any:
     return {name: _made(value, why) for name, value in node.items()} if isinstance(node, dict) else node
 
 
-# -- which keys a query may attend to -----------------------------------------------------------------------------
-
-
-def offsets_of(function: Any) -> Offsets:
-    """Of transformers' own mask functions, told by their code, and what they are put together of; of any other
-    function, all keys."""
-    makers = _makers()
-    kind = makers.get(function.__code__) if isinstance(function, FunctionType) else None
-    if kind is None:
-        return -math.inf, math.inf
-    cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    inside = dict(zip(function.__code__.co_freevars, cells, strict=True))
-    if kind == "causal_mask_function":
-        return -math.inf, 0
-    if kind == "sliding_window_overlay":
-        return 1 - inside["sliding_window"], math.inf
-    if kind == "sliding_window_bidirectional_overlay":
-        return -inside["sliding_window"], inside["sliding_window"]
-    if kind == "chunked_overlay":
-        return 1 - inside["chunk_size"], inside["chunk_size"] - 1
-    if kind == "remap_positions_for_packed_sequence":  # positions in one sequence of several
-        return offsets_of(inside["mask_function"])
-    found = [offsets_of(each) for each in inside["mask_functions"]]
-    first, last = zip(*found, strict=True)
-    return (max(first), min(last)) if kind == "and_masks" else (min(first), max(last))
-
-
-@cache
-def _makers() -> dict[Any, str]:
-    """By the code of a mask function, what made it."""
-    masking = sys.modules["transformers.masking_utils"]
-    arguments = {
-        "and_masks": (),
-        "or_masks": (),
-        "sliding_window_overlay": (1,),
-        "sliding_window_bidirectional_overlay": (1,),
-        "chunked_overlay": (1, None),
-        "remap_positions_for_packed_sequence": (None, None),
-    }
-    known = {getattr(masking, name): given for name, given in arguments.items() if hasattr(masking, name)}
-    return {masking.causal_mask_function.__code__: "causal_mask_function"} | {
-        make(*given).__code__: make.__name__ for make, given in known.items()
-    }
-
-
 # -- in place of transformers' mask functions -----------------------------------------------------------------------
 
 
 class DeferredMasks:
-    """Masks for models of these configurations are deferred where sequences run in parts, until `remove`.
+    """Masks for models of these configurations are deferred where sequences run in parts, or rows hold several
+    documents, until `remove`.
 
     obstacle: why they have to be tensors, of a model that can do with nothing else.
     """
@@ -193,6 +221,7 @@ class DeferredMasks:
         self.setting, self.obstacle = setting, obstacle
         self.verdicts: dict[Any, Any] = {}  # of kinds of attention: whether they can run over blocks
         self.warned = False
+        self.whole_documents: str | None = None  # why a row of several documents had its mask as a whole
         self.on_meta: dict[int, Any] = {}  # the last attention over blocks on the meta device, by id of its module
         with _changing:
             _open.append(self)
@@ -207,6 +236,43 @@ class DeferredMasks:
                     _give_back()
 
 
+class _Rows(threading.local):
+    """What the calling thread's model is given."""
+
+    positions: Tensor | None = None
+
+
+_rows = _Rows()
+
+
+@contextmanager
+def documents_at(positions: Tensor) -> Iterator[None]:
+    """Masks of transformers keep documents apart which begin where `positions` [batch, tokens] begin anew."""
+    before, _rows.positions = _rows.positions, positions
+    try:
+        yield
+    finally:
+        _rows.positions = before
+
+
+def _keeping_documents_apart(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of a causal mask over the rows that the model is given, if they do not say so already."""
+    positions, function = _rows.positions, arguments.get("mask_function")
+    rows, tokens = arguments["batch_size"], arguments["q_length"]
+    if positions is None or positions.ndim != 2 or positions.shape[1] != tokens or positions.shape[0] not in (1, rows):
+        return arguments
+    no_others = arguments.get("attention_mask") is None and not arguments.get("use_vmap")
+    if not no_others or documents_of(function) is not None or offsets_of(function)[1] != 0:
+        return arguments
+    masking: Any = sys.modules["transformers.masking_utils"]
+    positions = positions.expand(rows, -1)
+    numbers = masking.find_packed_sequence_indices(positions)
+    if numbers is None:
+        return arguments
+    apart = masking.packed_sequence_compatibility_function(function, positions, numbers)
+    return arguments | {"mask_function": apart, "allow_is_causal_skip": False}
+
+
 _changing = threading.Lock()
 _open: list[DeferredMasks] = []
 _stood_in: list[tuple[Any, str, Any, Any]] = []  # (interface, name, what stands in, what the instance had of its own)
@@ -219,6 +285,10 @@ def _stand_in() -> None:
         if make in (masking.sdpa_mask, masking.eager_mask):
             own = interface._local_mapping.get(name)
             interface[name] = value = _deferring(make, additive=make is masking.eager_mask)
+            _stood_in.append((interface, name, value, own))
+        elif make is masking.flash_attention_mask:
+            own = interface._local_mapping.get(name)
+            interface[name] = value = _telling_documents(make)
             _stood_in.append((interface, name, value, own))
 
 
@@ -242,23 +312,46 @@ def _deferring(make: MaskFunction, *, additive: bool) -> MaskFunction:
         if isinstance(arguments.get("attention_mask"), DeferredMask):
             return arguments["attention_mask"]  # handed on by an outer model, as masks of four dimensions are
         owner = next((each for each in _open if id(arguments.get("config")) in each.configurations), None)
-        part = _part_of(arguments, owner.setting) if owner is not None else None
-        if owner is None or part is None or not _needs_mask(make, arguments):
+        if owner is None or not _is_of_a_sequence_with_itself(arguments):
             return make(**arguments)
-        mask = DeferredMask(make, arguments, part, owner, additive=additive)
+        part = part_tokens(owner.setting, arguments["q_length"])
+        arguments = _keeping_documents_apart(arguments)
+        # functions of the model's own take positions in the row, and not in the document
+        documents = None if arguments.get("use_vmap") else documents_of(arguments.get("mask_function"))
+        mask: DeferredMask
+        if documents is not None:
+            mask = DocumentsMask(make, arguments, documents, part, owner, additive=additive)
+        elif part is not None and _needs_mask(make, arguments):
+            mask = DeferredMask(make, arguments, part, owner, additive=additive)
+        else:
+            return make(**arguments)
         return mask if owner.obstacle is None else mask.whole(owner.obstacle)
 
     return mask
 
 
-def _part_of(arguments: dict[str, Any], setting: ChunkTokens) -> int | None:
-    """Tokens of a part where a mask may be deferred: one of a sequence with itself, which runs in parts."""
+def _telling_documents(make: MaskFunction) -> MaskFunction:
+    def mask(**arguments: Any) -> Any:
+        if isinstance(arguments.get("attention_mask"), DeferredMask):
+            return arguments["attention_mask"]
+        owner = next((each for each in _open if id(arguments.get("config")) in each.configurations), None)
+        if owner is None or not _is_of_a_sequence_with_itself(arguments):
+            return make(**arguments)
+        given = _keeping_documents_apart(arguments)
+        documents = documents_of(given.get("mask_function"))
+        if documents is None:
+            return make(**arguments)
+        mask = VarlenMask(make, given, documents, None, owner, additive=False)
+        return mask if owner.obstacle is None else mask.whole(owner.obstacle)
+
+    return mask
+
+
+def _is_of_a_sequence_with_itself(arguments: dict[str, Any]) -> bool:
     tokens, offsets = arguments.get("q_length"), [arguments.get(name, 0) for name in ("q_offset", "kv_offset")]
     if not isinstance(tokens, int) or arguments.get("kv_length") != tokens:
-        return None
-    if any(not isinstance(offset, int) or offset != 0 for offset in offsets):  # of caches, or tensors
-        return None
-    return part_tokens(setting, tokens)
+        return False
+    return all(isinstance(offset, int) and offset == 0 for offset in offsets)  # else of caches, or tensors
 
 
 def _needs_mask(make: MaskFunction, arguments: dict[str, Any]) -> bool:

@@ -182,7 +182,7 @@ class ChunkedHead:
         Raises InseparableLossError where the model's own forward adds to it what depends on these tokens."""
         if self.fused is not None and self.fused.takes(batch):
             return self.fused.chunk_loss(hidden, labels, target_count)
-        rest = {k: v for k, v in batch.items() if k not in ("input_ids", "inputs_embeds", "labels")}
+        rest = {k: v for k, v in batch.items() if k not in ("input_ids", "inputs_embeds", "position_ids", "labels")}
         rest = {k: v for k, v in rest.items() if not k.startswith("output_")}
         mode = Mode("stub", hidden=hidden, template=template, labels=labels, target_count=target_count)
         with self._mode(mode), self.root.capturing_off():

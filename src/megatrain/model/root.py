@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from megatrain.errors import UnsupportedModelError
+from megatrain.model.deferred_masks import documents_at
 from megatrain.model.foreign import ForeignTensorError
 from megatrain.model.moves import moved
 from megatrain.model.stand_in import StandIn
@@ -106,6 +107,10 @@ class RootForward:
         return tuple(moved_arguments(dict(enumerate(args)), self._device).values()), place(kwargs, self._device)
 
     def _call(self, args: Any, kwargs: Any) -> Any:
+        if self._configs and _holds_several_documents(kwargs):
+            # beside a cache, even an empty one, transformers does not look where position_ids begin anew
+            with self._set(("use_cache",)), documents_at(kwargs["position_ids"]):
+                return self.forward(*args, **(kwargs | ({"use_cache": False} if kwargs.get("use_cache") else {})))
         if not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
         if not self._caches_off and any(c.__dict__.get("use_cache") for c in self._configs):
@@ -136,6 +141,16 @@ class RootForward:
         finally:
             for config, name, value in changed:
                 config.__dict__[name] = value
+
+
+def _holds_several_documents(arguments: Mapping[str, Any]) -> bool:
+    """Whether position_ids begin anew within a row. Not beside a cache, or a mask that says what is attended to."""
+    positions = arguments.get("position_ids")
+    if not isinstance(positions, torch.Tensor) or positions.is_meta or positions.shape[-1] < 2:
+        return False
+    if any(arguments.get(name) is not None for name in (*_CACHES, "attention_mask")):
+        return False
+    return bool((positions.diff(dim=-1) != 1).any())
 
 
 def report_device(model: nn.Module, device: torch.device) -> Callable[[], None]:

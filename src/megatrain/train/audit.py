@@ -201,7 +201,7 @@ def _replay(leg: Leg, history: History, folder: Path, device: str | None, compar
     if tokenizer is None:
         tokenizer = build.trained_tokenizer(config, corpora)
     settings.fit(Vocabulary.of(tokenizer))
-    data = build.build_data(config, corpora, tokenizer)
+    data = build.build_data(config, corpora, tokenizer, settings.config)
     optimizer, planner = build.plan_training(source, settings, None)
     engine = build.build_engine(source, settings, optimizer, planner.plan(), leg.checkpoint)
     try:

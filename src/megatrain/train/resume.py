@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 # what changes no bit of what is trained; keys of `data` and `train` beside these do
 _FREE = {
-    *("output", "data.eval", "train.log_every"),
+    *("output", "data.eval", "data.workers", "data.cache", "train.log_every"),
     *("engine.threads", "engine.device_memory", "engine.host_memory", "engine.nvme", "engine.nvme_encryption"),
     *("engine.slots", "engine.keep_graphs", "engine.integrity"),
 }
@@ -124,7 +124,10 @@ def settings_that_changed(before: Config, now: Config) -> dict[str, tuple[Any, A
 
 
 def _changes(before: Config, now: Config) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    free = _FREE | (_LENGTHS if now.schedule.name == before.schedule.name == "constant" else set())
+    # of streamed rows a run reads as many as its steps need: with another length it would shuffle others
+    streamed = any(isinstance(source, dict) and source.get("streaming") for source in now.data.train or ())
+    constant = now.schedule.name == before.schedule.name == "constant"
+    free = _FREE | (_LENGTHS if constant and not streamed else set())
     one, other = map(_settings, (before, now))
     for key in one.keys() | other.keys():
         if one.get(key) != other.get(key) and key not in free and not key.startswith("checkpoint."):

@@ -1,0 +1,166 @@
+"""`megatrain data`: the first examples as the model sees them, and all of them in numbers."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, TextIO
+
+import numpy as np
+
+from megatrain.config import Config, override, parse_config
+from megatrain.data.examples import Examples, PreferenceExamples
+from megatrain.data.mixture import Mixture
+from megatrain.data.packing import tokenize
+from megatrain.data.statistics import Statistics, pieces_of, statistics_of
+from megatrain.errors import ConfigError
+from megatrain.train.build import find_corpora, given_tokenizer, trained_tokenizer
+from megatrain.train.row_data import prepare_rows
+from megatrain.yaml_file import read_yaml
+
+_LONGEST_SHOWN = 6000  # characters of an example
+_OPEN, _CLOSE = "⟦", "⟧"
+
+Piece = tuple[str, bool]
+
+
+def data_command(
+    path: str, overrides: Sequence[tuple[str, str]], *, examples: int, as_json: bool, out: TextIO | None = None
+) -> None:
+    """Print what the settings in `path` make of their data. Raises ConfigError."""
+    settings = read_yaml(path)
+    override(settings, overrides)
+    config = parse_config(settings, for_training=False)
+    if config.data.train is None:
+        raise ConfigError("data.train: missing; give a text file, a folder, a .jsonl file or stdlib")
+    if config.model.path is None and config.model.tokenizer is None:
+        raise ConfigError("model.tokenizer: missing; give model.path or model.tokenizer, whose tokens are shown")
+    corpora = find_corpora(config)
+    tokenizer = given_tokenizer(config) or trained_tokenizer(config, corpora)
+    found = {"train": _look(config, corpora.train, tokenizer, examples)}
+    if corpora.eval is not None:
+        found["eval"] = _look(config, corpora.eval, tokenizer, examples)
+    out = out or sys.stdout
+    if as_json:
+        print(json.dumps(found, ensure_ascii=False, indent=1), file=out)
+    else:
+        for name, told in found.items():
+            _print(f"data.{name}", told, out)
+
+
+def _look(config: Config, mixture: Mixture, tokenizer: Any, count: int) -> dict[str, Any]:
+    """What is to be said of a mixture, as plain values."""
+    seq_len = config.data.seq_len
+    if mixture.kind == "text":
+        examples: Examples | PreferenceExamples = _of_text(mixture, tokenizer, seq_len)
+        sources, said = [], []
+    else:
+        rows = prepare_rows(config, mixture, tokenizer)
+        examples, said = rows.examples, rows.said
+        sources = [
+            {
+                "source": one.source.described,
+                "format": one.source.layout.format,
+                "weight": one.source.weight,
+                **asdict(one.counts),
+                "statistics": _numbers(one.examples, seq_len, len(tokenizer)),
+            }
+            for one in rows.sources
+        ]
+    return {
+        "detected": mixture.detected,
+        "said": said,
+        "sources": sources,
+        "mixture": _numbers(examples, seq_len, len(tokenizer)),
+        "examples": [_shown(examples, number, tokenizer) for number in range(min(count, len(examples)))],
+    }
+
+
+def _of_text(mixture: Mixture, tokenizer: Any, seq_len: int) -> Examples:
+    """Joined texts as the sequences that they are trained in, every token of them a target."""
+    stream = tokenize(mixture.documents(), tokenizer)
+    count = len(stream.sequences(seq_len))
+    if count == 0:
+        raise ConfigError(
+            f"{mixture.key}: {len(stream.tokens)} tokens are less than one sequence of data.seq_len = {seq_len}"
+        )
+    tokens = stream.tokens[: count * seq_len]
+    return Examples(tokens, np.ones(len(tokens), bool), np.arange(count + 1) * seq_len, stream.utf8_bytes)
+
+
+def _numbers(examples: Examples | PreferenceExamples, seq_len: int, vocabulary: int) -> dict[str, Any]:
+    if isinstance(examples, PreferenceExamples):
+        both = {"chosen": examples.chosen, "rejected": examples.rejected}
+        return {name: _numbers(one, seq_len, vocabulary) for name, one in both.items()}
+    found: Statistics = statistics_of(examples, seq_len, vocabulary)
+    return asdict(found)
+
+
+def _shown(examples: Examples | PreferenceExamples, number: int, tokenizer: Any) -> dict[str, Any]:
+    if isinstance(examples, PreferenceExamples):
+        both = {"chosen": examples.chosen, "rejected": examples.rejected}
+        return {name: _shown(one, number, tokenizer) for name, one in both.items()}
+    tokens, labels = examples.tokens_of(number), examples.labels_of(number)
+    pieces = [{"text": text, "target": target} for text, target in pieces_of(tokens, labels, tokenizer)]
+    return {"tokens": len(tokens), "pieces": pieces}
+
+
+# -- for people ------------------------------------------------------------------------------------------
+
+
+def _print(name: str, told: dict[str, Any], out: TextIO) -> None:
+    from rich.console import Console
+
+    console = Console(file=out, highlight=False, soft_wrap=True, markup=False)
+    coloured = console.color_system is not None and not console.no_color
+    for number, example in enumerate(told["examples"], start=1):
+        for kind, one in _parts(example):
+            console.print(f"--- {name}: example {number}{kind}, {one['tokens']:,} tokens ---", style="bold")
+            _print_pieces([(piece["text"], piece["target"]) for piece in one["pieces"]], console, coloured=coloured)
+    if told["examples"]:
+        marked = "green" if coloured else f"in {_OPEN} {_CLOSE}"
+        console.print(f"(what is {marked} is learned)\n")
+    for line in (*told["detected"], *told["said"]):
+        console.print(line)
+    for source in told["sources"] if len(told["sources"]) > 1 else ():
+        for kind, numbers in _parts(source["statistics"]):
+            console.print(f"{source['source']}{kind}: {_words(numbers)}")
+    for kind, numbers in _parts(told["mixture"]):
+        console.print(f"{name}{kind}: {_words(numbers)}\n")
+
+
+def _parts(told: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Of a pair, both of its parts."""
+    return [(f" {name}", told[name]) for name in ("chosen", "rejected")] if "chosen" in told else [("", told)]
+
+
+def _words(numbers: dict[str, Any]) -> str:
+    lengths = ", ".join(f"{percent}% up to {length:,}" for percent, length in numbers["lengths"].items())
+    share = numbers["target_tokens"] / max(1, numbers["tokens"])
+    return (
+        f"{numbers['examples']:,} examples, {numbers['tokens']:,} tokens, {numbers['target_tokens']:,} of them targets "
+        f"({share:.1%}); lengths: {lengths}; one to a row they fill {numbers['fill']:.1%}; "
+        f"{numbers['vocabulary']:,} of {numbers['vocabulary_size']:,} tokens of the vocabulary occur"
+    )
+
+
+def _print_pieces(pieces: Sequence[Piece], console: Any, *, coloured: bool) -> None:
+    from rich.text import Text
+
+    shown, left = Text(), _LONGEST_SHOWN
+    for text, target in pieces:
+        part = _visible(text[:left])
+        if coloured:
+            shown.append(part, style="green" if target else "dim")
+        else:
+            shown.append(f"{_OPEN}{part}{_CLOSE}" if target else part)
+        left -= len(part)
+        if left <= 0:
+            shown.append(" ...")
+            break
+    console.print(shown)
+
+
+def _visible(text: str) -> str:
+    """What would move a terminal's cursor is written out."""
+    return "".join(one if one.isprintable() or one in "\n\t" else ascii(one)[1:-1] for one in text)
