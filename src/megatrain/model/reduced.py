@@ -6,7 +6,6 @@ Sizes are found by the names of a configuration's entries. Whether what comes ou
 
 import math
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from megatrain.errors import CapacityError, ConfigError
 from megatrain.model.loading import build_on_meta, initialise, one_line
 
 VOCABULARY = 128
-_MOST_ELEMENTS = 2**29
+_MOST_ELEMENTS = 2**28  # 1 GB
 _DEPTHS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 _LAYERS = re.compile(r"(num|n)_(hidden_|decoder_)?layers?|num_blocks")
 _TOKEN = re.compile(r"(\w+_)?token_(id|index)")
@@ -39,13 +38,10 @@ def reduced_model(config: Any, attention: str | None) -> nn.Module:
     ConfigError where none is found."""
     wanted = _kinds(build_on_meta(config, attn_implementation=attention))
     why = "its kinds of layers do not all occur in a part of it"
-    for small in _candidates(config):
+    for divisor in _divisors(config):  # the narrow one first, then the full width
         try:
-            shapes = build_on_meta(small, attn_implementation=attention)
-            if _kinds(shapes) != wanted:
-                continue
-            if sum(p.numel() for p in shapes.parameters()) > _MOST_ELEMENTS:
-                why = f"{type(shapes).__name__} stays too large"
+            small = _shallowest(config, divisor, attention, wanted)
+            if small is None:
                 continue
             model: nn.Module = initialise(small, 0, attn_implementation=attention).eval()
             _enlarge_weights(model)
@@ -59,20 +55,29 @@ def reduced_model(config: Any, attention: str | None) -> nn.Module:
     raise ConfigError(f"no small {config.model_type} could be made to try it out on: {why}")
 
 
-def _candidates(config: Any) -> Iterator[Any]:
-    """The smallest first: narrow, then of the full width."""
-    entries = config.to_dict()
-    text = config.get_text_config()
-    layers = getattr(text, "num_hidden_layers", None) or max(_DEPTHS)
-    depths = [depth for depth in _DEPTHS if depth < layers] + [layers]
-    heads = [getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads")]
-    share = math.gcd(*(n for n in heads if isinstance(n, int) and n > 0)) or 1
-    for divisor in dict.fromkeys((share, 1)):
-        for depth in depths:
-            try:
-                yield type(config).from_dict(_shrunk(entries, layers, depth, divisor))
-            except Exception:  # a combination that the type refuses
-                continue
+def _divisors(config: Any) -> list[int]:
+    """By which widths and numbers of heads may be divided together."""
+    heads = [getattr(config.get_text_config(), name, None) for name in ("num_attention_heads", "num_key_value_heads")]
+    return list(dict.fromkeys((math.gcd(*(n for n in heads if isinstance(n, int) and n > 0)) or 1, 1)))
+
+
+def _shallowest(config: Any, divisor: int, attention: str | None, wanted: set[Any]) -> Any:
+    """The configuration with the fewest layers that has all kinds of them; None where that would not be small. Raises
+    the last error of the type's own checks where they let none pass."""
+    entries, layers = config.to_dict(), getattr(config.get_text_config(), "num_hidden_layers", None) or max(_DEPTHS)
+    refusal: Exception | None = None
+    for depth in [*(depth for depth in _DEPTHS if depth < layers), layers]:
+        try:
+            small = type(config).from_dict(_shrunk(entries, layers, depth, divisor))
+            shapes = build_on_meta(small, attn_implementation=attention)
+        except Exception as error:
+            refusal = error
+            continue
+        if _kinds(shapes) == wanted:
+            return small if sum(p.numel() for p in shapes.parameters()) <= _MOST_ELEMENTS else None
+    if refusal is not None:
+        raise refusal
+    return None
 
 
 def _shrunk(entries: dict[str, Any], layers: int, depth: int, divisor: int) -> dict[str, Any]:
