@@ -310,7 +310,7 @@ class Engine:
         updated, as with torch.amp.GradScaler. Gradients gathered before it are dropped. `lr` is written into the param
         groups, in their proportions, so that it holds for later steps too.
         """
-        self._require_open()
+        self._require_trains()
         return train_step(self, checked_batches(batches), lr)
 
     def step(self, lr: float | None = None) -> StepStats:
@@ -320,7 +320,7 @@ class Engine:
         plain PyTorch, and clip_norm applies to what they are. They are dropped here, as by `zero_grad()`, also where
         bringing them to the host fails.
         """
-        self._require_open()
+        self._require_trains()
         clock = StepClock(self)
         self.begin_step(lr)
         norm = self._gathered_norm()
@@ -366,6 +366,13 @@ class Engine:
         """Forget the gradients gathered since the last step."""
         self.gradients.forget_gradients()
         self._clip_override = None
+
+    def _require_trains(self) -> None:
+        self._require_open()
+        if self.is_frozen:
+            raise ConfigError(
+                "this engine was made by Engine.frozen, which trains nothing; make an Engine of the model"
+            )
 
     def _require_open(self) -> None:
         if not self._attached:

@@ -32,7 +32,7 @@ def note_engine(engine: "Engine") -> Callable[[], object]:
 def refuse_other_optimizers(engine: "Engine") -> Callable[[], object]:
     """From here on raise ConfigError where another optimizer is about to step over a parameter that the engine trains:
     it would hold a second state, and what it writes would lack the masters' low bits. Returns what undoes that."""
-    found = weakref.ref(engine)
+    found = weakref.ref(engine, lambda _: hook.remove())
     trained = {id(slot.parameter): slot.name for slot in engine.partition.slots if slot.parameter.requires_grad}
 
     def before_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
@@ -47,4 +47,5 @@ def refuse_other_optimizers(engine: "Engine") -> Callable[[], object]:
                 " class Streamed(mt.StreamedTrainerMixin, Trainer)"
             )
 
-    return register_optimizer_step_pre_hook(before_step).remove
+    hook = register_optimizer_step_pre_hook(before_step)
+    return hook.remove

@@ -16,6 +16,7 @@ from megatrain.engine.engine import Engine
 from megatrain.engine.registry import engine_of
 from megatrain.errors import ConfigError
 from megatrain.trainers import groups
+from megatrain.trainers.callbacks import finished_updates
 from megatrain.trainers.checkpoints import exact_state, save_exact, save_plain
 from megatrain.trainers.checks import check_args, check_call, find_engine
 from megatrain.trainers.direct_head import follow_direct_head, reads_head
@@ -42,9 +43,10 @@ class StreamedTrainerMixin(Trainer):
 
     def __init__(self, *args: Any, engine: Engine | None = None, **kwargs: Any) -> None:
         own = super().__init__
-        if type(self).__mro__[type(self).__mro__.index(StreamedTrainerMixin) + 1] is object:
+        if not hasattr(super(), "create_optimizer"):
             raise ConfigError(
-                "StreamedTrainerMixin stands alone; put it before a trainer: class Streamed(Mixin, Trainer)"
+                f"{type(self).__name__}: no trainer comes after StreamedTrainerMixin; it must be the first of two"
+                " bases, class Streamed(mt.StreamedTrainerMixin, Trainer)"
             )
         given = inspect.signature(own).bind_partial(*args, **kwargs).arguments
         given = given | given.pop("kwargs", {})
@@ -57,6 +59,8 @@ class StreamedTrainerMixin(Trainer):
         own(*args, **kwargs)
         check_args(self.args, self.engine)  # those that the trainer has made where none were given
         follow_direct_head(self.engine)
+        if getattr(self.args, "sync_ref_model", False):
+            self.add_callback(finished_updates(self.engine))
 
     # -- what the trainer asks of accelerate ------------------------------------------------------------------
 
