@@ -137,12 +137,26 @@ def test_what_a_checkpoint_holds(tmp_path: Path) -> None:
     make(save_strategy="steps", save_steps=1, max_steps=1)(Streamed, engine.model, tmp_path).train()
     folder = tmp_path / "checkpoint-1"
     names = {path.name for path in folder.iterdir()}
-    assert {"model.safetensors", "config.json", "trainer_state.json", "scheduler.pt", "rng_state.pth"} <= names
-    assert "optimizer.pt" not in names
+    assert {"model.safetensors", "config.json", "trainer_state.json", "training_args.json", "rng_state.pth"} <= names
+    assert not names & {"optimizer.pt", "scheduler.pt", "training_args.bin"}  # pickles
     assert (folder / "model.safetensors").samefile(folder / "megatrain" / "model" / "model.safetensors")
     loaded = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     assert largest_difference(loaded, engine.model) == 0.0
     engine.close()
+
+
+def test_a_scheduler_whose_state_is_no_json_is_refused(tmp_path: Path) -> None:
+    engine = make_engine(tiny_llama())
+    scheduler = torch.optim.lr_scheduler.ConstantLR(engine.optimizer)
+    scheduler.device = torch.device("cpu")
+    trainer = Streamed(
+        model=engine.model,
+        args=arguments(tmp_path, save_strategy="steps", save_steps=1, max_steps=1),
+        train_dataset=Rows(),
+        optimizers=(engine.optimizer, scheduler),
+    )
+    with pytest.raises(mt.ConfigError, match=r"lr_scheduler: its state cannot be saved as JSON"):
+        trainer.train()
 
 
 def test_a_run_may_write_its_checkpoints_again(tmp_path: Path) -> None:
@@ -196,7 +210,7 @@ def test_save_model_writes_a_plain_folder_beside_checkpoints(tmp_path: Path) -> 
     trainer.save_model()
     assert largest_difference(LlamaForCausalLM.from_pretrained(tmp_path), engine.model) == 0.0
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("checkpoint-1", "config.json", "generation_config.json", "model.safetensors", "training_args.bin"),
+        *("checkpoint-1", "config.json", "generation_config.json", "model.safetensors", "training_args.json"),
     }
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
 

@@ -4,15 +4,19 @@ checkpoint-N/                what a trainer writes, and a plain transformers fol
 checkpoint-N/megatrain/      the engine's own checkpoint, `model/` and `state/`, from which training goes on
 """
 
+import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatrain import files
 from megatrain.engine.engine import Engine
+from megatrain.errors import ConfigError
 
 EXACT = "megatrain"
+SCHEDULER = "lr_scheduler"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 
 
@@ -22,13 +26,30 @@ def exact_state(checkpoint: str | os.PathLike[str]) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def save_exact(engine: Engine, checkpoint: str | os.PathLike[str], tokenizer: Any) -> None:
-    """Write the whole training state into `checkpoint`, in place of one that is there."""
+def save_exact(
+    engine: Engine, checkpoint: str | os.PathLike[str], tokenizer: Any, scheduler: Mapping[str, Any]
+) -> None:
+    """Write the whole training state into `checkpoint`, in place of one that is there. `scheduler`: the state of the
+    learning rate's. Raises ConfigError where that is not of what JSON holds."""
     target = Path(checkpoint)
+    try:
+        json.dumps(scheduler)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"lr_scheduler: its state cannot be saved as JSON ({error}); use one whose state is numbers and text"
+        ) from None
     if (target / EXACT).exists():
         files.remove_tree(target / EXACT)
-    engine.save(target / EXACT, tokenizer=tokenizer)
+    engine.save(target / EXACT, tokenizer=tokenizer, run={SCHEDULER: dict(scheduler)})
     _move_in(target / EXACT / "model", target, keep=True)
+
+
+def load_exact(engine: Engine, exact: Path) -> Mapping[str, Any]:
+    """Take on the training state in a folder that `exact_state` has found; returns that of the learning rate's
+    scheduler."""
+    run = engine.load(exact)
+    state: Mapping[str, Any] = run[SCHEDULER]
+    return state
 
 
 def save_plain(engine: Engine, folder: str | os.PathLike[str], tokenizer: Any) -> None:

@@ -4,7 +4,6 @@ The trainer's loop stays what it is. What it asks of optimizer, accelerator and 
 """
 
 import inspect
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from megatrain.engine.registry import engine_of
 from megatrain.errors import ConfigError
 from megatrain.trainers import groups
 from megatrain.trainers.callbacks import finished_updates
-from megatrain.trainers.checkpoints import exact_state, save_exact, save_plain
+from megatrain.trainers.checkpoints import exact_state, load_exact, save_exact, save_plain
 from megatrain.trainers.checks import check_args, check_call, find_engine
 from megatrain.trainers.direct_head import follow_direct_head, reads_head
 
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
     from transformers import Trainer
 else:
     Trainer = object
-SCHEDULER = "scheduler.pt"  # as transformers calls them
-TRAINING_ARGS = "training_args.bin"
+TRAINING_ARGS = "training_args.json"  # instead of transformers' own, which is pickled
 
 
 class StreamedTrainerMixin(Trainer):
@@ -40,6 +38,7 @@ class StreamedTrainerMixin(Trainer):
     """
 
     optimizer: Any
+    _saves_exactly = False
 
     def __init__(self, *args: Any, engine: Engine | None = None, **kwargs: Any) -> None:
         own = super().__init__
@@ -91,7 +90,8 @@ class StreamedTrainerMixin(Trainer):
         if reads_head(fused):
             del model.__dict__["forward"]
         device = self.engine.device
-        frozen = Engine.frozen(model, device=device.name, precision=self.engine.precision)
+        same = device.torch_device if device.torch_device.type != "cpu" else device.name
+        frozen = Engine.frozen(model, device=same, precision=self.engine.precision)
         self._frozen.append(frozen)
         if reads_head(fused):
             model.forward = fused  # type: ignore[assignment]
@@ -118,11 +118,14 @@ class StreamedTrainerMixin(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = output_dir if output_dir is not None else str(self.args.output_dir)
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-        (save_exact if self._saves_exactly else save_plain)(self.engine, folder, tokenizer)
-        torch.save(self.args, Path(folder) / TRAINING_ARGS)  # as transformers does, which never reads it
+        if self._saves_exactly:
+            save_exact(self.engine, folder, tokenizer, self.lr_scheduler.state_dict())
+        else:
+            save_plain(self.engine, folder, tokenizer)
+        (Path(folder) / TRAINING_ARGS).write_text(self.args.to_json_string() + "\n", encoding="utf-8")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER))
+        """Both are in the exact state."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if exact_state(resume_from_checkpoint) is None:  # else it is read when the optimizer is there
@@ -133,8 +136,7 @@ class StreamedTrainerMixin(Trainer):
         if checkpoint is None or exact is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        self.engine.load(exact)
-        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER), weights_only=True))
+        self.lr_scheduler.load_state_dict(load_exact(self.engine, exact))
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
@@ -142,7 +144,7 @@ class StreamedTrainerMixin(Trainer):
         if exact is None:
             super()._load_best_model()
         else:
-            self.engine.load(exact)
+            load_exact(self.engine, exact)
 
 
 def _load_references_on_host(args: Any, engine: Engine) -> None:
