@@ -12,6 +12,7 @@ from trainer_runs import (
     Rows,
     Streamed,
     arguments,
+    cheap_collections,
     largest_difference,
     logged,
     make_engine,
@@ -23,6 +24,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 import megatrain as mt
 from megatrain.engine.registry import engine_of
 
+__all__ = ["cheap_collections"]
 pytestmark = pytest.mark.xdist_group("trainers")  # importing trainers takes seconds
 
 

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from tokenizers import Tokenizer, models, pre_tokenizers
-from trainer_runs import SETTINGS, largest_difference, logged, make_engine, tiny_llama, train_both
+from trainer_runs import SETTINGS, cheap_collections, largest_difference, logged, make_engine, tiny_llama, train_both
 from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -33,6 +33,7 @@ import megatrain as mt
 from megatrain.engine.registry import engine_of
 from megatrain.trainers import direct_head
 
+__all__ = ["cheap_collections"]
 pytestmark = pytest.mark.xdist_group("trainers")
 disable_progress_bar()
 

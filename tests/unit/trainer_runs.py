@@ -1,10 +1,12 @@
 """The same trainer on a resident model and on a streamed one."""
 
 import copy
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -28,6 +30,14 @@ SETTINGS: dict[str, Any] = {
     "report_to": [],
     "disable_tqdm": True,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cheap_collections() -> Iterator[None]:
+    """accelerate collects garbage before each training: what is there already need not be looked at each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class Streamed(mt.StreamedTrainerMixin, Trainer):
