@@ -8,8 +8,17 @@ from megatrain.version import __version__
 if TYPE_CHECKING:
     from megatrain.engine.engine import Engine
     from megatrain.optim.adamw import AdamW
+    from megatrain.trainers.mixin import StreamedTrainerMixin
 
-__all__ = ["AdamW", "CapacityError", "ConfigError", "Engine", "IntegrityError", "__version__"]
+__all__ = [
+    "AdamW",
+    "CapacityError",
+    "ConfigError",
+    "Engine",
+    "IntegrityError",
+    "StreamedTrainerMixin",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,4 +31,8 @@ def __getattr__(name: str) -> Any:
         from megatrain.optim.adamw import AdamW
 
         return AdamW
+    if name == "StreamedTrainerMixin":
+        from megatrain.trainers.mixin import StreamedTrainerMixin
+
+        return StreamedTrainerMixin
     raise AttributeError(f"module 'megatrain' has no attribute {name!r}")

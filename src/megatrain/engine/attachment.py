@@ -12,6 +12,7 @@ from torch import Tensor
 from megatrain.engine import setup
 from megatrain.engine.compiled import compile_blocks
 from megatrain.engine.gradients import GradientBook
+from megatrain.engine.registry import note_engine, refuse_other_optimizers
 from megatrain.engine.targets import labels_are_shifted
 from megatrain.engine.weight_stream import WeightStream
 from megatrain.memory.store import HostStore
@@ -33,6 +34,7 @@ class Attachment:
 
     blocks:        stand in for the units' forwards.
     root:          stands in for the model's.
+    hidden:        what stands in its modules meanwhile, on a device with memory of its own.
     shifts_labels: whether the model's loss pairs each token with the next one's label.
     """
 
@@ -40,6 +42,7 @@ class Attachment:
         self, engine: "Engine", compile: str, head_chunk_tokens: int | None, sequence_chunk_tokens: ChunkTokens
     ) -> None:
         self._undo = ExitStack()
+        self.hidden: HiddenParameters | None = None
         try:
             # units stand around them, and go before they do
             chunked = ChunkedModules([unit.module for unit in engine.partition.units], sequence_chunk_tokens)
@@ -74,6 +77,8 @@ class Attachment:
         engine.executor.forget_order()
         # a head that was shown to run in chunks of shifted labels does shift them
         self.shifts_labels = self.head.reason is None or labels_are_shifted(model)
+        self._undo.callback(refuse_other_optimizers(engine))
+        self._undo.callback(note_engine(engine))
         zero_grad = StandIn(model, "zero_grad", lambda set_to_none=True: engine.discard_gradients())
         self._undo.callback(zero_grad.remove)
 
@@ -83,8 +88,9 @@ class Attachment:
         hiding: Callable[[], AbstractContextManager[None]] = nullcontext
         if isinstance(engine.weights, WeightStream):
             # what the model's own code may read is the stray parameters; units wait for theirs
-            hidden = HiddenParameters(engine.partition, device, engine.weights.strays, engine.gradients.add_from_leaf)
-            flush, hiding = engine.refuse_early_writes, hidden.hiding
+            strays, take = engine.weights.strays, engine.gradients.add_from_leaf
+            self.hidden = HiddenParameters(engine.partition, device, strays, take)
+            flush, hiding = engine.refuse_early_writes, self.hidden.hiding
             self._undo.callback(setup.move_buffers, model, torch.device("cpu"))
             setup.move_buffers(model, device)
             self._undo.callback(report_device(model, device))

@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any, Self
@@ -119,6 +120,7 @@ class Engine:
         integrity: str = "off",
         *,
         _mapped: bool = False,
+        _frozen: bool = False,
     ) -> None:
         setup.check_model(model)
         settings = {"clip_norm": clip_norm, "clip_scope": clip_scope, "device_memory": device_memory, "seed": seed}
@@ -135,6 +137,7 @@ class Engine:
         chosen = choose_kernels(kernels, model, self.device.torch_device)
         self.clip_norm, self.clip_scope, self.seed = clip_norm, clip_scope, seed
         self.keeps_gradients = setup.keeps_gradients(clip_norm, clip_scope)
+        self.is_frozen = _frozen
         self.step_count = 0
         self.last_touched: frozenset[int] = frozenset()  # slots that got a gradient in the last step
         self._updated: list[str] = []  # units, in a step that updates them at once
@@ -146,7 +149,7 @@ class Engine:
         self.partition = partition(model)
         self.structure = Structure(model, self.partition)
         setup.refuse_untrainable(model, self.partition)
-        groups, group_of = setup.parameter_groups(optimizer, self.partition)
+        groups, group_of = setup.parameter_groups(optimizer, self.partition, frozen=_frozen)
         dtypes = setup.weight_dtypes(model, self.partition, self.precision)
         layouts = setup.lay_out_units(self.partition, dtypes, group_of, optimizer.moments)
         setup.refuse_meta(model)
@@ -231,6 +234,12 @@ class Engine:
         return cls._from_folder(str(path), optimizer, None, settings)
 
     @classmethod
+    def frozen(cls, model: nn.Module, **settings: Any) -> Self:
+        """An engine that runs `model` without ever training it (a reference, a judge): all parameters are frozen, so
+        that the host holds the weights alone. Settings as for `Engine`."""
+        return cls(model.requires_grad_(False), **settings, _frozen=True)
+
+    @classmethod
     def from_checkpoint(
         cls,
         folder: str | os.PathLike[str],
@@ -271,7 +280,7 @@ class Engine:
         from megatrain.model.loading import build_on_meta, load_config, load_pretrained
 
         attention = settings.pop("attn_implementation", None)
-        arguments = set(signature(cls).parameters) - {"model", "_mapped"}
+        arguments = set(signature(cls).parameters) - {"model", "_mapped", "_frozen"}
         setup.check_names(settings, arguments | {"attn_implementation"})
         setup.check_arguments(optimizer, settings)
         device = setup.make_device(settings.get("device", "auto"))
@@ -301,7 +310,7 @@ class Engine:
         updated, as with torch.amp.GradScaler. Gradients gathered before it are dropped. `lr` is written into the param
         groups, in their proportions, so that it holds for later steps too.
         """
-        self._require_open()
+        self._require_trains()
         return train_step(self, checked_batches(batches), lr)
 
     def step(self, lr: float | None = None) -> StepStats:
@@ -311,7 +320,7 @@ class Engine:
         plain PyTorch, and clip_norm applies to what they are. They are dropped here, as by `zero_grad()`, also where
         bringing them to the host fails.
         """
-        self._require_open()
+        self._require_trains()
         clock = StepClock(self)
         self.begin_step(lr)
         norm = self._gathered_norm()
@@ -357,6 +366,13 @@ class Engine:
         """Forget the gradients gathered since the last step."""
         self.gradients.forget_gradients()
         self._clip_override = None
+
+    def _require_trains(self) -> None:
+        self._require_open()
+        if self.is_frozen:
+            raise ConfigError(
+                "this engine was made by Engine.frozen, which trains nothing; make an Engine of the model"
+            )
 
     def _require_open(self) -> None:
         if not self._attached:
@@ -567,6 +583,35 @@ class Engine:
         if not background:
             self.wait_for_save()
         return save
+
+    def set_param_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Give the optimizer other param groups: `params` (of this model, each that is trained in one of them), lr,
+        betas, eps and weight_decay. Moments and step counts stay. Raises ConfigError where a parameter is missing."""
+        self.flush()
+        entries = {id(e.slot.parameter): e for e in self.store.slots.values() if e.place.trainable}
+        given = [id(parameter) for group in groups for parameter in group["params"]]
+        if sorted(given) != sorted(entries):
+            raise ConfigError(
+                f"param_groups hold {len(given)} parameters; they must hold each of the {len(entries)} that this engine"
+                " trains once, and no other"
+            )
+        self.optimizer.replace_groups(groups)
+        for number, group in enumerate(groups):
+            for parameter in group["params"]:
+                entry = entries[id(parameter)]
+                entry.place = replace(entry.place, group=number)
+
+    def show_weights(self, module: nn.Module) -> None:
+        """Inside a forward of the model, for code that reads the parameters of one of its units instead of calling it:
+        until that forward is over they are copies where the model computes, and gradients that reach these count."""
+        hidden = self.attachment.hidden
+        unit = next((unit for unit in self.partition.units if unit.module is module), None)
+        if hidden is None or unit is None:
+            return  # what is read is where the model computes already
+        weights = self.weights.fetch(unit, backward=False, together=False)
+        with torch.no_grad(), self.device.computing():
+            copies = {slot: weight.clone() for slot, weight in weights.items()}  # the slot is taken for other units
+        hidden.show(module, copies)
 
     def unit_hashes(self) -> dict[str, str]:
         """SHA-256 of what is held of each unit (layer) by its name: weights, optimizer state, step counters; and of the

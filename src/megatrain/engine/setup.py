@@ -293,9 +293,13 @@ def lay_out_units(
     return layouts
 
 
-def parameter_groups(optimizer: AdamW | None, part: Partition) -> tuple[list[dict[str, Any]], dict[int, int]]:
-    """(the optimizer's param groups, number of its group by slot index)."""
+def parameter_groups(
+    optimizer: AdamW | None, part: Partition, *, frozen: bool = False
+) -> tuple[list[dict[str, Any]], dict[int, int]]:
+    """(the optimizer's param groups, number of its group by slot index). `frozen`: there is nothing to train."""
     groups, group_of = (optimizer or AdamW()).group_slots(part.slots)
+    if frozen:
+        return [{"params": []}], {}
     if not groups:
         raise ConfigError("model: all of its parameters are frozen; at least one must require a gradient")
     return groups, group_of

@@ -1,13 +1,13 @@
 """Parameters as the model's own code sees them while its units' values are not on the compute device."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatrain.errors import UnsupportedModelError
 from megatrain.model.partition import ParameterSlot, Partition
@@ -79,20 +79,28 @@ class HiddenParameters:
                 if not self._entered:
                     self._put({slot.index: slot.parameter for slot in self._slots})
 
+    def show(self, module: nn.Module, values: Mapping[int, Tensor]) -> None:
+        """Until the forwards under way are over, `module`'s parameters are these values, by slot index, on the device:
+        leaves, whose gradients count."""
+        for slot in self._slots:
+            for owner, attribute in slot.places:
+                if owner is module and slot.index in values:
+                    owner._parameters[attribute] = self._leaf(slot, values[slot.index])  # type: ignore[assignment]
+
     def _put(self, tensors: dict[int, Tensor]) -> None:
         for slot in self._slots:
             for owner, attribute in slot.places:
                 owner._parameters[attribute] = tensors[slot.index]  # type: ignore[assignment]
 
     def _leaves(self) -> dict[int, Tensor]:
-        parameters = {slot.index: slot.parameter for slot in self._slots}
-        leaves = {}
-        for index, value in self._strays().items():
-            leaf = value.detach().requires_grad_(parameters[index].requires_grad)
-            if leaf.requires_grad:
-                leaf.register_post_accumulate_grad_hook(partial(self._hand_over, index))
-            leaves[index] = leaf
-        return leaves
+        slots = {slot.index: slot for slot in self._slots}
+        return {index: self._leaf(slots[index], value) for index, value in self._strays().items()}
+
+    def _leaf(self, slot: ParameterSlot, value: Tensor) -> Tensor:
+        leaf = value.detach().requires_grad_(slot.parameter.requires_grad)
+        if leaf.requires_grad:
+            leaf.register_post_accumulate_grad_hook(partial(self._hand_over, slot.index))
+        return leaf
 
     def _hand_over(self, index: int, leaf: Tensor) -> None:
         gradient, leaf.grad = leaf.grad, None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from inspect import signature
 from typing import Any, cast
 
 import torch
@@ -76,6 +77,7 @@ class RootForward:
         self._forward_pass = forward_pass
         self._hiding = hiding
         self.forward: Callable[..., Any] = model.forward
+        self.__signature__ = signature(model.forward)  # trainers read off it which columns and arguments a model takes
         self._configs = configurations(model)
         self._caches_off = False
         self._stand_in: StandIn | None = None
@@ -93,9 +95,13 @@ class RootForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._removed:
             return self.forward(*args, **kwargs)
+        return self.run(self._call, args, kwargs)
+
+    def run(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`forward(args, kwargs)` as the model's own: another forward that somebody has made of its parts."""
         self._flush()  # the model's own code may read any parameter, not only through the unit that owns it
         with self._forward_pass(_elements([*args, *kwargs.values()])), self._hiding():
-            return self._call(*self._placed(args, kwargs))
+            return forward(*self._placed(args, kwargs))
 
     def _placed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments where the model computes: callers may leave their batches on the host."""

@@ -158,6 +158,7 @@ class EngineOptimizer(torch.optim.Optimizer):
     """
 
     _is_accelerate_prepared = True  # accelerate would otherwise move the state to its device
+    step_was_skipped = False  # the last one, for a norm that is not finite: accelerate holds the learning rate then
 
     def __init__(self, groups: list[dict[str, Any]], setting: AdamW, host: OptimizerHost) -> None:
         self._host = host
@@ -175,12 +176,18 @@ class EngineOptimizer(torch.optim.Optimizer):
             )
         super().add_param_group(param_group)
 
+    def replace_groups(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """From here on `groups` are the param groups: `params`, lr, betas, eps, weight_decay."""
+        self.param_groups.clear()
+        for group in groups:
+            super().add_param_group({**group, "lr_scale": group["lr"] / groups[0]["lr"] if groups[0]["lr"] else 1.0})
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._host.step()
+        self.step_was_skipped = self._host.step().skipped
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
