@@ -153,12 +153,14 @@ def plan_training(config: Config, settings: ModelSettings, folder: RunFolder | N
     Works on shapes alone. Raises ConfigError or CapacityError.
     """
     from megatrain.engine import setup
+    from megatrain.model.freezing import freeze
     from megatrain.model.loading import build_on_meta, check_weights
     from megatrain.train.planning import RunPlanner
 
     setup.check_threads(config.engine.threads)
     setup.check_slots(config.engine.slots)
     model = build_on_meta(settings.config)
+    freeze(model, config.model.freeze)
     optimizer = make_optimizer(config.optimizer, model)
     setup.check_arguments(optimizer, _engine_settings(config))
     planner = RunPlanner(config, settings.config, optimizer)
@@ -244,6 +246,7 @@ def _engine_settings(config: Config) -> dict[str, Any]:
         "kernels": config.engine.kernels,
         "sequence_chunk_tokens": config.engine.sequence_chunk_tokens,
         "integrity": config.engine.integrity,
+        "freeze": config.model.freeze or (),
     }
 
 
