@@ -85,6 +85,8 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
         check_settings(resumed, config, force=force)
         _say(f"going on from {resumed.folder}, step {resumed.step:,}")
     corpora = build.find_corpora(config)
+    for line in (*corpora.train.detected, *(corpora.eval.detected if corpora.eval else ())):
+        _say(line)
     source = config if resumed is None else build.from_model(config, resumed.model)
     settings, optimizer, planner, tokenizer = _prepare_model(source, folder)
     _say(f"reading {corpora.train.described} ({len(corpora.train.files)} files)")
@@ -92,8 +94,10 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
         tokenizer = build.trained_tokenizer(config, corpora)
         settings.fit(Vocabulary.of(tokenizer))
     data = build.build_data(config, corpora, tokenizer)
+    for line in data.said:
+        _say(line)
     _say(
-        f"{data.sequences.size:,} tokens of {format_bytes(data.train_bytes)} text, vocabulary of "
+        f"{data.tokens:,} tokens of {format_bytes(data.train_bytes)} text, vocabulary of "
         f"{len(tokenizer):,}; {data.steps:,} steps of {config.tokens_per_step:,} tokens"
     )
     plan = planner.plan()  # with the text in memory
