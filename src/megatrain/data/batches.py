@@ -56,6 +56,8 @@ def batch_sha256(batches: Sequence[Mapping[str, Tensor]]) -> str:
     for batch in batches:
         for row in range(max((len(tensor) for tensor in batch.values() if tensor.ndim), default=1)):
             for name, tensor in sorted(batch.items()):
+                if tensor.ndim and row >= len(tensor):
+                    continue  # of images there are more or fewer than rows
                 part = (tensor[row] if tensor.ndim else tensor).detach().to("cpu").contiguous()
                 digest.update(f"{name} {part.dtype} {list(part.shape)}\n".encode())
                 digest.update(part.view(-1).view(torch.uint8).numpy().data)

@@ -17,6 +17,7 @@ from megatrain.checkpoint.folders import list_checkpoints
 from megatrain.config import Config, check_warmup
 from megatrain.data.batches import StepBatches
 from megatrain.data.examples import Examples, PreferenceExamples
+from megatrain.data.images import ImageBatches
 from megatrain.data.mixture import Mixture
 from megatrain.data.packing import Tokens, TokenStream, tokenize
 from megatrain.data.padded import PaddedBatches
@@ -24,8 +25,10 @@ from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS, load_tokenizer, train_b
 from megatrain.errors import ConfigError, IntegrityError
 from megatrain.optim.int8_moments import BLOCK
 from megatrain.optim.schedules import learning_rate
+from megatrain.train.image_data import ImageData, names_images, prepare_images
 from megatrain.train.model_settings import ModelSettings, Vocabulary
 from megatrain.train.param_groups import make_optimizer
+from megatrain.train.processor import with_processor_files
 from megatrain.train.row_data import give_chat_template, prepare_rows
 from megatrain.train.run_folder import RunFolder, model_folder
 from megatrain.trust.encryption import read_key
@@ -50,7 +53,8 @@ class Corpora:
 @dataclass(frozen=True)
 class Data:
     """A run's data as tokens: `sequences` [count, seq_len] of joined texts, or `examples`, to train on for `steps`;
-    `held_out` to measure on; `said`: what became of rows, in lines for people."""
+    `held_out` to measure on; `said`: what became of rows, in lines for people; `images`: examples with images, instead
+    of `examples`."""
 
     sequences: Tokens | None
     steps: int
@@ -58,10 +62,13 @@ class Data:
     held_out: TokenStream | Examples | None
     examples: Examples | PreferenceExamples | None = None
     said: tuple[str, ...] = ()
+    images: ImageData | None = None
 
     @property
     def tokens(self) -> int:
         """Tokens to train on in an epoch."""
+        if self.images is not None:
+            return sum(example.tokens for example in self.images.examples)
         if self.sequences is not None:
             return int(self.sequences.size)
         both = self.examples
@@ -94,6 +101,12 @@ def given_tokenizer(config: Config) -> Any:
     return tokenizer
 
 
+def saved_beside(config: Config, tokenizer: Any) -> Any:
+    """What is saved with the model: the tokenizer, and the processor's files where the model came with some."""
+    path = config.model.path
+    return tokenizer if path is None else with_processor_files(tokenizer, model_folder(path))
+
+
 def planned_vocabulary(config: Config, tokenizer: Any) -> Vocabulary:
     """The vocabulary of `tokenizer`, or of the one to be trained: on very little text it may become smaller."""
     setting = config.model.tokenizer
@@ -118,6 +131,10 @@ def build_data(config: Config, corpora: Corpora, tokenizer: Any) -> Data:
     """Tokenize texts and rows. Raises ConfigError where they hold nothing, or less than one sequence."""
     if corpora.train.kind == "text":
         data = _text_data(config, corpora.train, tokenizer)
+    elif names_images(corpora.train):
+        images = prepare_images(config, corpora.train, tokenizer)
+        steps = total_steps(config, len(images.examples))
+        data = Data(None, steps, images.utf8_bytes, None, said=tuple(images.said), images=images)
     else:
         rows = prepare_rows(config, corpora.train, tokenizer)
         steps = total_steps(config, len(rows.examples))
@@ -132,6 +149,10 @@ def _with_held_out(config: Config, data: Data, mixture: Mixture, tokenizer: Any)
         if stream.utf8_bytes == 0:
             raise _no_text(mixture)
         return replace(data, held_out=stream)
+    if names_images(mixture):
+        raise ConfigError(
+            "data.eval: rows with images cannot be measured on; leave data.eval out, or give rows of text"
+        )
     rows = prepare_rows(config, mixture, tokenizer)
     held_out = rows.examples
     if isinstance(held_out, PreferenceExamples):  # of pairs, how likely what was chosen is
@@ -162,6 +183,8 @@ def batches_of(config: Config, data: Data) -> Callable[[int], list[dict[str, Ten
     }
     if isinstance(data.examples, PreferenceExamples):
         raise ConfigError("data.format: preference rows are trained on in pairs, which this run does not do")
+    if data.images is not None:
+        return ImageBatches(data.images.encoder, data.images.examples, **settings).of_step
     if data.examples is not None:
         return PaddedBatches(data.examples, **settings).of_step
     assert data.sequences is not None
