@@ -27,6 +27,7 @@ from megatrain.config_kinds import (
     GROUPS,
     MAPPING,
     PATH,
+    PATTERNS,
     RATIO,
     SEQUENCE_LENGTH,
     SOURCES,
@@ -74,6 +75,14 @@ class ModelConfig:
     attn_implementation: str | None = field(
         default=None,
         metadata=_about(or_null(TEXT), "attention code of transformers, such as sdpa or eager; null: its own choice"),
+    )
+    freeze: tuple[str, ...] | None = field(
+        default=None,
+        metadata=_about(
+            or_null(PATTERNS),
+            "parameters that are not trained, such as [visual, '^lm_head']: those whose name a regular expression "
+            "finds; null: none",
+        ),
     )
 
 

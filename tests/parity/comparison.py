@@ -105,6 +105,7 @@ def compare_models(
     device: Any = "cpu",
     kernels: str = "torch",
     sequence_chunk_tokens: int | str | None = "auto",
+    freeze: Sequence[str] = (),
 ) -> Comparison:
     """Train two equal models for `steps`, `plain` in plain PyTorch and `mine` by the engine, with weight decay.
 
@@ -113,7 +114,10 @@ def compare_models(
     fenced:      plain adds up what one call of a unit contributes before it adds different calls (`UnitInputs`).
     use_cache:   sets the plain model's configuration; None leaves it at its default.
     device, kernels, sequence_chunk_tokens: the engine's.
+    freeze:      the engine's; parameters of the plain model that a pattern finds require no gradient.
     """
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_(not any(re.search(pattern, name) for pattern in freeze))
     with quiet():
         engine = mt.Engine(
             mine,
@@ -126,6 +130,7 @@ def compare_models(
             keep_graphs=keep_graphs,
             kernels=kernels,
             sequence_chunk_tokens=sequence_chunk_tokens,
+            freeze=freeze,
         )
     try:
         return _compare(plain, engine, batches, steps, name, clip_norm, fenced, use_cache)

@@ -49,7 +49,7 @@ class TiedWeights:
         for where in places.values():
             if len(where) > 1:
                 first = where[0][0]._parameters[where[0][1]]
-                copies = [nn.Parameter(first.detach().clone()) for _ in where[1:]]
+                copies = [nn.Parameter(first.detach().clone(), first.requires_grad) for _ in where[1:]]
                 for (owner, name), copy in zip(where[1:], copies, strict=True):
                     owner._parameters[name] = copy
                 for (owner, _), parameter in zip(where, [first, *copies], strict=True):
@@ -218,7 +218,8 @@ class PlainTrainer:
             if self.whole_loss:
                 mean = self.model(**batch)["loss"]
                 loss += mean.item() * (count / total)
-                mean.backward(torch.full_like(mean, count / total))
+                if mean.requires_grad:
+                    mean.backward(torch.full_like(mean, count / total))
             else:
                 loss += self._backward_split(batch, count, total)
             self.tied.collect()
@@ -247,7 +248,8 @@ class PlainTrainer:
             losses.append(rest)
             gradients.append(torch.full_like(rest, count / total))
             value += rest.item() * (count / total)
-        torch.autograd.backward(losses, gradients)
+        if cross_entropy.requires_grad:  # else all that this micro-batch reaches is frozen
+            torch.autograd.backward(losses, gradients)
         return value
 
     def update(self, norm: float) -> None:

@@ -102,7 +102,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "downsample_rate": "1/2",
     },
     "llama4": {"vision_config.intermediate_size": 256},
-    "llava_next": {"image_grid_pinpoints": [[16, 16]]},
+    "llava_next": {"image_grid_pinpoints": [[16, 16], [16, 32], [32, 16]]},
     "llava_next_video": {"image_grid_pinpoints": [[16, 16]]},
     "llava_onevision": {"image_grid_pinpoints": [[16, 16]]},
     "minicpm_ocr": {"image_token_id": 209, "vision_config.insert_layer_id": 0},

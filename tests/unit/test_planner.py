@@ -106,7 +106,7 @@ def test_tiers_hold_what_they_say() -> None:
 
 def test_operations_of_a_unit() -> None:
     work = workload()
-    assert work.units[0].flops == UnitFlops(0)  # a look-up
+    assert work.units[0].flops == UnitFlops(0, passes=False)  # a look-up, of no hidden states
     assert work.units[1].flops == UnitFlops(BLOCK, 2 * HIDDEN)
     assert work.units[-1].flops == UnitFlops(TABLE)
     assert work.units[1].flops.forward(LENGTH) == 2 * BLOCK * LENGTH + 2 * 2 * HIDDEN * LENGTH**2 // 2

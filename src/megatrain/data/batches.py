@@ -38,7 +38,10 @@ def batch_sha256(batches: Sequence[Mapping[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for batch in batches:
         for row in range(max((len(tensor) for tensor in batch.values() if tensor.ndim), default=1)):
-            parts = {name: (tensor[row] if tensor.ndim else tensor) for name, tensor in sorted(batch.items())}
+            there = {name: tensor for name, tensor in sorted(batch.items()) if not tensor.ndim or row < len(tensor)}
+            parts = {
+                name: (tensor[row] if tensor.ndim else tensor) for name, tensor in there.items()
+            }  # images: any number
             for name, part in _without_padding(parts).items():
                 part = part.detach().to("cpu").contiguous()
                 digest.update(f"{name} {part.dtype} {list(part.shape)}\n".encode())

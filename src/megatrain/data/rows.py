@@ -43,7 +43,7 @@ class JoinedRows:
         self._sequences, self._shuffle, self._seed = sequences, shuffle, seed
 
     def batch(self, places: Sequence[Place]) -> dict[str, Tensor]:
-        rows = [_drawn(self.count, place, self._seed) if self._shuffle else place[1] for place in places]
+        rows = rows_at(places, self.count, shuffle=self._shuffle, seed=self._seed)
         ids = torch.from_numpy(self._sequences[rows].astype(np.int64))
         return {"input_ids": ids, "labels": ids.clone()}
 
@@ -104,7 +104,7 @@ class SeparateRows:
         self.kind = f"{self.count:,} examples, one to a row"
 
     def batch(self, places: Sequence[Place]) -> dict[str, Tensor]:
-        rows = [_drawn(self.count, place, self._seed) if self._shuffle else place[1] for place in places]
+        rows = rows_at(places, self.count, shuffle=self._shuffle, seed=self._seed)
         lengths = self._lengths[rows]
         ids = np.full((len(rows), lengths.max()), PADDING, np.int64)
         labels = np.full_like(ids, NO_TARGET)
@@ -130,9 +130,9 @@ def documents_as_examples(stream: TokenStream, end: int, seq_len: int) -> Exampl
     return Examples(tokens[: offsets[-1]], np.ones(offsets[-1], np.bool_), offsets, stream.utf8_bytes)
 
 
-def _drawn(count: int, place: Place, seed: int) -> int:
-    epoch, row = place
-    return int(_order(count, seed, epoch)[row])
+def rows_at(places: Sequence[Place], count: int, *, shuffle: bool, seed: int) -> list[int]:
+    """Which of `count` are at these places: in their order, or in one of each epoch's own, by seed and epoch."""
+    return [int(_order(count, seed, epoch)[row]) if shuffle else row for epoch, row in places]
 
 
 @lru_cache(maxsize=2)  # a step may span two epochs

@@ -42,6 +42,7 @@ from megatrain.memory.limits import host_memory_limits
 from megatrain.memory.plan import MemoryPlan
 from megatrain.memory.store import TORCH_DTYPE, HostStore, SlotState, gradient_buffers
 from megatrain.model.block import LOOK_STEPS
+from megatrain.model.freezing import freeze as freeze_parameters
 from megatrain.model.kernels import choose_kernels, install_kernels
 from megatrain.model.partition import partition
 from megatrain.model.sequence_chunks import ChunkTokens, part_tokens
@@ -91,6 +92,9 @@ class Engine:
                    each sequence at a time, forward and backward, so that its activations exist for those alone;
                    'auto': 8192, where sequences are longer; None: over whole sequences. Its weights' gradients add up
                    part by part (last bits). Not together with compile 'blocks'.
+    freeze:        regular expressions of names: parameters that one of them finds (`re.search`) are not trained until
+                   `close()`, as if they came with requires_grad False: they have no optimizer state, and a unit that
+                   is frozen runs a second time only where a gradient has to pass through it.
 
     Raises ConfigError for a wrong setting and CapacityError when the plan does not fit into host memory, or the weights
     not into the device's. The model is then as it was, but for gradients it had and low bits of frozen fp32 weights.
@@ -118,6 +122,7 @@ class Engine:
         sequence_chunk_tokens: ChunkTokens = "auto",
         nvme_encryption: bool = False,
         integrity: str = "off",
+        freeze: str | Sequence[str] = (),
         *,
         _mapped: bool = False,
         _frozen: bool = False,
@@ -146,18 +151,19 @@ class Engine:
 
         self.model_dtype = setup.main_dtype(model)  # that it was made in, from which it may have computed tables
         self._save: Save | None = None  # the last that has begun
-        self.partition = partition(model)
-        self.structure = Structure(model, self.partition)
-        setup.refuse_untrainable(model, self.partition)
-        groups, group_of = setup.parameter_groups(optimizer, self.partition, frozen=_frozen)
-        dtypes = setup.weight_dtypes(model, self.partition, self.precision)
-        layouts = setup.lay_out_units(self.partition, dtypes, group_of, optimizer.moments)
-        setup.refuse_meta(model)
-        setup.refuse_shared_memory(self.partition)
-        resident = setup.choose_resident(self.partition, layouts, resident_units, self.device, optimizer.moments)
-        self.plan = self._plan_memory(layouts, optimizer.moments, nvme, host_memory, resident)
         self._closing, unmade = ExitStack(), ExitStack()  # what `close` undoes; what is undone if this fails
         try:
+            self._closing.callback(freeze_parameters(model, freeze))
+            self.partition = partition(model)
+            self.structure = Structure(model, self.partition)
+            setup.refuse_untrainable(model, self.partition)
+            groups, group_of = setup.parameter_groups(optimizer, self.partition, frozen=_frozen)
+            dtypes = setup.weight_dtypes(model, self.partition, self.precision)
+            layouts = setup.lay_out_units(self.partition, dtypes, group_of, optimizer.moments)
+            setup.refuse_meta(model)
+            setup.refuse_shared_memory(self.partition)
+            resident = setup.choose_resident(self.partition, layouts, resident_units, self.device, optimizer.moments)
+            self.plan = self._plan_memory(layouts, optimizer.moments, nvme, host_memory, resident)
             self.kernels, remove_kernels = install_kernels(chosen, model, required=kernels == "liger")
             self._closing.callback(remove_kernels)
             workers = Workers(setup.optimizer_threads(threads, self.device))

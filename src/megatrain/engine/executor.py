@@ -1,5 +1,6 @@
 """Walks units through their runs: the only file that waits. It is the `UnitHost` that units call."""
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -30,7 +31,8 @@ FORWARD, HEAD, BACKWARD = (
 class Executor:
     """Fetches weights when units are called and passes their gradients on.
 
-    Units are ranked by the order of their first calls, so that micro-batches meet at the same unit.
+    Units are ranked by the order of their calls, so that micro-batches meet at the same unit, those too of which some
+    leave out a part of the model, as text without images leaves out a vision tower.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Executor:
         self._gradients = gradients
         self._kept_graphs = kept_graphs
         self._rank: dict[int, int] = {}
+        self._called: dict[int | None, list[int]] = {}  # by micro-batch, units in this pass
         self._local = threading.local()
         self._in_pass = False
         self._visit_label = ""
@@ -65,8 +68,20 @@ class Executor:
             shared = [found for attributes in self.watched if (found := attributes.shared(first))]
             if shared:
                 raise ForeignTensorError(shared[0])
-        rank = self._rank.setdefault(unit.index, len(self._rank))
+        rank = self._rank.get(unit.index, 0) if backward else self._ranked(unit.index)
         self.hand_over.boundary((BACKWARD, -rank) if backward else (FORWARD, rank))
+
+    def _ranked(self, unit: int) -> int:
+        """The unit's rank: above those of all that micro-batches have called before it. Where they call units in
+        contrary orders there is none such; then it stays what it is."""
+        called = self._called.setdefault(self.hand_over.number, [])
+        if unit not in called:
+            least = self._rank[called[-1]] + 1 if called else 0
+            rank = max(self._rank.setdefault(unit, 0), least)
+            if rank < len(self._rank):
+                self._rank[unit] = rank
+            called.append(unit)
+        return self._rank[unit]
 
     def takes_turns(self) -> bool:
         return self.generation < LOOK_STEPS and self.hand_over.takes_turns()
@@ -164,6 +179,7 @@ class Executor:
 
     def _begin_pass(self, kind: str, elements: int = 0) -> None:
         self._in_pass = True
+        self._called.clear()
         self._weights.begin(kind, elements)
 
     def abort_step(self) -> None:
@@ -173,11 +189,12 @@ class Executor:
 
     def enter_phase(self, phase: int) -> None:
         """Wait until every micro-batch has come this far."""
-        self.hand_over.boundary((phase, -len(self._rank) - 1))
+        self.hand_over.boundary((phase, -sys.maxsize))
 
     def forget_order(self) -> None:
         """What was called so far was no step (the probe of the head): rank units by the next calls."""
         self._rank.clear()
+        self._called.clear()
         self._weights.forget()
 
     def weights_changed(self) -> None:

@@ -29,6 +29,7 @@ from megatrain.memory.spill_file import SpillFile
 from megatrain.memory.spilled_states import SpilledStates
 from megatrain.memory.store import ALL_UNITS_STRAY, HostStore, home_layouts, resident_bytes
 from megatrain.model.block import UnitForward
+from megatrain.model.freezing import freeze
 from megatrain.model.kernels import choose_kernels
 from megatrain.model.partition import ParameterSlot, Partition, partition
 from megatrain.model.sequence_chunks import ChunkTokens, check_sequence_chunk_tokens
@@ -521,6 +522,7 @@ def _all_bf16(module: nn.Module) -> bool:
 def check_plan(model: nn.Module, optimizer: AdamW | None, settings: Mapping[str, Any]) -> None:
     """Raise CapacityError where a model that exists only as shapes (on the meta device) would not fit."""
     check_arguments(optimizer, settings)
+    freeze(model, settings.get("freeze"))
     part, optimizer = partition(model), optimizer or AdamW()
     refuse_untrainable(model, part)
     _, group_of = optimizer.group_slots(part.slots)

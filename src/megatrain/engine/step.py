@@ -183,7 +183,8 @@ def _run_whole(engine: "Engine", number: int, batch: Batch, count: int, total: i
     loss = loss_of(engine.model(**batch))
     share = count / total
     engine.executor.enter_phase(BACKWARD)
-    backward([loss], [torch.full_like(loss, share)])
+    if loss.requires_grad:  # else all that this micro-batch reaches is frozen
+        backward([loss], [torch.full_like(loss, share)])
     return [(loss.detach(), share)]
 
 

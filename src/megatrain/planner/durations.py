@@ -96,9 +96,10 @@ def _computed(unit: UnitWork, workload: Workload, hardware: Hardware, sequences:
     products = unit.flops.products_forward(workload.seq_len) * sequences / hardware.product_rate
     attention = unit.flops.attention_forward(workload.seq_len) * sequences / hardware.attention_rate
     moved = unit.graph * sequences / hardware.device_bandwidth
+    flops = unit.flops
     return (
         products + attention + _FORWARD_PASSES * moved,
-        2 * products + 2.5 * attention + _BACKWARD_PASSES * moved,
+        (flops.trained + flops.passes) * products + 2.5 * flops.differentiated * attention + _BACKWARD_PASSES * moved,
     )
 
 

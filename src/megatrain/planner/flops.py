@@ -6,7 +6,8 @@ Matrix products are counted, two operations for each multiplication with its add
     attention                 2 x heads x (width of a key + width of a value) per pair of positions (scores, and their
                               sum over values); of a sequence's length^2 pairs half with a causal mask, and with a
                               sliding window only those inside it
-    backward                  twice the forward: gradients of inputs and of weights
+    backward                  twice the forward: gradients of inputs and of weights; of what is frozen those of inputs
+                              alone, and none where nothing before it is trained
 
 Left out: norms, activations, softmax, rotary embeddings, the embedding's look-up, the optimizer (on the host).
 """
@@ -19,11 +20,14 @@ from typing import Any
 @dataclass(frozen=True, slots=True)
 class UnitFlops:
     """What decides how much one unit computes: elements of its matrices that a token passes; of attention heads x
-    (width of a key + width of a value), 0 without, and the positions that its window reaches back (None: all)."""
+    (width of a key + width of a value), 0 without, and the positions that its window reaches back (None: all).
+    `trained`: its weights get a gradient; `passes`: its inputs do."""
 
     matrix_elements: int
     attention_width: int = 0
     window: int | None = None
+    trained: bool = True
+    passes: bool = True
 
     def products_forward(self, length: int) -> int:
         """Products with weights, over one sequence."""
@@ -35,6 +39,14 @@ class UnitFlops:
 
     def forward(self, length: int, *, causal: bool = True) -> int:
         return self.products_forward(length) + self.attention_forward(length, causal=causal)
+
+    @property
+    def differentiated(self) -> bool:
+        return self.trained or self.passes
+
+    def backward(self, length: int, *, causal: bool = True) -> int:
+        products = (self.trained + self.passes) * self.products_forward(length)
+        return products + 2 * self.differentiated * self.attention_forward(length, causal=causal)
 
 
 def attended_pairs(length: int, window: int | None = None, *, causal: bool = True) -> int:
@@ -136,8 +148,8 @@ def flops_of_units(
     for length in lengths:
         for unit, again in units:
             forward = unit.forward(length, causal=causal)
-            model += 3 * forward
+            model += forward + unit.backward(length, causal=causal)
             repeated += forward if again else 0
-            if scores_repeated:
+            if scores_repeated and unit.differentiated:
                 repeated += unit.attention_forward(length, causal=causal) // 2
     return StepFlops(model, model + repeated)

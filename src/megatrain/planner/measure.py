@@ -33,7 +33,13 @@ def measure_units(workload: Workload, device: ComputeDevice, micro_batch: int, p
     by_kind: dict[object, UnitTimes | None] = {}
     modules = {u.index: u for u in partition(workload.model).units}
     for work in workload.units:
-        kind = (type(modules[work.index].module), work.flops, work.graph, work.inputs, work.image_bytes)
+        kind = (
+            type(modules[work.index].module),
+            work.flops,
+            work.graph,
+            work.inputs,
+            work.image_bytes,
+        )  # flops tell what is trained
         if kind not in by_kind:
             by_kind[kind] = _time_unit(workload, work, modules[work.index], device, micro_batch, product_rate)
         times = by_kind[kind]
@@ -148,7 +154,7 @@ def _seconds(
     module: nn.Module, arguments: FlatTree, inputs: list[Tensor], device: ComputeDevice
 ) -> tuple[float, float]:
     """(forward, backward), each as in a step: with caches that others have filled."""
-    wanted = [*(t for t in inputs if t.requires_grad), *module.parameters()]
+    wanted = [t for t in (*inputs, *module.parameters()) if t.requires_grad]
     outputs: list[Tensor] = []
 
     def forward() -> None:
@@ -158,6 +164,8 @@ def _seconds(
 
     def backward() -> None:
         with device.computing():
+            if not wanted:
+                return  # frozen, and nothing before it is trained
             torch.autograd.grad(outputs, wanted, [torch.ones_like(t) for t in outputs], allow_unused=True)
 
     seconds = _settled_seconds([forward, backward], device.torch_device)
@@ -197,10 +205,10 @@ def _time_head(
 ) -> UnitTimes:
     """A chunk with its loss, its backward and the sum of its weights' gradient, as often as there are chunks."""
     tokens = min(workload.chunk_tokens, micro_batch * workload.seq_len)
-    like = next(t for t in arguments.tensors if t.requires_grad)
+    like = next(t for t in arguments.tensors if t.is_floating_point())
     hidden = torch.randn(1, tokens, like.shape[-1], device=device.torch_device).to(like.dtype).requires_grad_()
     labels = torch.randint(0, workload.vocabulary, (tokens,), device=device.torch_device)
-    parameters = list(module.parameters())
+    parameters = [p for p in module.parameters() if p.requires_grad]
     sums = [torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for p in parameters]
 
     def chunk() -> None:

@@ -91,7 +91,7 @@ class _Recorder:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = FlatTree((args, kwargs), self.unit.name)
-        given = tuple((t.shape, t.dtype) for t in arguments.tensors)
+        given = tuple((t.shape, t.dtype, t.requires_grad) for t in arguments.tensors)
         key = (_kind_of(self.unit.module), given, tuple(id(mask) for mask in arguments.masks))
         if key not in self._seen:
             saved = _Saved([*arguments.tensors, *self.unit.module.parameters()])
@@ -131,9 +131,9 @@ def attentions(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _kind_of(module: nn.Module) -> Any:
-    """What makes two units compute alike: classes, shapes, and windows of attention."""
+    """What makes two units compute alike: classes, shapes, what is trained, and windows of attention."""
     windows = tuple(getattr(m, "sliding_window", None) for m in module.modules())
-    shapes = tuple((name, p.shape, p.dtype) for name, p in module.named_parameters())
+    shapes = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in module.named_parameters())
     return type(module), shapes, windows
 
 

@@ -307,7 +307,8 @@ def head_bytes(workload: Workload, micro_batch: int) -> int:
     """The logits of a chunk in the model's precision and in fp32, their softmax and its gradient; and beside them the
     gradients of the head's weights, of this chunk and of those before."""
     tokens = min(workload.chunk_tokens, micro_batch * workload.seq_len)
-    weights = sum(u.flops.matrix_elements for u in workload.units if u.index in workload.head) * workload.itemsize
+    trained = [u for u in workload.units if u.index in workload.head and u.flops.trained]
+    weights = sum(u.flops.matrix_elements for u in trained) * workload.itemsize
     return tokens * workload.vocabulary * (2 * workload.itemsize + 3 * 4) + 2 * weights
 
 

@@ -10,6 +10,7 @@ from megatrain.planner.flops import StepFlops, flops_of_units
 from megatrain.planner.hardware import Hardware
 from megatrain.planner.placement import RESERVED, Ledger, Placement
 from megatrain.planner.simulate import Simulation
+from megatrain.planner.visits import backward_order
 from megatrain.planner.workload import Workload
 from megatrain.sizes import format_bytes
 
@@ -85,7 +86,7 @@ class Plan:
     @property
     def flops(self) -> StepFlops:
         """Of one step."""
-        again = {u for u in self.workload.order if u not in self.placement.kept}
+        again = {u for u in backward_order(self.workload) if u not in self.placement.kept}
         units = [(u.flops, u.index in again) for u in self.workload.units]
         found = flops_of_units(units, [self.workload.seq_len] * self.settings.sequences)
         return StepFlops(found.model, found.hardware + self._repeated_in_parts)

@@ -27,11 +27,11 @@ def streamed_units(workload: Workload, tiers: Mapping[int, str]) -> dict[int, in
 
 
 def planned_visits(workload: Workload, tiers: Mapping[int, str]) -> list[PlannedVisit]:
-    """Forward in the order of calls, the head with its backward, and back."""
+    """Forward in the order of calls, the head with its backward, and back as far as gradients are wanted."""
     streamed = streamed_units(workload, tiers)
     turns: list[tuple[tuple[int, ...], bool]] = [((unit,), False) for unit in workload.order]
     turns += [(workload.head, True)] if workload.head else []
-    turns += [((unit,), True) for unit in reversed(workload.order)]
+    turns += [((unit,), True) for unit in backward_order(workload)]
     visits: list[PlannedVisit] = []
     for units, backward in turns:
         needing = tuple(u for u in units if u in streamed)
@@ -41,6 +41,12 @@ def planned_visits(workload: Workload, tiers: Mapping[int, str]) -> list[Planned
         else:
             visits.append(PlannedVisit(Visit(needing, backward), tuple(units)))
     return visits
+
+
+def backward_order(workload: Workload) -> list[int]:
+    """Units of the base that have a backward: trained, or with something trained before them."""
+    wanted = {u.index for u in workload.units if u.flops.differentiated}
+    return [unit for unit in reversed(workload.order) if unit in wanted]
 
 
 def saved_inputs(workload: Workload, sequences: int) -> dict[int, int]:
@@ -53,7 +59,7 @@ def gradient_sums(workload: Workload, micro_batches: int) -> dict[int, int]:
     """By unit, its gradient as it adds up on the device: in fp32 once there is a second contribution. A parameter that
     several units read counts with the one whose backward is first."""
     chunks = micro_batches * -(-workload.seq_len // workload.chunk_tokens)
-    backwards = [*workload.head, *reversed(workload.order)]
+    backwards = [*workload.head, *backward_order(workload)]
     homes = {u.index: u for u in workload.units}
     counted: set[int] = set()
     sums: dict[int, int] = {}

@@ -1,8 +1,8 @@
 """A model as a plan sees it: for each unit its bytes, laid out by the engine's own functions, and what it computes."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +15,7 @@ from megatrain.engine.weight_stream import small_units
 from megatrain.errors import ConfigError
 from megatrain.memory.layout import BYTES, SlabLayout
 from megatrain.memory.store import ALL_UNITS_STRAY, TORCH_DTYPE
+from megatrain.model.freezing import freeze as freeze_parameters
 from megatrain.model.head import base_of
 from megatrain.model.loading import build_on_meta
 from megatrain.model.partition import ParameterSlot, Partition, Unit, partition
@@ -153,23 +154,33 @@ def build_workload(
     attention: str | None = None,
     sequence_chunk_tokens: int | str = "auto",
     name: str = "",
+    freeze: str | Sequence[str] = (),
 ) -> Workload:
     """From a transformers configuration. Nothing is allocated. `sequence_chunk_tokens`: the parts in which units would
-    run. Raises ConfigError."""
+    run. `freeze`: as the engine's. Raises ConfigError."""
     model = build_on_meta(model_config, attn_implementation=attention)
+    freeze_parameters(model, freeze)
     part = partition(model)
     _, group_of = (optimizer or AdamW()).group_slots(part.slots)
     dtypes = setup.weight_dtypes(model, part, precision)
     layouts = setup.lay_out_units(part, dtypes, group_of)
     compute = build_on_meta(model_config, dtype=TORCH_DTYPE[precision], attn_implementation=attention)
+    unfreeze = freeze_parameters(compute, freeze)
     passed = run_on_meta(compute, seq_len)
+    if any(u.trainable and u.index not in passed.runs for u in part.units):
+        unfreeze()  # of what text alone does not reach, as images do, gradients come in with the first hidden states
+        passed = run_on_meta(compute, seq_len)
     part_of_sequence = part_tokens(sequence_chunk_tokens, seq_len)
     in_parts = MetaPass() if part_of_sequence is None else run_on_meta(compute, seq_len, sequence_chunk_tokens)
+    freeze_parameters(compute, freeze)
     text = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
     share = _expert_share(text)
-    units = tuple(_unit_work(u, part, layouts, dtypes, passed, in_parts, seq_len, share, text) for u in part.units)
     base = base_of(model)
     inside = _units_inside(part, base) if base is not None else {u.index for u in part.units}
+    units = tuple(
+        _unit_work(u, part, layouts, dtypes, passed, in_parts, seq_len, share, text, in_head=u.index not in inside)
+        for u in part.units
+    )
     order = tuple(u for u in passed.order if u in inside)
     vocabulary = getattr(text, "vocab_size", None)
     if not isinstance(vocabulary, int):
@@ -207,6 +218,8 @@ def _unit_work(
     seq_len: int,
     expert_share: float,
     text: Any,
+    *,
+    in_head: bool,
 ) -> UnitWork:
     slabs = tuple(layouts.get(unit.index, ()))
     homed = part.homes(unit)
@@ -214,7 +227,9 @@ def _unit_work(
     home_bytes = sum(s.weight_bytes for s in slabs)
     pieces = [*([home_bytes] if home_bytes else []), *foreign]
     run = passed.runs.get(unit.index, UnitRun(0, 0))
-    flops = _unit_flops(unit, expert_share, text)
+    # the head's hidden states are differentiated in any case
+    passes = in_head or unit.index not in passed.runs or run.input_bytes > 0
+    flops = replace(_unit_flops(unit, expert_share, text), trained=unit.trainable, passes=passes)
     return UnitWork(
         index=unit.index,
         name=unit.name,

@@ -24,9 +24,11 @@ from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS, load_tokenizer, train_b
 from megatrain.errors import ConfigError, IntegrityError
 from megatrain.optim.int8_moments import BLOCK
 from megatrain.optim.schedules import learning_rate
+from megatrain.train.image_data import names_images, prepare_images
 from megatrain.train.model_settings import ModelSettings, Vocabulary
 from megatrain.train.packing import rows_of
 from megatrain.train.param_groups import make_optimizer
+from megatrain.train.processor import with_processor_files
 from megatrain.train.row_data import enough_of, give_chat_template, prepare_rows
 from megatrain.train.run_folder import RunFolder, model_folder
 from megatrain.trust.encryption import read_key
@@ -92,6 +94,12 @@ def given_tokenizer(config: Config) -> Any:
     return tokenizer
 
 
+def saved_beside(config: Config, tokenizer: Any) -> Any:
+    """What is saved with the model: the tokenizer, and the processor's files where the model came with some."""
+    path = config.model.path
+    return tokenizer if path is None else with_processor_files(tokenizer, model_folder(path))
+
+
 def planned_vocabulary(config: Config, tokenizer: Any) -> Vocabulary:
     """The vocabulary of `tokenizer`, or of the one to be trained: on very little text it may become smaller."""
     setting = config.model.tokenizer
@@ -117,6 +125,9 @@ def build_data(config: Config, corpora: Corpora, tokenizer: Any, model_config: A
     cannot be given them in such rows."""
     if corpora.train.kind == "text":
         data = _text_data(config, corpora.train, tokenizer, model_config)
+    elif names_images(corpora.train):
+        images = prepare_images(config, corpora.train, tokenizer)
+        data = Data(images.rows, total_steps(config, images.rows.count), images.utf8_bytes, None, None, images.said)
     else:
         found = prepare_rows(config, corpora.train, tokenizer)
         utf8_bytes, said = sum(one.counts.utf8_bytes for one in found.sources), tuple(found.said)
@@ -135,6 +146,10 @@ def _with_held_out(config: Config, data: Data, mixture: Mixture, tokenizer: Any)
         if stream.utf8_bytes == 0:
             raise _no_text(mixture)
         return replace(data, held_out=stream)
+    if names_images(mixture):
+        raise ConfigError(
+            "data.eval: rows with images cannot be measured on; leave data.eval out, or give rows of text"
+        )
     rows = prepare_rows(config, mixture, tokenizer)
     held_out = rows.examples
     if isinstance(held_out, PreferenceExamples):  # of pairs, how likely what was chosen is
@@ -192,12 +207,14 @@ def plan_training(config: Config, settings: ModelSettings, folder: RunFolder | N
     Works on shapes alone. Raises ConfigError or CapacityError.
     """
     from megatrain.engine import setup
+    from megatrain.model.freezing import freeze
     from megatrain.model.loading import build_on_meta, check_weights
     from megatrain.train.planning import RunPlanner
 
     setup.check_threads(config.engine.threads)
     setup.check_slots(config.engine.slots)
     model = build_on_meta(settings.config)
+    freeze(model, config.model.freeze)
     optimizer = make_optimizer(config.optimizer, model)
     setup.check_arguments(optimizer, _engine_settings(config))
     planner = RunPlanner(config, settings.config, optimizer)
@@ -283,6 +300,7 @@ def _engine_settings(config: Config) -> dict[str, Any]:
         "kernels": config.engine.kernels,
         "sequence_chunk_tokens": config.engine.sequence_chunk_tokens,
         "integrity": config.engine.integrity,
+        "freeze": config.model.freeze or (),
     }
 
 

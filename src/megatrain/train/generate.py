@@ -8,6 +8,7 @@ from typing import Any
 from megatrain.data.tokenizer import load_tokenizer
 from megatrain.errors import ConfigError
 from megatrain.sizes import format_bytes
+from megatrain.train.processor import with_processor_files
 from megatrain.train.run_folder import check_writable, model_folder
 
 _WEIGHTS_SHARE = 0.8  # of a GPU's free memory; the rest is for keys, values and activations
@@ -120,7 +121,7 @@ def export(run: str, out: str, *, dtype: str = "bf16") -> None:
     check_writable(target, "OUT")
     model = load_pretrained(source)
     try:
-        tokenizer = load_tokenizer(source)
+        tokenizer = with_processor_files(load_tokenizer(source), source)
     except ConfigError:
         tokenizer = None
     save_model(

@@ -47,6 +47,7 @@ def workload_of(
         attention=config.model.attn_implementation,
         sequence_chunk_tokens=config.engine.sequence_chunk_tokens or "auto",
         name=name,
+        freeze=config.model.freeze or (),
     )
 
 

@@ -102,6 +102,7 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
     )
     if data.rows is not None:
         _say(data.rows.kind)
+    beside = build.saved_beside(source, tokenizer)
     plan = planner.plan()  # with the text in memory
     facts = _facts(config, corpora, planner)
     if resumed is not None:
@@ -126,7 +127,7 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
             folder.checkpoints,
             config=to_yaml(config),
             facts=facts,
-            tokenizer=tokenizer,
+            tokenizer=beside,
             first_step=first_step,
             parent=None if resumed is None else parent_of(resumed.folder),
             ledger=ledger,
@@ -142,7 +143,7 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
         for line in (*outcome_lines(outcome), *filter(None, [checkpoints.summary()])):
             _say(line)
         if config.checkpoint.at_end:
-            _save(engine, folder, tokenizer)
+            _save(engine, folder, beside)
         end_ledger(ledger, folder, engine, result.steps, saved=config.checkpoint.at_end)
         if ledger.unwritten:
             _say(f"warning: {folder.ledger} lacks its last lines, which could not be written")

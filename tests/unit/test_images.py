@@ -1,0 +1,309 @@
+"""Rows with images: what becomes of them on the way to a step, for three families of models that see."""
+
+import io
+import json
+import struct
+import sys
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tiny_vision import FAMILIES, save_tiny
+
+from megatrain.config import Config, parse_config
+from megatrain.data.batches import batch_sha256
+from megatrain.data.image_files import MOST_PIXELS, ImageReference, open_image
+from megatrain.data.images import ImageRows
+from megatrain.errors import ConfigError
+from megatrain.model.loading import load_pretrained
+from megatrain.train import build
+from megatrain.train.build import Data
+from megatrain.train.generate import export
+from megatrain.train.run import run
+
+Row = dict[str, Any]
+RED: Row = {
+    "messages": [
+        {"role": "user", "content": "<image>what is in this picture?"},
+        {"role": "assistant", "content": "it is red."},
+        {"role": "user", "content": "and this one?<image>"},
+        {"role": "assistant", "content": "it is blue"},
+    ],
+    "images": ["red.png", "blue.jpg"],
+}
+TEXT: Row = {"messages": [{"role": "user", "content": "is it red?"}, {"role": "assistant", "content": "it is."}]}
+BLUE: Row = {
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "what is this"}, {"type": "image", "path": "blue.jpg"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "blue"}]},
+    ]
+}
+ROWS = [RED, TEXT, BLUE, TEXT, TEXT]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a family's tiny model."""
+    folder = tmp_path_factory.mktemp("models")
+
+    def of(family: str) -> Path:
+        if not (folder / family).exists():
+            save_tiny(family, folder / family)
+        return folder / family
+
+    return of
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder with two images."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    Image.new("RGB", (40, 20), (255, 0, 0)).save(folder / "red.png")
+    Image.new("RGB", (16, 30), (0, 0, 255)).save(folder / "blue.jpg")
+    return folder
+
+
+def config_of(model: Path, data: Path, rows: Sequence[Row] | Path, /, **sections: Any) -> Config:
+    path = rows if isinstance(rows, Path) else data / "rows.jsonl"
+    if not isinstance(rows, Path):
+        path.write_text("\n".join(json.dumps(row) for row in rows))
+    settings: dict[str, Any] = {
+        "model": {"path": str(model)},
+        "data": {"train": str(path), "seq_len": 256, "shuffle": False, "bad_rows": "fail", "cache": "off"},
+        "train": {"steps": 2, "tokens_per_step": 4 * 256},
+        "engine": {"device": "cpu", "precision": "fp32", "micro_batch": 2},
+        "output": str(data.parent / "run"),
+    }
+    for section, keys in sections.items():
+        settings[section] = settings[section] | keys
+    return parse_config(settings)
+
+
+def built(config: Config) -> tuple[Data, Any]:
+    tokenizer = build.given_tokenizer(config)
+    return build.build_data(config, build.find_corpora(config), tokenizer, None), tokenizer  # rows are not packed
+
+
+def learned(batch: dict[str, torch.Tensor], tokenizer: Any) -> list[str]:
+    return [tokenizer.decode(row[row != -100]) for row in batch["labels"]]
+
+
+# -- what a step is given -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_trains_on_rows_with_images_as_plain_pytorch_does(family: str, models: Any, data: Path) -> None:
+    """Micro-batches with two images and none in their rows, with one, and without any."""
+    from comparison import compare_models
+
+    torch.set_num_threads(1)
+    config = config_of(models(family), data, [*ROWS, TEXT], train={"tokens_per_step": 6 * 256})
+    found, _ = built(config)
+    given = build.batches_of(config, found)(0)
+    assert ["pixel_values" in batch for batch in given] == [True, True, False]
+    compared = compare_models(
+        load_pretrained(models(family)).train(),
+        load_pretrained(models(family)).train(),
+        lambda step: given,
+        steps=1,
+        device="lagged",
+        freeze=("lm_head",) if family != "gemma3" else (),
+    )
+    assert compared.equal, str(compared)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_assistant_says_is_learned(family: str, models: Any, data: Path) -> None:
+    config = config_of(models(family), data, ROWS, engine={"micro_batch": 4})
+    found, tokenizer = built(config)
+    (batch,) = build.batches_of(config, found)(0)
+    assert learned(batch, tokenizer) == [
+        "it is red.<|eos|>it is blue<|eos|>",
+        "it is.<|eos|>",
+        "blue<|eos|>",
+        "it is.<|eos|>",
+    ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_images_are_never_learned(family: str, models: Any, data: Path) -> None:
+    config = config_of(models(family), data, [BLUE], data={"train_on": "all"}, train={"tokens_per_step": 512})
+    found, tokenizer = built(config)
+    (batch,) = build.batches_of(config, found)(0)
+    assert learned(batch, tokenizer)[0].split() == ["<|user|>what", "is", "this<|assistant|>blue<|eos|>"]
+    assert (batch["input_ids"] == tokenizer.image_token_id).any()
+
+
+def test_a_step_is_the_same_whenever_it_is_asked_for(models: Any, data: Path) -> None:
+    config = config_of(models("llava_next"), data, ROWS, data={"shuffle": True})
+    found, _ = built(config)
+    one, other = build.batches_of(config, found), build.batches_of(config, built(config)[0])
+    assert [batch_sha256(one(step)) for step in (0, 1, 2)] == [batch_sha256(other(step)) for step in (0, 1, 2)]
+    assert batch_sha256(one(0)) != batch_sha256(one(1))
+
+
+def test_the_digest_covers_every_pixel() -> None:
+    """Also of more images than there are rows."""
+    batch = {"input_ids": torch.ones(1, 3, dtype=torch.int64), "pixel_values": torch.zeros(3, 2, 2)}
+    digests = {batch_sha256([batch])}
+    for image in range(3):
+        batch["pixel_values"][image, 1, 1] = 1
+        digests.add(batch_sha256([batch]))
+    assert len(digests) == 4
+
+
+def test_pixels_are_decoded_for_the_step_that_needs_them(models: Any, data: Path) -> None:
+    config = config_of(models("llava_next"), data, [BLUE, BLUE])
+    found, _ = built(config)
+    before = build.batches_of(config, found)(0)
+    Image.new("RGB", (16, 30), (0, 255, 0)).save(data / "blue.jpg")
+    assert batch_sha256(build.batches_of(config, found)(0)) != batch_sha256(before)
+    (data / "blue.jpg").unlink()
+    with pytest.raises(ConfigError, match=r"rows.jsonl line 1.*'blue.jpg', which cannot be read: No such file"):
+        build.batches_of(config, found)(0)
+
+
+# -- where images are ---------------------------------------------------------------------------------------------
+
+
+def jpeg(color: tuple[int, int, int]) -> bytes:
+    packed = io.BytesIO()
+    Image.new("RGB", (16, 30), color).save(packed, "JPEG")
+    return packed.getvalue()
+
+
+def test_llava_rows_and_a_datasets_column_are_the_same(models: Any, data: Path) -> None:
+    """ShareGPT with <image> and a path; Parquet whose images `datasets` opens."""
+    import datasets
+
+    model = models("llava_next")
+    turns = [{"from": "human", "value": "<image>what is this"}, {"from": "gpt", "value": "blue"}]
+    (data / "blue.jpg").write_bytes(jpeg((0, 0, 255)))
+    llava, _ = built(config := config_of(model, data, [{"conversations": turns, "image": "blue.jpg"}]))
+    messages = [{"role": "user", "content": "what is this"}, {"role": "assistant", "content": "blue"}]
+    features = datasets.Features(
+        {
+            "messages": datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")}),
+            "images": datasets.List(datasets.Image()),
+        }
+    )
+    table = datasets.Dataset.from_dict({"messages": [messages], "images": [[{"bytes": jpeg((0, 0, 255))}]]}, features)
+    table.to_parquet(data / "rows.parquet")
+    column, _ = built(config_of(model, data, data / "rows.parquet"))
+    one, other = (build.batches_of(config, found)(0) for found in (llava, column))
+    assert batch_sha256(one) == batch_sha256(other)
+
+
+# -- what is wrong with them --------------------------------------------------------------------------------------
+
+
+def bomb(side: int) -> bytes:
+    """A PNG of a few bytes that says that it has more pixels than anybody wants."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def image_row(*names: Any, marks: int = 1, role: str = "user") -> Row:
+    said = {"user": "what is this", "assistant": "blue"}
+    said[role] += "<image>" * marks
+    return {"messages": [{"role": r, "content": text} for r, text in said.items()], "images": list(names)}
+
+
+BAD = [
+    (image_row("gone.png"), "image 'gone.png', which cannot be read: No such file"),
+    (image_row("short.jpg"), "image 'short.jpg', which cannot be read: image file is truncated"),
+    (image_row("bomb.png"), "image 'bomb.png' of more than 67,108,864 pixels"),
+    (image_row("large.png"), "image 'large.png' of more than 67,108,864 pixels"),
+    (image_row("text.png"), "image 'text.png', which is none of BMP, GIF, JPEG"),
+    (image_row("page.eps"), "image 'page.eps', which is none of BMP, GIF, JPEG"),
+    (image_row("../secret.png"), "image '../secret.png', which is outside of the data's folder"),
+    (image_row("link.png"), "image 'link.png', which is outside of the data's folder"),
+    (image_row("/etc/passwd"), "image '/etc/passwd', which is outside of the data's folder"),
+    (image_row("red.png", "red.png"), "has 2 images and 1 places for them"),
+    (image_row("red.png", role="assistant"), "has an image in message 2, which the assistant says"),
+    (image_row(7), "has a number for an image"),
+]
+
+
+@pytest.fixture
+def bad_files(data: Path) -> Path:
+    (data / "short.jpg").write_bytes(jpeg((0, 0, 255))[:-2])
+    (data / "bomb.png").write_bytes(bomb(100_000))
+    (data / "large.png").write_bytes(bomb(9_000))
+    (data / "text.png").write_text("no image")
+    (data / "page.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n")
+    Image.new("RGB", (8, 8)).save(data.parent / "secret.png")
+    (data / "link.png").symlink_to(data.parent / "secret.png")
+    return data
+
+
+def test_bad_images_are_named_and_left_out(models: Any, bad_files: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [row for row, _ in BAD]
+    found, _ = built(config_of(models("llava_next"), bad_files, [BLUE, *rows], data={"bad_rows": "skip"}))
+    assert isinstance(found.rows, ImageRows) and found.rows.count == 1
+    assert f"skipped {len(BAD)} bad rows" in caplog.text and "rows.jsonl line 2 has image 'gone.png'" in caplog.text
+
+
+@pytest.mark.parametrize(("row", "said"), BAD)
+def test_a_bad_image_ends_the_run_in_a_line(row: Row, said: str, models: Any, bad_files: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        built(config_of(models("llava_next"), bad_files, [BLUE, row]))
+    assert "rows.jsonl line 2 " in str(refused.value) and said in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_an_image_of_as_many_pixels_as_may_be_is_read_upright(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys.modules[open_image.__module__], "MOST_PIXELS", 200)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg", exif=turned)
+    assert open_image(ImageReference("a", path=tmp_path / "a.jpg")).size == (10, 20)
+    assert MOST_PIXELS > 200
+
+
+def test_long_examples_are_left_out_whole(models: Any, data: Path) -> None:
+    found, _ = built(config_of(models("llava_next"), data, ROWS, data={"seq_len": 128}, train={"tokens_per_step": 256}))
+    assert isinstance(found.rows, ImageRows) and [e.where[-1] for e in found.rows.examples] == ["2", "3", "4", "5"]
+    assert any("1 examples are left out, which have more tokens than data.seq_len" in line for line in found.said)
+
+
+def test_what_cannot_be_done_with_images_is_said(models: Any, data: Path, tmp_path: Path) -> None:
+    (data / "eval.jsonl").write_text(json.dumps(BLUE))
+    with pytest.raises(ConfigError, match=r"data.eval: rows with images cannot be measured"):
+        built(config_of(models("llava_next"), data, [BLUE], data={"eval": str(data / "eval.jsonl")}))
+    config = config_of(models("llava_next"), data, [BLUE])
+    tokenizer = build.given_tokenizer(config)
+    blind = tmp_path / "blind"
+    tokenizer.save_pretrained(blind)
+    (blind / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ConfigError, match=r"model.path: .*blind.* has none of processor_config.json"):
+        built(config_of(blind, data, [BLUE]))
+
+
+# -- a whole run --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_a_folder_that_sees(models: Any, data: Path, tmp_path: Path) -> None:
+    """With a frozen tower; exported, too."""
+    from transformers import AutoProcessor
+
+    source = models("llava_next")
+    config = config_of(source, data, ROWS, model={"freeze": "vision_tower"})
+    done = run(config)
+    assert done.loop.steps == 2
+    before, after = (dict(load_pretrained(path).named_parameters()) for path in (source, done.folder / "model"))
+    same = {name for name, parameter in before.items() if torch.equal(parameter, after[name])}
+    assert {name for name in before if "vision_tower" in name} <= same
+    assert not any("projector" in name for name in same)
+    export(str(done.folder), str(tmp_path / "exported"))
+    for folder in (done.folder / "model", tmp_path / "exported"):
+        processor = AutoProcessor.from_pretrained(folder, backend="pil")
+        assert processor.image_processor.image_grid_pinpoints == [[16, 16], [16, 32], [32, 16]]
