@@ -6,10 +6,11 @@ from megatrain.errors import CapacityError, ConfigError, IntegrityError
 from megatrain.version import __version__
 
 if TYPE_CHECKING:
+    from megatrain import losses
     from megatrain.engine.engine import Engine
     from megatrain.optim.adamw import AdamW
 
-__all__ = ["AdamW", "CapacityError", "ConfigError", "Engine", "IntegrityError", "__version__"]
+__all__ = ["AdamW", "CapacityError", "ConfigError", "Engine", "IntegrityError", "__version__", "losses"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,4 +23,8 @@ def __getattr__(name: str) -> Any:
         from megatrain.optim.adamw import AdamW
 
         return AdamW
+    if name == "losses":
+        import megatrain.losses
+
+        return megatrain.losses
     raise AttributeError(f"module 'megatrain' has no attribute {name!r}")

@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "yaml_file": {"errors"},
     "config_kinds": {"errors", "sizes"},
     "config": {"errors", "sizes", "yaml_file", "config_kinds"},
+    "losses": {"errors"},
     "schedule": set(),
     "model": {"errors", "sizes", "threads", "hub", "files", "regular_file"},
     "optim": {"errors", "sizes", "threads", "model.partition"},
@@ -37,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "device": {"errors", "sizes", "memory"},
     "engine": {
         *("errors", "sizes", "threads", "files", "schedule", "model", "optim", "memory", "device", "checkpoint"),
-        "trust",
+        *("trust", "losses"),
     },
     "planner": {
         *("errors", "sizes", "yaml_file", "config_kinds", "schedule"),
@@ -50,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "cli": {"version", "errors", "sizes", "arguments", "config", "config_kinds", "train", "doctor", "trust"},
     "__main__": {"cli"},
-    "": {"version", "errors", "engine.engine", "optim.adamw"},  # the package itself: its public names
+    "": {"version", "errors", "losses", "engine.engine", "optim.adamw"},  # the package itself: its public names
 }
 
 CORE = {"torch", "numpy", "numba"}

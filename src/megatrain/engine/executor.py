@@ -51,7 +51,7 @@ class Executor:
         self._kept_graphs = kept_graphs
         self._rank: dict[int, int] = {}
         self._local = threading.local()
-        self._in_pass = False
+        self._in_pass = self._in_evaluation = False
         self._visit_label = ""
         self._visit_start: Mark | None = None
 
@@ -148,14 +148,25 @@ class Executor:
             else:
                 self._weights.further_forward(elements)
             yield
-            return
+        elif self._in_evaluation:
+            yield
+        else:
+            with self.evaluation():
+                yield
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """A pass with gradients off, to which all forwards inside belong."""
         self._weights.begin(EVALUATION)
+        self._in_evaluation = True
         try:
             yield
             self._weights.check()  # nothing comes after it that would tell
         except BaseException:
             self._weights.abort()
             raise
+        finally:
+            self._in_evaluation = False
         self._weights.end()
 
     def begin_step(self, elements: int) -> None:
