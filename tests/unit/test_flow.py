@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"errors", "sizes", "hub", "model.loading"},
     "train": {
         *("errors", "sizes", "files", "private_files", "arguments", "yaml_file", "config", "config_kinds"),
-        *("data", "model", "optim", "memory", "device", "engine", "planner", "checkpoint", "trust"),
+        *("data", "model", "optim", "memory", "device", "engine", "planner", "checkpoint", "trust", "losses"),
     },
     "cli": {"version", "errors", "sizes", "arguments", "config", "config_kinds", "train", "doctor", "trust"},
     "__main__": {"cli"},

@@ -16,7 +16,9 @@ from torch import Tensor
 from megatrain.checkpoint.folders import list_checkpoints
 from megatrain.config import Config, check_warmup
 from megatrain.data.batches import StepBatches
+from megatrain.data.examples import PreferenceExamples
 from megatrain.data.packing import Tokens, TokenStream, tokenize
+from megatrain.data.pairs import PairBatches, Reference
 from megatrain.data.sources import Corpus
 from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS, load_tokenizer, train_bpe
 from megatrain.errors import ConfigError, IntegrityError
@@ -42,16 +44,26 @@ class Corpora:
 
     train: Corpus
     eval: Corpus | None
+    kind: str = "text"  # of what data.train holds: text, chat or preference
 
 
 @dataclass(frozen=True)
 class Data:
-    """A run's texts as tokens: `sequences` [count, seq_len] to train on for `steps`, `held_out` to measure on."""
+    """A run's data as tokens: `sequences` [count, seq_len] of joined texts, or `examples`, to train on for `steps`;
+    `held_out` to measure on."""
 
-    sequences: Tokens
+    sequences: Tokens | None
     steps: int
     train_bytes: int
     held_out: TokenStream | None
+    examples: PreferenceExamples | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens to train on in an epoch."""
+        if self.examples is not None:
+            return len(self.examples.chosen.tokens) + len(self.examples.rejected.tokens)
+        return 0 if self.sequences is None else int(self.sequences.size)
 
 
 def find_corpora(config: Config) -> Corpora:
@@ -112,8 +124,21 @@ def build_data(config: Config, corpora: Corpora, tokenizer: Any) -> Data:
     return Data(sequences, steps, stream.utf8_bytes, held_out)
 
 
-def batches_of(config: Config, data: Data) -> Callable[[int], list[dict[str, Tensor]]]:
-    """What each step is given, by its number from 0."""
+def batches_of(
+    config: Config, data: Data, reference: Reference | None = None
+) -> Callable[[int], list[dict[str, Tensor]]]:
+    """What each step is given, by its number from 0. `reference`: of pairs."""
+    if isinstance(data.examples, PreferenceExamples):
+        assert reference is not None
+        return PairBatches(
+            data.examples,
+            reference,
+            micro_batch=config.engine.micro_batch,
+            pairs_per_step=config.tokens_per_step // (2 * config.data.seq_len),
+            shuffle=config.data.shuffle,
+            seed=config.train.seed,
+        ).of_step
+    assert data.sequences is not None
     batches = StepBatches(
         data.sequences,
         micro_batch=config.engine.micro_batch,
@@ -137,10 +162,12 @@ def learning_rate_of(config: Config, data: Data) -> Callable[[int], float]:
     )
 
 
-def total_steps(config: Config, sequences: int) -> int:
-    """Optimizer steps of the run, at least one: as given, or what the epochs or tokens come to."""
+def total_steps(config: Config, rows: int) -> int:
+    """Optimizer steps of the run, at least one: as given, or what the epochs (of so many sequences, or pairs of them)
+    or tokens come to."""
     steps = config.planned_steps
     if steps is None:
+        sequences = rows * config.sequences_together // config.engine.micro_batch
         tokens = (config.train.epochs or 0) * sequences * config.data.seq_len
         steps = max(1, math.floor(tokens / config.tokens_per_step))
     check_warmup(config, steps)

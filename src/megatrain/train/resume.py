@@ -122,6 +122,8 @@ def settings_that_changed(before: Config, now: Config) -> dict[str, tuple[Any, A
 def _changes(before: Config, now: Config) -> Iterator[tuple[str, tuple[Any, Any]]]:
     free = _FREE | (_LENGTHS if now.schedule.name == before.schedule.name == "constant" else set())
     one, other = (dict(_flat(dataclasses.asdict(config))) for config in (before, now))
+    if "auto" in (one["train.method"], other["train.method"]):
+        free = free | {"train.method"}  # what the data say, which are compared by themselves
     for key in one.keys() | other.keys():
         if one.get(key) != other.get(key) and key not in free and not key.startswith("checkpoint."):
             yield key, (one.get(key), other.get(key))
