@@ -23,6 +23,7 @@ from megatrain.config_kinds import (
     BPE,
     BYTES,
     DEVICE,
+    FORMAT,
     GROUPS,
     MAPPING,
     PATH,
@@ -80,22 +81,57 @@ class ModelConfig:
 class DataConfig:
     """Text to train on and, optionally, held-out text to measure on."""
 
-    train: tuple[str, ...] | None = field(
+    train: tuple[str | dict[str, Any], ...] | None = field(
         default=None,
         metadata=_about(
             to_be_given(SOURCES),
-            "text: a file, a folder (searched for text files), a .jsonl file, stdlib (the sources of "
-            "Python's own standard library), or a list of these",
+            "a text file, a folder (searched for text files), stdlib (the sources of Python's own standard library), a "
+            "file of rows (.jsonl, .json, .csv, .parquet, .arrow), a folder that `datasets` saved, a hub id, or a list "
+            "of these; a mapping says more: {path, name, split, format, weight, text_field, columns, streaming, "
+            "dataset_info}",
         ),
     )
-    eval: tuple[str, ...] | None = field(
+    eval: tuple[str | dict[str, Any], ...] | None = field(
         default=None,
         metadata=_about(
             or_null(SOURCES),
-            "held-out text, measured after training; stdlib: the files that data.train: stdlib leaves out",
+            "held-out data, measured after training; stdlib: the files that data.train: stdlib leaves out",
         ),
     )
-    text_field: str = field(default="text", metadata=_about(TEXT, "field of a .jsonl line that holds its text"))
+    format: str = field(
+        default="auto", metadata=_about(FORMAT, "what rows hold; auto: found by their columns, and said")
+    )
+    text_field: str = field(default="text", metadata=_about(TEXT, "field of a row that holds its text"))
+    chat_template: str | None = field(
+        default=None,
+        metadata=_about(
+            or_null(TEXT), "template of conversations: a file, or the Jinja text itself; null: the tokenizer's own"
+        ),
+    )
+    train_on: str = field(
+        default="assistant",
+        metadata=_about(
+            choice("assistant", "all"),
+            "what of conversations and completions is learned: what the assistant says, or all of it",
+        ),
+    )
+    bad_rows: str = field(
+        default="fail",
+        metadata=_about(
+            choice("fail", "skip"), "rows that make no example: the first is an error, or all are left out"
+        ),
+    )
+    workers: int | None = field(
+        default=None,
+        metadata=_about(or_null(whole(1)), "processes that tokenise rows; null: all cores but one, for little data 1"),
+    )
+    cache: str = field(
+        default="auto",
+        metadata=_about(
+            either(choice("auto", "off"), PATH),
+            "folder in which tokenised rows are kept; auto: ~/.cache/megatrain, for all but little data; off: nowhere",
+        ),
+    )
     seq_len: int = field(default=1024, metadata=_about(SEQUENCE_LENGTH, "tokens per sequence"))
     packing: str = field(
         default="joined",

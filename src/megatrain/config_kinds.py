@@ -129,11 +129,30 @@ def _parse_path(value: Any) -> str:
     return text
 
 
-def _parse_sources(value: Any) -> tuple[str, ...]:
-    sources = tuple(_parse_path(item) for item in (value if isinstance(value, (list, tuple)) else [value]))
+def _parse_sources(value: Any) -> tuple[str | dict[str, Any], ...]:
+    given = value if isinstance(value, (list, tuple)) else [value]
+    sources = tuple(
+        _parse_source(item, f"[{number}]" if given is value else "") if isinstance(item, Mapping) else _parse_path(item)
+        for number, item in enumerate(given)
+    )
     if not sources:
         raise ValueError
     return sources
+
+
+def _parse_source(source: Mapping[Any, Any], place: str) -> dict[str, Any]:
+    if "path" not in source or not set(source) <= set(_SOURCE_KINDS):
+        raise WrongPartError(place, dict(source), _SOURCE)
+    return _parse_parts(source, _SOURCE_KINDS, place)
+
+
+def _parse_columns(value: Any) -> dict[str, str]:
+    if not isinstance(value, Mapping) or not value:
+        raise ValueError
+    for name, column in value.items():
+        if name not in SOURCE_FIELDS or not isinstance(column, str) or not column:
+            raise WrongPartError("", dict(value), f"names of columns by any of {', '.join(SOURCE_FIELDS)}")
+    return dict(value)
 
 
 def _parse_betas(value: Any) -> tuple[float, float]:
@@ -170,9 +189,13 @@ def _parse_groups(value: Any) -> tuple[dict[str, Any], ...]:
 def _parse_group(group: Any, place: str) -> dict[str, Any]:
     if not isinstance(group, Mapping) or "match" not in group or not set(group) <= set(_GROUP_KINDS):
         raise WrongPartError(place, group, _GROUP)
+    return _parse_parts(group, _GROUP_KINDS, place)
+
+
+def _parse_parts(parts: Mapping[str, Any], kinds: Mapping[str, Kind], place: str) -> dict[str, Any]:
     values = {}
-    for name, value in group.items():
-        kind = _GROUP_KINDS[name]
+    for name, value in parts.items():
+        kind = kinds[name]
         try:
             values[name] = kind.parse(value)
         except WrongPartError as part:
@@ -201,7 +224,8 @@ RATIO = real("a number from 0 to 1", lambda number: 0 <= number <= 1)
 BOOL = Kind("true or false", _parse_bool)
 TEXT = Kind("a text", _parse_text)
 PATH = Kind("a path", _parse_path)
-SOURCES = Kind("a path, stdlib, or a list of these", _parse_sources)
+SOURCES = Kind("a path, stdlib, or a list of these, or a mapping with path", _parse_sources)
+FORMAT = choice("auto", "text", "messages", "alpaca", "sharegpt", "prompt-completion", "preference")
 BETAS = Kind("two numbers from 0 up to but not 1, such as [0.9, 0.95]", _parse_betas)
 MAPPING = Kind("a mapping with model_type", _parse_mapping)
 BPE = Kind("{train: bpe, vocab_size: N} with N of at least 259", _parse_bpe)
@@ -223,5 +247,21 @@ _GROUP_KINDS = {
     "eps": ABOVE_0,
     "weight_decay": AT_LEAST_0,
 }
+SOURCE_FIELDS = (
+    *("text", "messages", "tools", "system", "instruction", "input", "output", "history"),
+    *("prompt", "completion", "chosen", "rejected"),
+)
+_SOURCE_KINDS = {
+    "path": PATH,
+    "name": TEXT,
+    "split": TEXT,
+    "format": FORMAT,
+    "weight": real("a number above 0, at most 1000", lambda number: 0 < number <= 1000),
+    "text_field": TEXT,
+    "columns": Kind("a mapping such as {messages: chat}", _parse_columns),
+    "streaming": BOOL,
+    "dataset_info": PATH,
+}
+_SOURCE = f"a mapping with path and any of {', '.join(_SOURCE_KINDS)[len('path, ') :]}"
 _GROUP = f"a mapping with match and any of {', '.join(_GROUP_KINDS)[len('match, ') :]}"
 GROUPS = Kind(f"a list, each {_GROUP}", _parse_groups)

@@ -1,16 +1,16 @@
 """Pairs of answers as a model is given them: a chosen row, then the rejected one, pair by pair."""
 
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatrain.data.examples import NO_TARGET, Examples, PreferenceExamples
+from megatrain.data.batches import _order
+from megatrain.data.examples import NO_TARGET, PreferenceExamples
+from megatrain.data.padded import PADDING
 
-PADDING = 0  # the token that fills rows up; its label is NO_TARGET
 REFERENCE = "reference_log_probabilities"  # as megatrain.losses has it
 Reference = NDArray[np.float32]  # [pairs, 2]: log-probabilities of the chosen and the rejected answer
 
@@ -56,13 +56,14 @@ class PairBatches:
 def pair_rows(pairs: PreferenceExamples, several: Sequence[int]) -> dict[str, Tensor]:
     """input_ids and labels, int64 [2 * pairs, tokens], padded on the right to the longest, and where rows differ in
     length an attention_mask."""
-    rows = list(_rows(pairs, several))
-    lengths = np.array([example.lengths[number] for example, number in rows])
+    rows = [(side, number) for number in several for side in (pairs.chosen, pairs.rejected)]
+    tokens = [side.tokens_of(number) for side, number in rows]
+    lengths = np.array([len(row) for row in tokens])
     ids = np.full((len(rows), lengths.max()), PADDING, np.int64)
     labels = np.full_like(ids, NO_TARGET)
-    for row, (example, number) in enumerate(rows):
-        ids[row, : lengths[row]] = example.tokens_of(number)
-        labels[row, : lengths[row]] = example.labels_of(number)
+    for row, (side, number) in enumerate(rows):
+        ids[row, : lengths[row]] = tokens[row]
+        labels[row, : lengths[row]] = side.labels_of(number)
     found = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
     if lengths.min() < lengths.max():
         found["attention_mask"] = torch.from_numpy((np.arange(lengths.max()) < lengths[:, None]).astype(np.int64))
@@ -73,14 +74,3 @@ def by_length(pairs: PreferenceExamples) -> NDArray[np.int64]:
     """All pairs, the longest first, so that those that pass the model together need little padding and what does not
     fit is known at once."""
     return np.argsort(-np.maximum(pairs.chosen.lengths, pairs.rejected.lengths), kind="stable")
-
-
-def _rows(pairs: PreferenceExamples, several: Sequence[int]) -> Iterator[tuple[Examples, int]]:
-    for number in several:
-        yield pairs.chosen, number
-        yield pairs.rejected, number
-
-
-@lru_cache(maxsize=2)  # a step may span two epochs
-def _order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count)

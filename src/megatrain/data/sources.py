@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+from megatrain.data.bad_rows import BadRows, kind_of, names_of
 from megatrain.errors import ConfigError
 
 STDLIB = "stdlib"
@@ -29,15 +30,6 @@ JSONL_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 _STDLIB_SKIPPED = frozenset({"test", "tests", "idle_test", "encodings", "pydoc_data"})
 _INSTALLED = frozenset({"site-packages", "dist-packages", "__pycache__"})
 _HELD_OUT_ONE_IN = 32
-_NAMES_SHOWN = 20
-_JSON_KINDS = {
-    type(None): "null",
-    bool: "a boolean",
-    int: "a number",
-    float: "a number",
-    list: "a list",
-    dict: "an object",
-}
 
 Split = Literal["train", "eval"]
 _log = logging.getLogger(__name__)
@@ -60,12 +52,13 @@ class Corpus:
             self.files += _files_of(source, split, key)
         self._warned = False
 
-    def documents(self) -> Iterator[str]:
-        """Every non-empty document in order: one per text file, one per JSONL line."""
+    def documents(self, bad: BadRows | None = None) -> Iterator[str]:
+        """Every non-empty document in order: one per text file, one per JSONL line. Lines that hold none are an error,
+        or what `bad` makes of them."""
         skipped: list[Path] = []
         for path in self.files:
             if path.suffix.lower() in JSONL_SUFFIXES:
-                yield from self._jsonl_documents(path)
+                yield from self._jsonl_documents(path, bad)
                 continue
             text = self._read_text(path)
             if text is None:
@@ -87,12 +80,18 @@ class Corpus:
         except UnicodeDecodeError:
             return None
 
-    def _jsonl_documents(self, path: Path) -> Iterator[str]:
+    def _jsonl_documents(self, path: Path, bad: BadRows | None) -> Iterator[str]:
         with self._naming(path), path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
-                text = self._text_of(line, f"{path} line {number}")
+                try:
+                    text = self._text_of(line, f"{path} line {number}")
+                except ConfigError as error:
+                    if bad is None or not bad.skip:
+                        raise
+                    bad.found(str(error).split(": ", 1)[1], "")
+                    continue
                 if text.strip():
                     yield text
 
@@ -112,14 +111,13 @@ class Corpus:
             raise ConfigError(f"{self.key}: {where} is a {type(record).__name__}; expected a JSON object")
         text = record.get(self.text_field)
         if self.text_field in record and not isinstance(text, str):
-            kind = _JSON_KINDS[type(text)]
-            raise ConfigError(f"data.text_field: {where} has {kind} in field {self.text_field!r}; expected a string")
-        if not isinstance(text, str):
-            names = sorted(record)
-            more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-            fields = ", ".join(name[:100] for name in names[:_NAMES_SHOWN]) + more or "none"
             raise ConfigError(
-                f"data.text_field: {where} has no text in field {self.text_field!r}; its fields are: {fields}"
+                f"data.text_field: {where} has {kind_of(text)} in field {self.text_field!r}; expected a string"
+            )
+        if not isinstance(text, str):
+            raise ConfigError(
+                f"data.text_field: {where} has no text in field {self.text_field!r}; its fields are: "
+                f"{names_of(list(record))}"
             )
         try:
             text.encode()

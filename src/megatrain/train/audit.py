@@ -196,7 +196,7 @@ def _replay(leg: Leg, history: History, folder: Path, device: str | None, compar
             return f"{leg.checkpoint.name}: its manifest has sha256 {now}, recorded was {recorded}"
     config = _for_replay(leg, device)
     corpora = build.find_corpora(config)
-    config = with_method(config, corpora.kind)
+    config = with_method(config, corpora.train.kind)
     facts = run_facts(leg.told["config"], corpora.train.files, device="")
     if (different := _different_data(leg.told["facts"]["data"], facts["data"])) is not None:
         return different

@@ -16,16 +16,18 @@ from torch import Tensor
 from megatrain.checkpoint.folders import list_checkpoints
 from megatrain.config import Config, check_warmup
 from megatrain.data.batches import StepBatches
-from megatrain.data.examples import PreferenceExamples
+from megatrain.data.examples import Examples, PreferenceExamples
+from megatrain.data.mixture import Mixture
 from megatrain.data.packing import Tokens, TokenStream, tokenize
+from megatrain.data.padded import PaddedBatches
 from megatrain.data.pairs import PairBatches, Reference
-from megatrain.data.sources import Corpus
 from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS, load_tokenizer, train_bpe
 from megatrain.errors import ConfigError, IntegrityError
 from megatrain.optim.int8_moments import BLOCK
 from megatrain.optim.schedules import learning_rate
 from megatrain.train.model_settings import ModelSettings, Vocabulary
 from megatrain.train.param_groups import make_optimizer
+from megatrain.train.row_data import give_chat_template, prepare_rows
 from megatrain.train.run_folder import RunFolder, model_folder
 from megatrain.trust.encryption import read_key
 
@@ -40,40 +42,43 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Corpora:
-    """The files of a run's texts, found but not read."""
+    """A run's texts and rows, found, but of their contents only what formats are told by."""
 
-    train: Corpus
-    eval: Corpus | None
-    kind: str = "text"  # of what data.train holds: text, chat or preference
+    train: Mixture
+    eval: Mixture | None
 
 
 @dataclass(frozen=True)
 class Data:
     """A run's data as tokens: `sequences` [count, seq_len] of joined texts, or `examples`, to train on for `steps`;
-    `held_out` to measure on."""
+    `held_out` to measure on; `said`: what became of rows, in lines for people."""
 
     sequences: Tokens | None
     steps: int
     train_bytes: int
-    held_out: TokenStream | None
-    examples: PreferenceExamples | None = None
+    held_out: TokenStream | Examples | None
+    examples: Examples | PreferenceExamples | None = None
+    said: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
         """Tokens to train on in an epoch."""
-        if self.examples is not None:
-            return len(self.examples.chosen.tokens) + len(self.examples.rejected.tokens)
-        return 0 if self.sequences is None else int(self.sequences.size)
+        if self.sequences is not None:
+            return int(self.sequences.size)
+        both = self.examples
+        if isinstance(both, PreferenceExamples):
+            return len(both.chosen.tokens) + len(both.rejected.tokens)
+        return 0 if both is None else len(both.tokens)
 
 
 def find_corpora(config: Config) -> Corpora:
-    """Find the files of data.train and data.eval. Raises ConfigError where one does not exist."""
+    """Find the sources of data.train and data.eval. Raises ConfigError where one does not exist."""
     data = config.data
-    field = data.text_field
-    train = Corpus(data.train or (), split="train", key="data.train", text_field=field)
+    common: dict[str, Any] = {"form": data.format, "text_field": data.text_field, "bad_rows": data.bad_rows}
+    train = Mixture(data.train or (), split="train", key="data.train", **common)
     if data.eval is None:
         return Corpora(train, None)
-    held_out = Corpus(data.eval, split="eval", key="data.eval", text_field=field)
+    held_out = Mixture(data.eval, split="eval", key="data.eval", **common)
     shared = sorted(set(train.files) & set(held_out.files))
     if shared:
         _log.warning("data.eval: %s is in data.train too; what is measured on it is not held out", shared[0])
@@ -85,7 +90,9 @@ def given_tokenizer(config: Config) -> Any:
     setting = config.model.tokenizer
     if isinstance(setting, dict):
         return None
-    return load_tokenizer(model_folder(setting or str(config.model.path)))
+    tokenizer = load_tokenizer(model_folder(setting or str(config.model.path)))
+    give_chat_template(config, tokenizer)
+    return tokenizer
 
 
 def planned_vocabulary(config: Config, tokenizer: Any) -> Vocabulary:
@@ -100,53 +107,70 @@ def trained_tokenizer(config: Config, corpora: Corpora) -> Any:
     """A tokenizer trained on data.train. Raises ConfigError where that holds no text."""
     setting = config.model.tokenizer
     assert isinstance(setting, dict)
+    if corpora.train.kind != "text":
+        raise ConfigError(
+            "model.tokenizer: one is trained on texts only, and data.train has rows; give a tokenizer's path"
+        )
     _require_text(corpora.train)
     return train_bpe(corpora.train.documents(), setting["vocab_size"])
 
 
 def build_data(config: Config, corpora: Corpora, tokenizer: Any) -> Data:
-    """Tokenize the texts. Raises ConfigError where they hold no text, or less than one sequence."""
-    stream = tokenize(corpora.train.documents(), tokenizer)
+    """Tokenize texts and rows. Raises ConfigError where they hold nothing, or less than one sequence."""
+    if corpora.train.kind == "text":
+        data = _text_data(config, corpora.train, tokenizer)
+    else:
+        rows = prepare_rows(config, corpora.train, tokenizer)
+        steps = total_steps(config, len(rows.examples))
+        utf8_bytes = sum(one.counts.utf8_bytes for one in rows.sources)
+        data = Data(None, steps, utf8_bytes, None, rows.examples, tuple(rows.said))
+    return data if corpora.eval is None else _with_held_out(config, data, corpora.eval, tokenizer)
+
+
+def _with_held_out(config: Config, data: Data, mixture: Mixture, tokenizer: Any) -> Data:
+    if mixture.kind == "text":
+        stream = tokenize(mixture.documents(), tokenizer)
+        if stream.utf8_bytes == 0:
+            raise _no_text(mixture)
+        return replace(data, held_out=stream)
+    rows = prepare_rows(config, mixture, tokenizer)
+    held_out = rows.examples
+    if isinstance(held_out, PreferenceExamples):  # of pairs, how likely what was chosen is
+        held_out = held_out.chosen
+    return replace(data, held_out=held_out, said=(*data.said, *rows.said))
+
+
+def _text_data(config: Config, texts: Mixture, tokenizer: Any) -> Data:
+    stream = tokenize(texts.documents(), tokenizer)
     if stream.utf8_bytes == 0:
-        raise _no_text(corpora.train)
+        raise _no_text(texts)
     sequences = stream.sequences(config.data.seq_len)
     if len(sequences) == 0:
         raise ConfigError(
             f"data.train: {len(stream.tokens)} tokens are less than one sequence of data.seq_len = "
             f"{config.data.seq_len}; give more text or a smaller data.seq_len"
         )
-    steps = total_steps(config, len(sequences))
-    held_out = None
-    if corpora.eval is not None:
-        held_out = tokenize(corpora.eval.documents(), tokenizer)
-        if held_out.utf8_bytes == 0:
-            raise _no_text(corpora.eval)
-    return Data(sequences, steps, stream.utf8_bytes, held_out)
+    return Data(sequences, total_steps(config, len(sequences)), stream.utf8_bytes, None)
 
 
 def batches_of(
     config: Config, data: Data, reference: Reference | None = None
 ) -> Callable[[int], list[dict[str, Tensor]]]:
     """What each step is given, by its number from 0. `reference`: of pairs."""
+    sequences_per_step = config.tokens_per_step // config.data.seq_len
+    settings: dict[str, Any] = {
+        "micro_batch": config.engine.micro_batch,
+        "shuffle": config.data.shuffle,
+        "seed": config.train.seed,
+    }
     if isinstance(data.examples, PreferenceExamples):
         assert reference is not None
-        return PairBatches(
-            data.examples,
-            reference,
-            micro_batch=config.engine.micro_batch,
-            pairs_per_step=config.tokens_per_step // (2 * config.data.seq_len),
-            shuffle=config.data.shuffle,
-            seed=config.train.seed,
-        ).of_step
+        return PairBatches(data.examples, reference, pairs_per_step=sequences_per_step // 2, **settings).of_step
+    settings["sequences_per_step"] = sequences_per_step
+    if data.examples is not None:
+        return PaddedBatches(data.examples, **settings).of_step
     assert data.sequences is not None
-    batches = StepBatches(
-        data.sequences,
-        micro_batch=config.engine.micro_batch,
-        sequences_per_step=config.tokens_per_step // config.data.seq_len,
-        shuffle=config.data.shuffle,
-        seed=config.train.seed,
-    )
-    return batches.of_step
+    return StepBatches(data.sequences, **settings).of_step
 
 
 def learning_rate_of(config: Config, data: Data) -> Callable[[int], float]:
@@ -274,10 +298,10 @@ def _engine_settings(config: Config) -> dict[str, Any]:
     }
 
 
-def _require_text(corpus: Corpus) -> None:
+def _require_text(corpus: Mixture) -> None:
     if next(corpus.documents(), None) is None:
         raise _no_text(corpus)
 
 
-def _no_text(corpus: Corpus) -> ConfigError:
+def _no_text(corpus: Mixture) -> ConfigError:
     return ConfigError(f"{corpus.key}: no text in {corpus.described}; give files with UTF-8 text")

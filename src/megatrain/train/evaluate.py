@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatrain.data.examples import Examples
 from megatrain.data.packing import TokenStream
+from megatrain.data.padded import padded
 from megatrain.train.interrupt import StopOnInterrupt
 
 _IGNORED = -100
@@ -31,13 +33,14 @@ class Evaluation:
 
 def evaluate(
     model: Any,
-    stream: TokenStream,
+    stream: TokenStream | Examples,
     *,
     seq_len: int,
     micro_batch: int,
     stop: StopOnInterrupt | None = None,
 ) -> Evaluation | None:
-    """Predict every token of `stream` once, in windows of `seq_len`; nothing is carried over between windows.
+    """Predict every token of `stream` once, in windows of `seq_len`; nothing is carried over between windows. Of
+    examples, every target, each example by itself.
 
     None where `stop` is requested before the end: the measure of a part would not be that of the whole.
     Windows overlap by one token, so that each token but the first (an end-of-text, which encodes no bytes) is
@@ -48,7 +51,7 @@ def evaluate(
     nats, targets = 0.0, 0
     try:
         with torch.no_grad():
-            for ids, labels in _windows(stream, seq_len, micro_batch):
+            for ids, labels in _batches(stream, seq_len, micro_batch):
                 if stop is not None and stop.requested:
                     return None
                 logits = model(input_ids=ids, use_cache=False).logits
@@ -57,6 +60,10 @@ def evaluate(
     finally:
         model.train(training)
     return Evaluation(nats / targets, targets, stream.utf8_bytes)
+
+
+def _batches(stream: TokenStream | Examples, seq_len: int, micro_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    return _rows(stream, micro_batch) if isinstance(stream, Examples) else _windows(stream, seq_len, micro_batch)
 
 
 def _windows(stream: TokenStream, seq_len: int, micro_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -71,6 +78,13 @@ def _windows(stream: TokenStream, seq_len: int, micro_batch: int) -> Iterator[tu
             ids[row, : len(window)] = window
             labels[row, : len(window)] = window
         yield ids, labels
+
+
+def _rows(examples: Examples, micro_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """input_ids and labels of each example, filled up to the longest of `micro_batch` examples."""
+    for first in range(0, len(examples), micro_batch):
+        batch = padded(examples, range(first, min(first + micro_batch, len(examples))))
+        yield batch["input_ids"], batch["labels"]
 
 
 def _summed_loss(logits: Tensor, labels: Tensor) -> float:

@@ -27,8 +27,6 @@ def with_method(config: Config, kind: str) -> Config:
             f"train.method: {config.train.method} is wrong for data.train, whose rows are of kind {kind}; expected "
             f"{fitting} or auto"
         )
-    if fitting == "dpo" and config.data.eval is not None:
-        raise ConfigError("data.eval: not with train.method dpo, which reports rewards of its own; leave it out")
     chosen = dataclasses.replace(config, train=dataclasses.replace(config.train, method=fitting))
     check_tokens_per_step(chosen)
     return chosen

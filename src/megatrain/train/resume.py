@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 # what changes no bit of what is trained; keys of `data` and `train` beside these do
 _FREE = {
-    *("output", "data.eval", "train.log_every"),
+    *("output", "data.eval", "data.workers", "data.cache", "train.log_every"),
     *("engine.threads", "engine.device_memory", "engine.host_memory", "engine.nvme", "engine.nvme_encryption"),
     *("engine.slots", "engine.keep_graphs", "engine.integrity"),
 }

@@ -90,7 +90,9 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
         check_settings(resumed, config, force=force)
         _say(f"going on from {resumed.folder}, step {resumed.step:,}")
     corpora = build.find_corpora(config)
-    config = with_method(config, corpora.kind)
+    config = with_method(config, corpora.train.kind)
+    for line in (*corpora.train.detected, *(corpora.eval.detected if corpora.eval else ())):
+        _say(line)
     source = config if resumed is None else build.from_model(config, resumed.model)
     settings, optimizer, planner, tokenizer = _prepare_model(source, folder)
     _say(f"reading {corpora.train.described} ({len(corpora.train.files)} files)")
@@ -98,6 +100,8 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
         tokenizer = build.trained_tokenizer(config, corpora)
         settings.fit(Vocabulary.of(tokenizer))
     data = build.build_data(config, corpora, tokenizer)
+    for line in data.said:
+        _say(line)
     _say(
         f"{data.tokens:,} tokens of {format_bytes(data.train_bytes)} text, vocabulary of "
         f"{len(tokenizer):,}; {data.steps:,} steps of {config.tokens_per_step:,} tokens"
@@ -113,8 +117,8 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
     kernels = f", {engine.kernels}" if engine.device.torch_device.type != "cpu" else ""
     _say(f"{settings.config.model_type} with {parameters:,} parameters, {engine.precision} on {where}{kernels}")
 
-    if data.examples is not None and resumed is None:
-        _say(f"scoring {len(data.examples):,} pairs by the weights that training begins with")
+    if config.train.method == "dpo" and resumed is None:
+        _say("scoring the pairs by the weights that training begins with")
     checkpoint, recorded = (None, {}) if resumed is None else (resumed.folder, resumed.manifest.facts)
     reference = reference_of(engine, data.examples, config.engine.micro_batch, checkpoint, recorded)
     facts |= facts_of(reference)

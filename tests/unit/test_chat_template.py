@@ -1,0 +1,240 @@
+"""Which tokens of a conversation are targets, by templates of several families, written here in short."""
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import pre_tokenizers, processors
+
+from megatrain.data.bad_rows import BadRowError
+from megatrain.data.chat_template import ChatTemplate, NotDerivableError
+from megatrain.data.encode import Encoder, encoder_settings
+from megatrain.data.formats import Chat, Layout
+from megatrain.data.tokenizer import train_bpe
+from megatrain.train.row_data import chat_template
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' "
+    " + m.content | trim + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}"
+    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+GENERATION = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+)
+# drops the reasoning of earlier answers and gives the last one an empty block for it
+THINKING = (
+    "{% for m in messages %}{% set text = m.content.split('</think>')[-1].lstrip('\n') if m.role == 'assistant'"
+    " else m.content %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.last %}"
+    "{{ m.content if '</think>' in m.content else '<think>\n\n</think>\n\n' + m.content }}"
+    "{% else %}{{ text }}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# asks for an answer with words that it takes back
+FORGETFUL = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
+# an end only after the last turn, and no token between turns
+ONLY_END = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+ONLY_END += "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+
+SPECIAL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+CHAT = [
+    {"role": "user", "content": "hello"},
+    {"role": "assistant", "content": "wörld 𝄞"},
+    {"role": "user", "content": " how  are\n\nyou"},
+    {"role": "assistant", "content": "fine, thanks "},
+]
+
+
+def tokenizer(template: str, *, trimmed: bool = False, eos: str = "<|eos|>") -> Any:
+    made = train_bpe(["hello world, how are you? fine, thanks " * 9], 300)
+    made.add_special_tokens({"additional_special_tokens": SPECIAL, "eos_token": eos})
+    made.split_special_tokens = False
+    made.chat_template = template
+    if trimmed:  # llama 3: what a token stands for leaves spaces out
+        backend = made.backend_tokenizer
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    return made
+
+
+def encoded(made: Any, messages: list[dict[str, Any]], *, seq_len: int = 10_000, everything: bool = False) -> Any:
+    settings = encoder_settings(
+        made, Layout("messages"), template=chat_template(made), seq_len=seq_len, everything=everything
+    )
+    return Encoder(settings).encode([{"messages": messages}])
+
+
+def learned(made: Any, messages: list[dict[str, Any]]) -> list[str]:
+    """The targets as texts, one for each stretch of them."""
+    block = encoded(made, messages)
+    assert block.bad == [] and block.fatal is None
+    ids = made.apply_chat_template(messages, tokenize=True, return_dict=False)
+    assert block.tokens.tolist() == ids  # what is trained on is what transformers makes of the conversation
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], block.targets, [False]]).astype(int)))
+    return [made.decode(block.tokens[a:b]) for a, b in edges.reshape(-1, 2)]
+
+
+@pytest.mark.parametrize("trimmed", [False, True])
+@pytest.mark.parametrize(
+    ("template", "stretches"),
+    [
+        (CHATML, ["wörld 𝄞<|im_end|>", "fine, thanks <|im_end|>"]),
+        (LLAMA3, ["wörld 𝄞<|eot_id|>", "fine, thanks<|eot_id|>"]),
+        (MISTRAL, [" wörld 𝄞<|eos|>", " fine, thanks <|eos|>"]),
+        (GENERATION, ["wörld 𝄞<|im_end|>", "fine, thanks <|im_end|>"]),
+        (THINKING, ["wörld 𝄞<|im_end|>", "<think>\n\n</think>\n\nfine, thanks <|im_end|>"]),
+    ],
+    ids=["chatml", "llama3", "mistral", "generation", "thinking"],
+)
+def test_every_assistant_turn_is_learned_with_its_end(template: str, stretches: list[str], trimmed: bool) -> None:
+    assert learned(tokenizer(template, trimmed=trimmed), CHAT) == stretches
+
+
+def test_reasoning_that_is_dropped_is_not_learned() -> None:
+    messages = [*CHAT[:1], {"role": "assistant", "content": "<think>hm</think>\n\nyes"}, *CHAT[2:]]
+    assert learned(tokenizer(THINKING), messages) == ["yes<|im_end|>", "<think>\n\n</think>\n\nfine, thanks <|im_end|>"]
+    assert learned(tokenizer(THINKING), messages[:2]) == ["<think>hm</think>\n\nyes<|im_end|>"]
+
+
+def test_a_generation_block_without_its_end_takes_it_in() -> None:
+    short = GENERATION.replace(
+        "{{ m.content + '<|im_end|>' }}{% endgeneration %}", "{{ m.content }}{% endgeneration %}{{ eos_token }}"
+    )
+    assert learned(tokenizer(short, eos="<|im_end|>"), CHAT[:2]) == ["wörld 𝄞<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (FORGETFUL, "before message 2 it asks for an answer in other words than it keeps"),
+        (ONLY_END, "later messages change how message 2 is written"),
+    ],
+)
+def test_what_cannot_be_told_is_not_guessed(template: str, reason: str) -> None:
+    made = tokenizer(template)
+    block = encoded(made, CHAT)
+    assert block.fatal == (0, reason)
+    everything = encoded(made, CHAT, everything=True)
+    assert everything.fatal is None and everything.targets[1:].all() and not everything.targets[0]
+
+
+def test_the_end_of_an_only_answer_may_be_the_end_of_all() -> None:
+    assert learned(tokenizer(ONLY_END), CHAT[:2]) == ["assistant: wörld 𝄞\n<|eos|>"]  # it writes no name to ask
+
+
+def test_a_conversation_that_a_template_refuses_is_a_bad_row() -> None:
+    block = encoded(tokenizer(MISTRAL), [{"role": "system", "content": "s"}, *CHAT])
+    assert block.bad == [(0, "is refused by the chat template: Only user and assistant roles are supported!")]
+
+
+def test_only_what_follows_the_prompt_is_learned() -> None:
+    for source in (CHATML, GENERATION, THINKING):
+        template = chat_template(tokenizer(source))
+        assert template is not None
+        rendered = template.render(Chat(CHAT, first=3))
+        assert len(rendered.spans) == 1
+        assert rendered.text[slice(*rendered.spans[0])].endswith("fine, thanks <|im_end|>")
+
+
+def test_begin_of_text_comes_once() -> None:
+    made = tokenizer(LLAMA3)
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", made.bos_token_id)]
+    )
+    assert encoded(made, CHAT).tokens.tolist().count(made.bos_token_id) == 1
+    settings = encoder_settings(made, Layout("prompt-completion"), template=None, seq_len=99, everything=False)
+    for prompt in ("hello", "<|bos|>hello"):
+        tokens = Encoder(settings).encode([{"prompt": prompt, "completion": " world"}]).tokens.tolist()
+        assert tokens[0] == made.bos_token_id and tokens.count(made.bos_token_id) == 1
+        assert tokens[-1] == made.eos_token_id and tokens.count(made.eos_token_id) == 1
+
+
+def test_answers_without_an_end_are_counted() -> None:
+    bare = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    assert encoded(tokenizer(bare), CHAT).unended == 1
+    assert encoded(tokenizer(CHATML), CHAT).unended == 0
+
+
+def test_todays_date_is_the_same_on_all_days() -> None:
+    dated = ChatTemplate(
+        "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}{{ messages[0].content }}"
+    )
+    assert dated.render(Chat(CHAT), everything=True).text == "26 Jul 2024hello"
+
+
+@pytest.mark.parametrize("source", [CHATML, LLAMA3, MISTRAL, THINKING])
+def test_derived_targets_are_those_of_a_generation_mask(source: str) -> None:
+    """The same template with the mask written into it, on random conversations."""
+    asks = source.index("{% if add_generation_prompt %}") if source != MISTRAL else len(source)
+    masked = {
+        CHATML: GENERATION,
+        LLAMA3: LLAMA3[:asks].replace(
+            "m.content | trim + '<|eot_id|>' }}",
+            "'' }}{% if m.role == 'assistant' %}{% generation %}{{ m.content | trim + '<|eot_id|>' }}"
+            "{% endgeneration %}{% else %}{{ m.content | trim + '<|eot_id|>' }}{% endif %}",
+        ),
+        MISTRAL: MISTRAL.replace(
+            "{{ ' ' + m.content + eos_token }}", "{% generation %}{{ ' ' + m.content + eos_token }}{% endgeneration %}"
+        ),
+        THINKING: "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+        "{% generation %}{% if loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+        "{{ m.content.split('</think>')[-1].lstrip('\n') + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+        "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}",
+    }[source]
+    derived, given = tokenizer(source), tokenizer(masked)
+    draw = random.Random(7)
+    for _ in range(40):
+        turns = draw.randint(1, 4)
+        words = ["hi", " ", "\n", "é𝄞", "a b ", "</", "assistant", "user:\n", "x" * 30, "."]
+        messages = [
+            {
+                "role": role,
+                "content": draw.choice("abc") + "".join(draw.choices(words, k=draw.randint(0, 6))) + draw.choice("xyz"),
+            }
+            for _ in range(turns)
+            for role in ("user", "assistant")
+        ]
+        one, other = encoded(derived, messages), encoded(given, messages)
+        assert one.fatal is None and one.tokens.tolist() == other.tokens.tolist()
+        assert one.targets.tolist() == other.targets.tolist()
+
+
+def test_examples_are_cut_from_the_right_or_left_out() -> None:
+    made = tokenizer(CHATML)
+    whole = encoded(made, CHAT)
+    first = int(np.flatnonzero(whole.targets)[0])
+    cut = encoded(made, CHAT, seq_len=first + 2)
+    assert (cut.truncated, cut.left_out) == (1, 0)
+    assert cut.tokens.tolist() == whole.tokens[: first + 2].tolist() and cut.targets.sum() == 2
+    none = encoded(made, CHAT, seq_len=first)
+    assert (none.truncated, none.left_out, len(none.tokens)) == (0, 1, 0)
+
+
+def test_bytes_are_those_of_the_targets() -> None:
+    made = tokenizer(CHATML)
+    assert encoded(made, CHAT[:2]).utf8_bytes == len("wörld 𝄞<|im_end|>".encode())
+    length = len(encoded(made, CHAT[:2]).tokens)
+    assert encoded(made, CHAT[:2], seq_len=length - 2).utf8_bytes == len("wörld 𝄞".encode())
+
+
+def test_a_template_that_fails_in_its_own_way_is_named() -> None:
+    template = ChatTemplate("{{ messages[0].content + 1 }}")
+    with pytest.raises(BadRowError, match="is refused by the chat template: "):
+        template.render(Chat(CHAT))
+    with pytest.raises(NotDerivableError):
+        ChatTemplate(FORGETFUL, {}, tuple(SPECIAL)).render(Chat(CHAT))
