@@ -270,7 +270,9 @@ def _without(name: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("loss", "batch", "message"),
     [
-        (DPO(), _without(REFERENCE), f"{REFERENCE} is NoneType; it must be a tensor of \\[2\\]"),
+        (DPO(), _without(REFERENCE), rf"batches\[0\] has no {REFERENCE}, which DPO needs"),
+        (DPO(), pairs(0) | {REFERENCE: torch.zeros(2, 2)}, rf"{REFERENCE} is \[2, 2\]; it must be a tensor of \[2\]"),
+        (Weighted(), _without("weights"), r"batches\[0\] has no weights, which Weighted needs"),
         (DPO(), {n: e[:1] for n, e in pairs(0).items()}, "labels: 1 rows are no pairs"),
         (_Constant(), pairs(0) | {"weights": torch.ones(2, 12)}, "the sum that _Constant returned has no gradient"),
         (_Many(), pairs(0) | {"weights": torch.ones(2, 12)}, "must be a tensor of one number"),

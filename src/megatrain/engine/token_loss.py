@@ -30,7 +30,11 @@ Reported = dict[str, Tensor]  # sums over a micro-batch's units, by name
 
 
 def count_units(loss: TokenLoss, batches: Sequence[Batch]) -> list[float]:
-    """Of each micro-batch. Raises ConfigError where they are no numbers, or all 0."""
+    """Of each micro-batch. Raises ConfigError where one lacks what the loss needs, or they are no numbers, or all 0."""
+    for number, batch in enumerate(batches):
+        missing = [name for name in loss.inputs if name not in batch]
+        if missing:
+            raise ConfigError(f"batches[{number}] has no {missing[0]}, which {type(loss).__name__} needs")
     units = [loss.units(batch) for batch in batches]
     wrong = next((n for n, count in enumerate(units) if not 0 <= count < float("inf")), None)
     if wrong is not None:
@@ -41,10 +45,7 @@ def count_units(loss: TokenLoss, batches: Sequence[Batch]) -> list[float]:
 
 
 def split_batch(loss: TokenLoss, batch: Batch) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what the model is given, what is the loss's alone). Raises ConfigError where an entry is missing."""
-    missing = [name for name in loss.inputs if name not in batch]
-    if missing:
-        raise ConfigError(f"{type(loss).__name__} needs {missing[0]} in every batch; it has {', '.join(batch)}")
+    """(what the model is given, what is the loss's alone)."""
     own = {name: batch[name] for name in loss.inputs}
     return {name: value for name, value in batch.items() if name not in own}, own
 
