@@ -6,6 +6,7 @@ from megatrain.errors import CapacityError, ConfigError, IntegrityError
 from megatrain.version import __version__
 
 if TYPE_CHECKING:
+    from megatrain import losses
     from megatrain.engine.engine import Engine
     from megatrain.optim.adamw import AdamW
     from megatrain.trainers.mixin import StreamedTrainerMixin
@@ -18,6 +19,7 @@ __all__ = [
     "IntegrityError",
     "StreamedTrainerMixin",
     "__version__",
+    "losses",
 ]
 
 
@@ -35,4 +37,8 @@ def __getattr__(name: str) -> Any:
         from megatrain.trainers.mixin import StreamedTrainerMixin
 
         return StreamedTrainerMixin
+    if name == "losses":
+        import megatrain.losses
+
+        return megatrain.losses
     raise AttributeError(f"module 'megatrain' has no attribute {name!r}")

@@ -203,8 +203,32 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long to train, on how much per step. Give one of steps, epochs and tokens."""
+    """What to learn from data.train, how long, and on how much per step. Give one of steps, epochs and tokens."""
 
+    method: str = field(
+        default="auto",
+        metadata=_about(
+            choice("auto", "pretrain", "sft", "dpo"),
+            "pretrain: every token of a text; sft: the targets of examples (answers); dpo: to prefer the chosen answer "
+            "of each pair to the rejected one; auto: as the format of data.train says",
+        ),
+    )
+    dpo_beta: float = field(
+        default=0.1, metadata=_about(ABOVE_0, "dpo: how strongly the weights that training begins with hold")
+    )
+    dpo_label_smoothing: float = field(
+        default=0.0,
+        metadata=_about(
+            real("a number from 0 to below 0.5", lambda number: 0 <= number < 0.5),
+            "dpo: share of the pairs that are taken to be the wrong way round",
+        ),
+    )
+    dpo_loss: str = field(
+        default="sigmoid",
+        metadata=_about(
+            choice("sigmoid", "ipo"), "dpo: sigmoid (Rafailov et al., 2023) or ipo (Azar et al., 2023), as TRL has them"
+        ),
+    )
     steps: int | None = field(default=None, metadata=_about(or_null(whole(1)), "optimizer steps"))
     epochs: float | None = field(
         default=None,
@@ -218,7 +242,8 @@ class TrainConfig:
         default=None,
         metadata=_about(
             or_null(whole(1)),
-            "tokens per optimizer step, a multiple of engine.micro_batch * data.seq_len; null: just that",
+            "tokens per optimizer step, a multiple of engine.micro_batch * data.seq_len (of twice that with dpo, where "
+            "a pair is two sequences); null: just that",
         ),
     )
     clip_norm: float | None = field(
@@ -255,7 +280,9 @@ class EngineConfig:
             "bf16: compute in bf16 with exact fp32 masters; fp32: all in fp32; auto: bf16 where native",
         ),
     )
-    micro_batch: int = field(default=1, metadata=_about(whole(1), "sequences that pass through the model together"))
+    micro_batch: int = field(
+        default=1, metadata=_about(whole(1), "sequences (with dpo: pairs) that pass through the model together")
+    )
     device_memory: int | None = field(
         default=None, metadata=_about(or_null(BYTES), "device memory to use at most; null: what is free")
     )
@@ -372,9 +399,14 @@ class Config:
     )
 
     @property
+    def sequences_together(self) -> int:
+        """Rows of a micro-batch: two for each pair."""
+        return self.engine.micro_batch * (2 if self.train.method == "dpo" else 1)
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens per optimizer step, also where `train.tokens_per_step` is null."""
-        return self.train.tokens_per_step or self.engine.micro_batch * self.data.seq_len
+        return self.train.tokens_per_step or self.sequences_together * self.data.seq_len
 
     @property
     def planned_steps(self) -> int | None:
@@ -427,7 +459,7 @@ def parse_config(settings: Mapping[str, Any], *, for_training: bool = True) -> C
     _check_model(config.model)
     if for_training:
         _check_run(config)
-    _check_tokens_per_step(config)
+    check_tokens_per_step(config)
     return config
 
 
@@ -524,14 +556,18 @@ def _check_run(config: Config) -> None:
     if len(lengths) != 1:
         given = " and ".join(f"train.{name}" for name in lengths) or "none"
         raise ConfigError(f"train.steps: give exactly one of train.steps, train.epochs, train.tokens; given: {given}")
+    if train.dpo_loss == "ipo" and train.dpo_label_smoothing:
+        raise ConfigError(f"train.dpo_label_smoothing: {train.dpo_label_smoothing} is not for dpo_loss ipo; give 0")
 
 
-def _check_tokens_per_step(config: Config) -> None:
-    micro_batch_tokens = config.engine.micro_batch * config.data.seq_len
+def check_tokens_per_step(config: Config) -> None:
+    """Raise ConfigError where a step is not made of whole micro-batches."""
+    micro_batch_tokens = config.sequences_together * config.data.seq_len
     if config.tokens_per_step % micro_batch_tokens:
+        twice = "2 * " if config.train.method == "dpo" else ""
         raise ConfigError(
             f"train.tokens_per_step: {config.train.tokens_per_step} is wrong; expected a multiple of "
-            f"engine.micro_batch * data.seq_len = {micro_batch_tokens}"
+            f"{twice}engine.micro_batch * data.seq_len = {micro_batch_tokens}"
         )
     if config.planned_steps is not None:
         check_warmup(config, config.planned_steps)

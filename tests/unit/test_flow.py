@@ -27,6 +27,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "yaml_file": {"errors"},
     "config_kinds": {"errors", "sizes"},
     "config": {"errors", "sizes", "yaml_file", "config_kinds"},
+    "losses": {"errors"},
     "schedule": set(),
     "model": {"errors", "sizes", "threads", "hub", "files", "regular_file"},
     "optim": {"errors", "sizes", "threads", "model.partition"},
@@ -37,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "device": {"errors", "sizes", "memory"},
     "engine": {
         *("errors", "sizes", "threads", "files", "schedule", "model", "optim", "memory", "device", "checkpoint"),
-        "trust",
+        *("trust", "losses"),
     },
     "trainers": {"errors", "files", "device", "engine"},
     "planner": {
@@ -47,11 +48,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"errors", "sizes", "hub", "files", "private_files", "model.loading"},
     "train": {
         *("errors", "sizes", "files", "private_files", "arguments", "yaml_file", "config", "config_kinds"),
-        *("data", "model", "optim", "memory", "device", "engine", "planner", "checkpoint", "trust"),
+        *("data", "model", "optim", "memory", "device", "engine", "planner", "checkpoint", "trust", "losses"),
     },
     "cli": {"version", "errors", "sizes", "arguments", "config", "config_kinds", "train", "doctor", "trust"},
     "__main__": {"cli"},
-    "": {"version", "errors", "engine.engine", "optim.adamw", "trainers.mixin"},  # the package itself: its public names
+    # the package itself: its public names
+    "": {"version", "errors", "losses", "engine.engine", "optim.adamw", "trainers.mixin"},
 }
 
 CORE = {"torch", "numpy", "numba"}

@@ -82,6 +82,7 @@ class StandIn:
             weights_exposed_seconds=0.0,
             inputs_exposed_seconds=0.0,
             gradients_exposed_seconds=0.0,
+            loss_values={},
             **counts,
         )
 

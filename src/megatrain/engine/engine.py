@@ -32,10 +32,12 @@ from megatrain.engine.random_streams import stream_seed
 from megatrain.engine.resident_gradients import ResidentGradients
 from megatrain.engine.step import StepClock, StepStats, train_step
 from megatrain.engine.structure import Structure
+from megatrain.engine.token_loss import log_probabilities
 from megatrain.engine.updates import PendingUpdates, SlabUpdate, held_gradients, unit_updates
 from megatrain.engine.weight_stream import DEFAULT_SLOTS, WeightStream
 from megatrain.engine.weights import HostWeights, Weights
 from megatrain.errors import ConfigError, NonFiniteGradientError
+from megatrain.losses import TokenLoss
 from megatrain.memory.arena import keep_large_allocations_out_of_heap, reuse_freed_memory, trim_freed_memory
 from megatrain.memory.layout import SlabLayout
 from megatrain.memory.limits import host_memory_limits
@@ -303,7 +305,7 @@ class Engine:
 
     # -- training ---------------------------------------------------------------------------------------------
 
-    def train_step(self, batches: Iterable[Batch], lr: float | None = None) -> StepStats:
+    def train_step(self, batches: Iterable[Batch], lr: float | None = None, loss: TokenLoss | None = None) -> StepStats:
         """One optimizer step over `batches`, its micro-batches: mappings of the model's arguments with `labels`.
 
         Labels are not shifted and -100 is ignored, as in transformers; num_items_in_batch and shift_labels are refused,
@@ -315,9 +317,20 @@ class Engine:
         the error says which had been. Buffers that the forward has updated (BatchNorm's running statistics) stay
         updated, as with torch.amp.GradScaler. Gradients gathered before it are dropped. `lr` is written into the param
         groups, in their proportions, so that it holds for later steps too.
+
+        `loss`: a function of the target tokens' log-probabilities (see `megatrain.losses`, such as `losses.DPO()`) in
+        the place of the model's own loss function; the mean is then over its units instead of target tokens.
         """
         self._require_trains()
-        return train_step(self, checked_batches(batches), lr)
+        return train_step(self, checked_batches(batches), lr, loss)
+
+    def log_probabilities(self, batch: Batch) -> Tensor:
+        """Log-probabilities that the model gives the target tokens of `batch`, fp32 in the shape of `labels`, each at
+        the place of its label; 0 where there is no target. Weights stream as in a forward, and logits exist for a chunk
+        of tokens at a time. No gradients; dropout is as the model's training mode has it."""
+        self._require_open()
+        (batch,) = checked_batches([batch])
+        return log_probabilities(self, batch)
 
     def step(self, lr: float | None = None) -> StepStats:
         """Apply the gradients of the backward calls since the last step (`engine.model(**batch).loss.backward()`).

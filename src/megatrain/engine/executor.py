@@ -54,7 +54,7 @@ class Executor:
         self._rank: dict[int, int] = {}
         self._called: dict[int | None, list[int]] = {}  # by micro-batch, units in this pass
         self._local = threading.local()
-        self._in_pass = False
+        self._in_pass = self._in_evaluation = False
         self._visit_label = ""
         self._visit_start: Mark | None = None
 
@@ -163,14 +163,25 @@ class Executor:
             else:
                 self._weights.further_forward(elements)
             yield
-            return
+        elif self._in_evaluation:
+            yield
+        else:
+            with self.evaluation():
+                yield
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """A pass with gradients off, to which all forwards inside belong."""
         self._weights.begin(EVALUATION)
+        self._in_evaluation = True
         try:
             yield
             self._weights.check()  # nothing comes after it that would tell
         except BaseException:
             self._weights.abort()
             raise
+        finally:
+            self._in_evaluation = False
         self._weights.end()
 
     def begin_step(self, elements: int) -> None:

@@ -12,6 +12,14 @@ def count_targets(labels: Tensor, shifted: bool) -> int:
     return int(((shift_labels(labels) if shifted and labels.ndim > 1 else labels) != IGNORED).sum())
 
 
+def target_mask(labels: Tensor, *, shifted: bool) -> Tensor:
+    """Which labels count in the loss, where they stand."""
+    mask = labels != IGNORED
+    if shifted and labels.ndim > 1:
+        mask[..., 0] = False
+    return mask
+
+
 def labels_are_shifted(model: nn.Module) -> bool:
     """Whether the model's loss takes a label as the target of the position before.
 

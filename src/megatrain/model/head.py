@@ -26,6 +26,7 @@ from megatrain.errors import CapacityError, MegaTrainError
 from megatrain.model.block import DirectLeaves
 from megatrain.model.fused_loss import IGNORED as IGNORED
 from megatrain.model.fused_loss import FusedHead, FusedLoss, fuse_head
+from megatrain.model.log_probabilities import label_log_probabilities, put_loss_function
 from megatrain.model.loss_terms import InseparableLossError, LossStandIn, zero_like_loss
 from megatrain.model.moves import moved
 from megatrain.model.root import RootForward
@@ -36,16 +37,17 @@ BYTES_PER_LOGIT = 16  # while a chunk is differentiated: fp32 logits, their log-
 
 @dataclass(slots=True)
 class Mode:
-    """What the base and the loss function do on this thread. `kind`: 'collect', 'stub' or 'probe'."""
+    """What the base and the loss function do on this thread. `kind`: 'collect', 'stub' (the loss of a chunk), 'score'
+    (its log-probabilities) or 'probe'."""
 
     kind: str
-    hidden: Tensor | None = None  # collect: found; stub and probe: to be returned, [batch, tokens, hidden]
+    hidden: Tensor | None = None  # collect: found; else to be returned, [batch, tokens, hidden]
     template: Any = None  # the base's real output, around other hidden states
-    labels: Tensor | None = None  # stub: targets of this chunk, already shifted, [batch, tokens]
+    labels: Tensor | None = None  # stub and score: targets of this chunk, already shifted, [batch, tokens]
     target_count: int = 0  # stub: target tokens of the whole global batch
     loss: Tensor | None = None
     loss_calls: int = 0
-    stand_in: LossStandIn | None = None  # collect and stub: what the model's code gets for the loss
+    stand_in: LossStandIn | None = None  # collect, stub and score: what the model's code gets for the loss
     arguments: dict[str, Any] = field(default_factory=dict)  # collect: what the loss function was called with
     token: Tensor | None = None  # collect: the hidden states that the rest of the forward sees
     weights: DirectLeaves | None = None  # collect: those that the rest of the forward was run with
@@ -82,10 +84,9 @@ class ChunkedHead:
             return
         self._base_forward = self.base.forward
         self._own_base_forward = "forward" in self.base.__dict__
-        self._own_loss_function = bool({"loss_function", "_loss_function"} & set(model.__dict__))
         self._loss_function: Callable[..., Any] = cast(Any, model.loss_function)
         self.base.forward = self._run_base  # type: ignore[assignment]
-        model.loss_function = self._run_loss  # type: ignore[assignment]
+        self._put_back_loss_function = put_loss_function(model, self._run_loss)
         try:
             self.reason = self._probe()
             if self.reason is not None:
@@ -132,13 +133,18 @@ class ChunkedHead:
                 self.base.forward = self._base_forward  # type: ignore[assignment]
             else:
                 del self.base.__dict__["forward"]
-            if self._own_loss_function:
-                self.model.loss_function = self._loss_function  # type: ignore[assignment]
-            else:
-                self.model.__dict__.pop("_loss_function", None)
+            self._put_back_loss_function()
             self.base = None
 
     # -- the two runs -----------------------------------------------------------------------------------------
+
+    def hidden_states(self, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
+        """(hidden states [batch, tokens, hidden], the base's whole output), without a loss, gradients off."""
+        mode = Mode("collect")
+        with mode.rest, self._mode(mode), self.root.caches_off():
+            self.model(**{name: value for name, value in batch.items() if name != "labels"})
+        assert mode.hidden is not None
+        return mode.hidden, mode.template
 
     def run_base(self, batch: Mapping[str, Any]) -> tuple[Tensor, Any, Tensor | None]:
         """(hidden states [batch, tokens, hidden], the base's whole output, auxiliary loss or None), with graphs.
@@ -182,9 +188,22 @@ class ChunkedHead:
         Raises InseparableLossError where the model's own forward adds to it what depends on these tokens."""
         if self.fused is not None and self.fused.takes(batch):
             return self.fused.chunk_loss(hidden, labels, target_count)
+        return self._run_stub(Mode("stub", hidden, template, labels, target_count), batch)
+
+    def chunk_log_probabilities(
+        self, hidden: Tensor, labels: Tensor, template: Any, batch: Mapping[str, Any]
+    ) -> Tensor:
+        """Log-probabilities of `labels`, which are shifted already, in their shape: fp32, 0 where there is none.
+
+        Raises InseparableLossError as `chunk_loss` does."""
+        return self._run_stub(Mode("score", hidden, template, labels), batch)
+
+    def _run_stub(self, mode: Mode, batch: Mapping[str, Any]) -> Tensor:
+        """The rest of the model's own forward on a chunk; what its loss function has to give for it."""
+        assert mode.hidden is not None and mode.labels is not None
+        hidden, labels = mode.hidden, mode.labels
         rest = {k: v for k, v in batch.items() if k not in ("input_ids", "inputs_embeds", "position_ids", "labels")}
         rest = {k: v for k, v in rest.items() if not k.startswith("output_")}
-        mode = Mode("stub", hidden=hidden, template=template, labels=labels, target_count=target_count)
         with self._mode(mode), self.root.capturing_off():
             result = self.model(input_ids=labels.clamp(min=0), labels=labels, **rest)
         assert mode.loss is not None
@@ -252,11 +271,16 @@ class ChunkedHead:
         if mode.kind == "probe":
             mode.loss = self._loss_function(logits, labels, vocab_size, *args, **kwargs)
             return mode.loss
-        kwargs |= {"num_items_in_batch": mode.target_count, "shift_labels": mode.labels}
-        mode.loss = self._loss_function(logits, None, vocab_size, *args, **kwargs)
+        if mode.kind == "score":
+            assert mode.labels is not None
+            mode.loss = label_log_probabilities(logits, mode.labels)
+            value = zero_like_loss(logits)
+        else:
+            kwargs |= {"num_items_in_batch": mode.target_count, "shift_labels": mode.labels}
+            value = mode.loss = self._loss_function(logits, None, vocab_size, *args, **kwargs)
         if not torch.is_grad_enabled():
-            return mode.loss
-        mode.stand_in = LossStandIn(mode.loss)
+            return value
+        mode.stand_in = LossStandIn(value)
         return mode.stand_in.tensor
 
     # -- the probe --------------------------------------------------------------------------------------------

@@ -138,6 +138,12 @@ class RootForward:
             yield
 
     @contextmanager
+    def caches_off(self) -> Iterator[None]:
+        """No caches with gradients off either: nothing is generated."""
+        with self._set(("use_cache",)):
+            yield
+
+    @contextmanager
     def _set(self, names: tuple[str, ...]) -> Iterator[None]:
         changed = [(c, n, c.__dict__[n]) for c in self._configs for n in names if c.__dict__.get(n)]
         for config, name, _ in changed:

@@ -6,10 +6,12 @@ Nothing is written into the run's folder.
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from megatrain.checkpoint.folders import list_checkpoints, step_of
 from megatrain.config import Config, parse_config
@@ -19,7 +21,9 @@ from megatrain.memory.arena import share_one_heap
 from megatrain.train import build
 from megatrain.train.determinism import determinism
 from megatrain.train.entries import describe_engine, step_fields
+from megatrain.train.method import loss_of, with_method
 from megatrain.train.model_settings import Vocabulary, read_model_settings
+from megatrain.train.reference import facts_of, reference_of
 from megatrain.train.resume import settings_that_changed
 from megatrain.train.run_folder import CHECKPOINTS
 from megatrain.trust.facts import run_facts
@@ -192,6 +196,7 @@ def _replay(leg: Leg, history: History, folder: Path, device: str | None, compar
             return f"{leg.checkpoint.name}: its manifest has sha256 {now}, recorded was {recorded}"
     config = _for_replay(leg, device)
     corpora = build.find_corpora(config)
+    config = with_method(config, corpora.train.kind)
     facts = run_facts(leg.told["config"], corpora.train.files, device="")
     if (different := _different_data(leg.told["facts"]["data"], facts["data"])) is not None:
         return different
@@ -206,7 +211,12 @@ def _replay(leg: Leg, history: History, folder: Path, device: str | None, compar
     engine = build.build_engine(source, settings, optimizer, planner.plan(), leg.checkpoint)
     try:
         _say_differences(leg.told, facts, engine, compared)
-        return _compare(leg, config, data, engine, history, folder, compared)
+        recorded = leg.told["facts"]
+        reference = reference_of(engine, data.pairs, config.engine.micro_batch, leg.checkpoint, recorded)
+        if (found := facts_of(reference).get("reference")) != recorded.get("reference"):
+            return f"reference log-probabilities: recorded was {recorded.get('reference')}, computed again {found}"
+        batches_of = build.batches_of(config, data, reference)
+        return _compare(leg, config, data, batches_of, engine, history, folder, compared)
     finally:
         engine.close()
 
@@ -254,13 +264,14 @@ def _compare(
     leg: Leg,
     config: Config,
     data: build.Data,
+    batches_of: Callable[[int], list[dict[str, Tensor]]],
     engine: "Engine",
     history: History,
     folder: Path,
     compared: _Compared,
 ) -> str | None:
     engine.model.train()
-    batches_of, learning_rate_of = build.batches_of(config, data), build.learning_rate_of(config, data)
+    learning_rate_of, loss = build.learning_rate_of(config, data), loss_of(config)
     there = {step_of(path): path for path in list_checkpoints(folder / CHECKPOINTS)}
     unentered = {step: path for step, path in there.items() if step not in history.checkpoints}
     begun = leg.told if leg.checkpoint is None else history.checkpoints[leg.begin]
@@ -271,7 +282,7 @@ def _compare(
         if step >= data.steps:
             return f"step {step + 1}: the recorded data and settings make {data.steps} steps"
         batches, lr = batches_of(step), learning_rate_of(step)
-        found = step_fields(batches, lr, engine.train_step(batches, lr=lr))
+        found = step_fields(batches, lr, engine.train_step(batches, lr=lr, loss=loss))
         compared.steps += 1
         different = _different_step(history.steps[step + 1], found)
         if different is None and step + 1 in history.checkpoints:

@@ -19,6 +19,7 @@ from megatrain.data.batches import StepBatches
 from megatrain.data.examples import Examples, PreferenceExamples
 from megatrain.data.mixture import Mixture
 from megatrain.data.packing import TokenStream, tokenize
+from megatrain.data.pairs import PairRows, Reference
 from megatrain.data.rows import Rows
 from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS, load_tokenizer, train_bpe
 from megatrain.errors import ConfigError, IntegrityError
@@ -166,16 +167,17 @@ def _text_data(config: Config, texts: Mixture, tokenizer: Any, model_config: Any
     return Data(rows, total_steps(config, rows.count), stream.utf8_bytes, None)
 
 
-def batches_of(config: Config, data: Data) -> Callable[[int], list[dict[str, Tensor]]]:
-    """What each step is given, by its number from 0."""
-    if data.rows is None:
-        raise ConfigError("data.format: preference rows are trained on in pairs, which this run does not do")
-    batches = StepBatches(
-        data.rows,
-        micro_batch=config.engine.micro_batch,
-        rows_per_step=config.tokens_per_step // config.data.seq_len,
-    )
-    return batches.of_step
+def batches_of(
+    config: Config, data: Data, reference: Reference | None = None
+) -> Callable[[int], list[dict[str, Tensor]]]:
+    """What each step is given, by its number from 0. `reference`: of pairs."""
+    rows, rows_per_step = data.rows, config.tokens_per_step // config.data.seq_len
+    if data.pairs is not None:
+        assert reference is not None
+        rows = PairRows(data.pairs, reference, shuffle=config.data.shuffle, seed=config.train.seed)
+        rows_per_step //= 2  # a pair has two
+    assert rows is not None
+    return StepBatches(rows, micro_batch=config.engine.micro_batch, rows_per_step=rows_per_step).of_step
 
 
 def learning_rate_of(config: Config, data: Data) -> Callable[[int], float]:
@@ -191,10 +193,12 @@ def learning_rate_of(config: Config, data: Data) -> Callable[[int], float]:
     )
 
 
-def total_steps(config: Config, sequences: int) -> int:
-    """Optimizer steps of the run, at least one: as given, or what the epochs or tokens come to."""
+def total_steps(config: Config, rows: int) -> int:
+    """Optimizer steps of the run, at least one: as given, or what the epochs (of so many sequences, or pairs of them)
+    or tokens come to."""
     steps = config.planned_steps
     if steps is None:
+        sequences = rows * config.sequences_together // config.engine.micro_batch
         tokens = (config.train.epochs or 0) * sequences * config.data.seq_len
         steps = max(1, math.floor(tokens / config.tokens_per_step))
     check_warmup(config, steps)

@@ -30,7 +30,7 @@ class RunCheckpoints:
 
     `config`: the text of the run's config.yaml. `facts`: of every manifest. `first_step`: that the run goes on from,
     `parent`: the manifest that it began with. Checkpoints are entered in `ledger`, whose last line
-    each manifest records.
+    each manifest records. `extra`: files that go into each, by name.
     """
 
     def __init__(
@@ -45,9 +45,11 @@ class RunCheckpoints:
         first_step: int,
         parent: Parent | None,
         ledger: LedgerWriter,
+        extra: Mapping[str, bytes] | None = None,
     ) -> None:
         self._settings, self._engine, self._folder = settings, engine, folder
         self._config, self._facts, self._tokenizer = config, facts, tokenizer
+        self._extra = extra or {}
         self._saved_step, self._parent, self._ledger = first_step, parent, ledger
         self._running: tuple[int, Save] | None = None
         self._sealed: Parent | None = None  # what the next one calls the one that is being saved
@@ -83,7 +85,7 @@ class RunCheckpoints:
             save = self._engine.save(
                 target,
                 run={"steps": done},
-                extra={"config.yaml": self._config.encode()},
+                extra={"config.yaml": self._config.encode(), **self._extra},
                 tokenizer=self._tokenizer,
                 key_file=self._settings.key_file,
                 seal=self._seal(done),

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -43,10 +44,13 @@ class StepStats(Protocol):
     def device_peak_bytes(self) -> int: ...
     @property
     def host_peak_bytes(self) -> int: ...
+    @property
+    def loss_values(self) -> Mapping[str, float]: ...
 
 
 def metrics_line(step: int, lr: float, stats: StepStats) -> dict[str, Any]:
-    """A line's fields: `step` counts from 1, loss is in nats per target token, times are in seconds."""
+    """A line's fields: `step` counts from 1, loss is in nats per target token (or as the loss has it, which adds what
+    it reports by its own names), times are in seconds."""
     return {
         "step": step,
         "loss": stats.loss,
@@ -63,6 +67,7 @@ def metrics_line(step: int, lr: float, stats: StepStats) -> dict[str, Any]:
         "gradients_exposed_seconds": stats.gradients_exposed_seconds,
         "device_peak_bytes": stats.device_peak_bytes,
         "host_peak_bytes": stats.host_peak_bytes,
+        **stats.loss_values,
     }
 
 

@@ -161,7 +161,7 @@ def plan_here_or_there(
         device_memory = usable_here(config, hardware)
     settings = plan_settings(
         config,
-        micro_batch=None if chooses_micro_batch else config.engine.micro_batch,
+        micro_batch=None if chooses_micro_batch else config.sequences_together,
         device_memory=device_memory,
         host_memory=options.get("host_memory", _host_memory(config, hardware)),
         nvme=options.get("nvme", nvme),

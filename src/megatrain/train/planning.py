@@ -56,7 +56,7 @@ def plan_settings(config: Config, **others: Any) -> Settings:
     engine = config.engine
     given: dict[str, Any] = {
         "sequences": max(1, math.ceil(config.tokens_per_step / config.data.seq_len)),
-        "micro_batch": engine.micro_batch,
+        "micro_batch": config.sequences_together,
         "slots": engine.slots,
         "resident": engine.resident_units if isinstance(engine.resident_units, int) else None,
         "clip_scope": config.train.clip_scope if config.train.clip_norm is not None else "none",
@@ -143,7 +143,7 @@ def usable_here(config: Config, hardware: Hardware) -> int | None:
 def measured_here(config: Config, workload: Workload, device: ComputeDevice) -> tuple[Hardware, Measured]:
     """This machine's figures, and the model's units timed on it. Takes some seconds."""
     hardware = probe(device, workload.precision, setup.optimizer_threads(config.engine.threads, device))
-    return hardware, measure_units(workload, device, config.engine.micro_batch, hardware.product_rate)
+    return hardware, measure_units(workload, device, config.sequences_together, hardware.product_rate)
 
 
 class WatchedEngine:

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatrain.train.metrics import StepStats
 
 if TYPE_CHECKING:
-    from megatrain.engine.engine import Engine
+    from megatrain.train.method import UnderLoss
 
 _log = logging.getLogger(__name__)
 _FIRST_STEP = 2  # from 0: the first ones record the order of units and measure what graphs hold
@@ -22,7 +22,7 @@ class ProfiledEngine:
     The third step is the first, or an earlier one where there are not so many (`total_steps`).
     """
 
-    def __init__(self, engine: "Engine", count: int, total_steps: int, path: Path) -> None:
+    def __init__(self, engine: "UnderLoss", count: int, total_steps: int, path: Path) -> None:
         self._engine = engine
         self._first = max(0, min(_FIRST_STEP, total_steps - count))
         self._last = min(self._first + count, total_steps) - 1

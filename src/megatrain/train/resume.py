@@ -129,6 +129,8 @@ def _changes(before: Config, now: Config) -> Iterator[tuple[str, tuple[Any, Any]
     constant = now.schedule.name == before.schedule.name == "constant"
     free = _FREE | (_LENGTHS if constant and not streamed else set())
     one, other = map(_settings, (before, now))
+    if "auto" in (one["train.method"], other["train.method"]):
+        free = free | {"train.method"}  # what the data say, which are compared by themselves
     for key in one.keys() | other.keys():
         if one.get(key) != other.get(key) and key not in free and not key.startswith("checkpoint."):
             yield key, (one.get(key), other.get(key))

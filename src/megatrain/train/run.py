@@ -3,11 +3,14 @@
 import logging
 import os
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
 
 from megatrain.config import Config, to_yaml
 from megatrain.errors import MegaTrainError
@@ -23,11 +26,13 @@ from megatrain.train.entries import begin_ledger, end_ledger, record_step
 from megatrain.train.evaluate import Evaluation, evaluate
 from megatrain.train.interrupt import StopOnInterrupt
 from megatrain.train.loop import LoopResult, train
+from megatrain.train.method import UnderLoss, loss_of, with_method
 from megatrain.train.metrics import MetricsFile
 from megatrain.train.model_settings import ModelSettings, Vocabulary, check_fit, read_model_settings
 from megatrain.train.planning import WatchedEngine, outcome_lines, write_plan
 from megatrain.train.profile import ProfiledEngine
 from megatrain.train.progress import show_progress
+from megatrain.train.reference import facts_of, files_of, reference_of
 from megatrain.train.resume import Resumed, check_data, check_settings, cut_metrics, find_checkpoint
 from megatrain.train.run_folder import RunFolder
 from megatrain.train.trial import try_out
@@ -85,6 +90,7 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
         check_settings(resumed, config, force=force)
         _say(f"going on from {resumed.folder}, step {resumed.step:,}")
     corpora = build.find_corpora(config)
+    config = with_method(config, corpora.train.kind)
     for line in (*corpora.train.detected, *(corpora.eval.detected if corpora.eval else ())):
         _say(line)
     source = config if resumed is None else build.from_model(config, resumed.model)
@@ -114,13 +120,20 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
     kernels = f", {engine.kernels}" if engine.device.torch_device.type != "cpu" else ""
     _say(f"{settings.config.model_type} with {parameters:,} parameters, {engine.precision} on {where}{kernels}")
 
+    if config.train.method == "dpo" and resumed is None:
+        _say("scoring the pairs by the weights that training begins with")
+    checkpoint, recorded = (None, {}) if resumed is None else (resumed.folder, resumed.manifest.facts)
+    reference = reference_of(engine, data.pairs, config.engine.micro_batch, checkpoint, recorded)
+    facts |= facts_of(reference)
+
     with StopOnInterrupt() as stop, ExitStack() as stack:
         folder.create(config)
         first_step = 0 if resumed is None else resumed.step
         cut_metrics(folder.metrics, first_step)
         ledger = stack.enter_context(closing(begin_ledger(folder, config, engine, facts, resumed)))
         _write_plan(folder, plan)
-        watched = WatchedEngine(engine)
+        trained = UnderLoss(engine, loss_of(config))
+        watched = WatchedEngine(trained)
         checkpoints = RunCheckpoints(
             config.checkpoint,
             engine,
@@ -131,9 +144,14 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
             first_step=first_step,
             parent=None if resumed is None else parent_of(resumed.folder),
             ledger=ledger,
+            extra=files_of(reference),
         )
+        engine.model.train()
+        batches_of = build.batches_of(config, data, reference)
         try:
-            result = _train(config, engine, watched, data, folder, stop, profile_steps, checkpoints, ledger, first_step)
+            result = _train(
+                config, trained, watched, data, batches_of, folder, stop, profile_steps, checkpoints, ledger, first_step
+            )
         except BaseException:
             if not folder.has_results:
                 folder.discard()  # there is nothing to keep
@@ -213,9 +231,10 @@ def _evaluate(config: Config, engine: "Engine", data: build.Data, stop: StopOnIn
 
 def _train(
     config: Config,
-    engine: "Engine",
+    engine: UnderLoss,
     watched: WatchedEngine,
     data: build.Data,
+    batches_of: Callable[[int], list[dict[str, Tensor]]],
     folder: RunFolder,
     stop: StopOnInterrupt,
     profile_steps: int,
@@ -223,14 +242,13 @@ def _train(
     ledger: LedgerWriter,
     first_step: int,
 ) -> LoopResult:
-    engine.model.train()
     profiled = ProfiledEngine(engine, profile_steps, data.steps, folder.trace) if profile_steps else None
     if profiled is not None:
         watched.wrap(profiled)
     with MetricsFile(folder.metrics) as metrics:
         result = train(
             watched,
-            batches_of=build.batches_of(config, data),
+            batches_of=batches_of,
             learning_rate_of=build.learning_rate_of(config, data),
             total_steps=data.steps,
             metrics=metrics,
