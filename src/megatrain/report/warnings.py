@@ -1,0 +1,89 @@
+"""What somebody who looks at a run should know first."""
+
+import math
+
+import numpy as np
+
+from megatrain.report.folder import Run
+from megatrain.report.metrics import number
+from megatrain.report.numbers import percent
+
+_MUCH_EXPOSED = 0.2
+_MUCH_SLOWER = 1.5
+_EXPOSED = ("weights", "inputs", "gradients")  # weights includes the wait for the optimizer
+UNSETTLED_STEPS = 3  # the first ones record the order of units and warm caches
+
+
+def warnings_of(run: Run) -> list[str]:
+    found = [*run.notes, *_lines(run), *_ending(run), *_losses(run), *_speed(run), *_checkpoints(run)]
+    return found
+
+
+def _lines(run: Run) -> list[str]:
+    metrics = run.metrics
+    found = []
+    if metrics.torn:
+        found.append("metrics.jsonl: the last line was not written to its end, and is left out.")
+    if metrics.unreadable_lines:
+        found.append(f"metrics.jsonl: {metrics.unreadable_lines:,} lines cannot be read, and are left out.")
+    if not metrics.lines:
+        found.append("metrics.jsonl has no steps.")
+    steps = metrics.series("step").steps
+    if len(steps) > 2:
+        distances = np.diff(steps)
+        holes = int((distances > 1.5 * np.median(distances)).sum())
+        if holes:
+            found.append(f"Steps are missing at {holes:,} places; lines of the charts break there.")
+    if run.ledger is not None and run.ledger.torn_bytes:
+        found.append("ledger.jsonl: the last line was not written to its end, and is left out.")
+    return found
+
+
+def _ending(run: Run) -> list[str]:
+    history = run.history
+    if history is not None and history.end is None:
+        return ["The ledger has no end: the run was killed, failed or is still going on."]
+    total = run.total_steps
+    if history is not None and total is not None and run.metrics.last_step < total:
+        return [f"The run ended at step {run.metrics.last_step:,} of {total:,}."]
+    return []
+
+
+def _losses(run: Run) -> list[str]:
+    found = []
+    for key, name in (("loss", "loss"), ("grad_norm", "gradient norm")):
+        lines = [line for line in run.metrics.lines if not math.isfinite(number(line.get(key)))]
+        if lines:
+            found.append(f"{len(lines):,} steps have no finite {name}, the first is step {lines[0]['step']:,}.")
+    return found
+
+
+def _speed(run: Run) -> list[str]:
+    settled = run.metrics.lines[UNSETTLED_STEPS:]
+    seconds = sum(number(line.get("seconds")) for line in settled)
+    if not settled or not seconds > 0:
+        return []
+    found = []
+    exposed = {k: sum(number(line.get(f"{k}_exposed_seconds")) for line in settled) / seconds for k in _EXPOSED}
+    share = sum(value for value in exposed.values() if math.isfinite(value))
+    if share > _MUCH_EXPOSED:
+        most = max(exposed, key=lambda name: exposed[name] if math.isfinite(exposed[name]) else 0.0)
+        found.append(f"Computation stood still for {percent(share)} of the time, most of it for {most}.")
+    predicted = number((run.plan or {}).get("step_seconds"))
+    median = float(np.median([number(line.get("seconds")) for line in settled]))
+    if predicted > 0 and median > _MUCH_SLOWER * predicted:
+        found.append(f"Steps took {median / predicted:.1f} times as long as planned.")
+    return found
+
+
+def _checkpoints(run: Run) -> list[str]:
+    history = run.history
+    if history is None:
+        return []
+    return [
+        f"{one.name}: its manifest is not the one that the ledger records; megatrain verify says what differs."
+        for one in run.checkpoints
+        if one.manifest is not None
+        and one.step in history.checkpoints
+        and history.checkpoints[one.step]["manifest_sha256"] != one.manifest.sha256
+    ]
