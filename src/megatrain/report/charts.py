@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -176,22 +177,25 @@ def stacked_bars(
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = "") -> Html:
     """The first column names the row; the others are numbers, on the right."""
     head_row = tag("tr", *(tag("th", cell, scope="col") for cell in head))
-    body = [tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows]
+    body = [
+        tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell, class_=_kind_of(cell)) for cell in row[1:]))
+        for row in rows
+    ]
     name = tag("caption", caption) if caption else Html("")
     return tag("div", tag("table", name, tag("thead", head_row), tag("tbody", *body)), class_="scroll")
 
 
+def _kind_of(cell: str) -> str | None:
+    return "hash" if len(cell) == 64 else None
+
+
 def _values_table(lines: Sequence[Line], shown: Callable[[float], str]) -> Html:
     """Some steps with the values there, and the extremes of each line."""
-    by_step: dict[int, dict[int, float]] = {}
-    for n, line in enumerate(lines):
-        for step, value in _pairs(line.series):
-            by_step.setdefault(int(step), {})[n] = value
-    every = sorted(by_step)
-    # a line with few points (an evaluation) is shown with all of them
-    few = {int(step) for line in lines if line.style == "marked" for step in line.series.finite.steps[-_TABLE_ROWS:]}
-    chosen = sorted({*_some(every), *few})
-    rows = [[f"{s:,}", *(shown(by_step[s].get(n, math.nan)) for n in range(len(lines)))] for s in chosen]
+    every = np.unique(np.concatenate([line.series.steps for line in lines]))
+    # of a line with few points (an evaluation) the last are shown, too
+    few = [line.series.finite.steps[-_TABLE_ROWS:] for line in lines if line.style == "marked"]
+    chosen = np.unique(np.concatenate([np.array(_some(every.tolist())), *few])).tolist()
+    rows = [[f"{step:,.0f}", *(shown(line.series.at(step)) for line in lines)] for step in chosen]
     for what, at in (("smallest", np.argmin), ("largest", np.argmax)):
         cells = []
         for line in lines:
@@ -202,7 +206,7 @@ def _values_table(lines: Sequence[Line], shown: Callable[[float], str]) -> Html:
     return table(["step", *(line.series.name for line in lines)], rows)
 
 
-def _some(rows: list) -> list:
+def _some(rows: Sequence[Any]) -> list[Any]:
     """Evenly chosen, with the first and the last."""
     if len(rows) <= _TABLE_ROWS:
         return list(rows)

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from megatrain.report.series import Series
+from megatrain.report.series import Floats, Series
 
 _MOST_LINE_BYTES = 1 << 20
+_UNSETTLED_LINES = 3  # the first steps record the order of units and warm caches
 
 
 @dataclass
@@ -24,14 +25,27 @@ class Metrics:
     unreadable_lines: int = 0
     torn: bool = False
     """The last line has no end, as a killed run leaves it."""
+    _columns: dict[str, Floats] = field(default_factory=dict)  # each made once: there may be 100,000 lines
 
     @property
     def last_step(self) -> int:
         return int(self.lines[-1]["step"]) if self.lines else 0
 
     def series(self, key: str, name: str = "") -> Series:
-        steps = np.array([line["step"] for line in self.lines], dtype=np.float64)
-        return Series(name or key, steps, np.array([number(line.get(key)) for line in self.lines], dtype=np.float64))
+        for one in {"step", key} - self._columns.keys():
+            self._columns[one] = np.array([number(line.get(one)) for line in self.lines], dtype=np.float64)
+        return Series(name or key, self._columns["step"], self._columns[key])
+
+    def settled(self, key: str) -> Floats:
+        """Values of the lines after the first ones, which are slower; of these where there are no others."""
+        values = self.series(key).values
+        return values[_UNSETTLED_LINES:] if len(values) > _UNSETTLED_LINES else values
+
+    def usual(self, key: str) -> float:
+        """The median of those; NaN where there is none."""
+        there = self.settled(key)
+        there = there[np.isfinite(there)]
+        return float(np.median(there)) if there.size else math.nan
 
     def total(self, key: str) -> float:
         """The sum over lines that have it."""

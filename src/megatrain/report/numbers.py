@@ -25,6 +25,8 @@ def tick(value: float) -> str:
 
 
 def percent(share: float) -> str:
+    if 0 < share < 0.0005:
+        return f"{100 * share:.2g} %"
     return f"{100 * share:.1f} %" if share < 0.0995 else f"{100 * share:.0f} %"
 
 
@@ -33,6 +35,11 @@ def rate(flops_per_second: float) -> str:
     if flops_per_second >= 1e12:
         return f"{flops_per_second / 1e12:.4g} TFLOP/s"
     return f"{flops_per_second / 1e9:.3g} GFLOP/s"
+
+
+def several(number: int, what: str) -> str:
+    """1 step, 2 steps."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def count(number: float) -> str:

@@ -28,7 +28,10 @@ def _beginning(step: int, entry: Entry) -> Html:
     rows = [
         ("the run", began),
         ("MegaTrain", f"{code.get('version')}, sources sha256 {code.get('sha256')}"),
-        ("libraries", ", ".join(f"{name} {_said(version)}" for name, version in facts["libraries"].items())),
+        (
+            "libraries",
+            ", ".join(f"{name} {version or 'not installed'}" for name, version in facts["libraries"].items()),
+        ),
         ("computes on", f"{hardware.get('device')}: {engine['precision']}, {engine['kernels']}"),
         ("host", _host(hardware)),
         ("deterministic kernels", "yes" if engine["deterministic"] else "no"),
@@ -63,7 +66,8 @@ def data_files(run: Run) -> Html:
     ]
     more = f"; the first {_MOST_FILES} are here" if len(files) > _MOST_FILES else ""
     summary = f"{len(files):,} data files, {format_bytes(sum(sizes))}{more}"
-    return tag("details", tag("summary", summary), table(["file", "bytes", "sha256"], rows))
+    listed = tag("details", tag("summary", summary), table(["file", "bytes", "sha256"], rows))
+    return tag("div", listed, class_="panel")
 
 
 def ledger(run: Run) -> Html:
@@ -108,7 +112,8 @@ def checkpoints(run: Run) -> Html:
         ]
         for one in run.checkpoints
     ]
-    return table(["checkpoint", "step", "size", "sha256 of its manifest", "the ledger"], rows)
+    shown = table(["checkpoint", "step", "size", "sha256 of its manifest", "the ledger"], rows)
+    return tag("div", shown, class_="panel")
 
 
 def _in_ledger(run: Run, one: Checkpoint) -> str:

@@ -1,6 +1,5 @@
 """The parts of the page, top to bottom."""
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -17,7 +16,7 @@ from megatrain.report.metrics import number
 from megatrain.report.numbers import count, percent, rate, short
 from megatrain.report.series import Floats, Series
 from megatrain.report.timeline import timeline
-from megatrain.report.warnings import UNSETTLED_STEPS, warnings_of
+from megatrain.report.warnings import warnings_of
 from megatrain.sizes import format_bytes, format_seconds
 
 _BARS = 60
@@ -108,15 +107,12 @@ def _loss_cards(run: Run) -> list[Html]:
 
 
 def _speed_cards(run: Run) -> list[Html]:
-    lines = run.metrics.lines[UNSETTLED_STEPS:] or run.metrics.lines
-    seconds = [number(line.get("seconds")) for line in lines]
-    median = float(np.nanmedian(seconds)) if np.isfinite(seconds).any() else math.nan
+    median = run.metrics.usual("seconds")
     if not median > 0:
         return []
-    speed = float(np.nanmedian([number(line.get("tokens_per_second")) for line in lines]))
     predicted = number((run.plan or {}).get("step_seconds"))
     planned = f"planned {format_seconds(predicted)} ({median / predicted - 1:+.0%})" if predicted > 0 else ""
-    found = [_card("target tokens/s", f"{speed:,.0f}", "median step")]
+    found = [_card("target tokens/s", short(run.metrics.usual("tokens_per_second")), "median step")]
     found.append(_card("step", format_seconds(median), planned))
     efficiency = efficiency_of(run)
     if efficiency is not None:
@@ -126,7 +122,7 @@ def _speed_cards(run: Run) -> list[Html]:
                 _card("MFU", percent(reached / efficiency.peak), f"{rate(reached)} of {rate(efficiency.peak)}")
             )
         else:
-            found.append(_card("of the model", rate(reached), "the device's peak is not known"))
+            found.append(_card("model computes", rate(reached), "the peak is not known"))
     return found
 
 
@@ -310,7 +306,7 @@ def settings(run: Run) -> Html:
     if run.config_text is None:
         return Html("")
     text = tag("pre", provenance.plain(run.config_text, 200_000))
-    return section("Settings", tag("details", tag("summary", "config.yaml"), text))
+    return section("Settings", tag("div", tag("details", tag("summary", "config.yaml"), text), class_="panel"))
 
 
 ALL: Sequence[Callable[[Run], Html]] = (

@@ -25,6 +25,11 @@ class Series:
         there = np.isfinite(self.values)
         return Series(self.name, self.steps[there], self.values[there])
 
+    def at(self, step: float) -> float:
+        """NaN where there is no such step."""
+        place = int(np.searchsorted(self.steps, step))
+        return float(self.values[place]) if place < len(self.steps) and self.steps[place] == step else np.nan
+
     def thinned(self, most: int = MOST_POINTS) -> "Series":
         """At most about `most` points: of each stretch of steps the first, the last, the smallest and the largest, and
         one that is missing, if one is."""

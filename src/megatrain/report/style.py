@@ -47,13 +47,13 @@ figure{margin:0 0 12px;padding:14px 16px;min-width:0;position:relative}
 figcaption{display:flex;flex-wrap:wrap;gap:2px 18px;align-items:baseline;justify-content:space-between;
 margin-bottom:6px}
 .legend{list-style:none;margin:0;padding:0;display:flex;flex-wrap:wrap;gap:2px 14px;font-size:.8rem;color:var(--muted)}
-.swatch.faint{opacity:.35}
+.swatch.faint{opacity:.45}
 .swatch{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:5px}
 svg.chart{display:block;width:100%;height:auto;overflow:visible}
 .grid{stroke:var(--grid)}.axis{stroke:var(--muted)}
-.tick{font-size:11.5px;fill:var(--muted)}.end{text-anchor:end}.middle{text-anchor:middle}
+.tick{font-size:10.5px;fill:var(--muted)}.end{text-anchor:end}.middle{text-anchor:middle}
 .line{fill:none;stroke-width:1.8;stroke-linejoin:round}
-.faint{stroke-width:1;opacity:.35}
+.faint{stroke-width:1;opacity:.45}
 .mark{stroke:var(--muted);stroke-dasharray:4 4}
 .missing{fill:var(--bad)}.wait{fill:url(#hatch)}.measured{fill:var(--measured)}
 .hatch{stroke:var(--wait);stroke-width:2}
@@ -65,7 +65,7 @@ table{border-collapse:collapse;font-size:.82rem;font-variant-numeric:tabular-num
 th,td{padding:3px 16px 3px 0;text-align:right;border-bottom:1px solid var(--grid);white-space:nowrap}
 th:first-child{text-align:left;font-weight:500}
 thead th{color:var(--muted);font-weight:500}
-.wide td:last-child,.wide th:last-child{text-align:left}
+td.hash{font:11.5px ui-monospace,"DejaVu Sans Mono",Menlo,monospace;text-align:left}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:4px 18px;margin:0 0 12px;padding:14px 16px;font-size:.85rem}
 dt{color:var(--muted)}dd{margin:0;overflow-wrap:anywhere;white-space:pre-wrap}
 .panel{padding:12px 16px;margin-bottom:12px}.panel>details:first-child{margin-top:0}
@@ -79,7 +79,7 @@ padding:5px 9px;font-size:.78rem;line-height:1.4;white-space:pre;font-variant-nu
 .cross{stroke:var(--muted);stroke-width:1;pointer-events:none}
 .dot{pointer-events:none;stroke:var(--card);stroke-width:1.5}
 @media (min-width:860px){.two{display:grid;grid-template-columns:1fr 1fr;gap:12px}.two figure{margin:0}
-.two .tick{font-size:15px}}
+.two .tick{font-size:17px}.two .line{stroke-width:2.4}.two .faint{stroke-width:1.4}}
 @media (max-width:560px){main{padding:16px 10px 32px}figure{padding:12px 10px}.tick{font-size:17px}
 .cards{grid-template-columns:repeat(2,1fr)}.card{padding:8px 10px}.card strong{font-size:1.1rem}
 dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:8px}}

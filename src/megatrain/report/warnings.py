@@ -1,17 +1,14 @@
 """What somebody who looks at a run should know first."""
 
-import math
-
 import numpy as np
 
 from megatrain.report.folder import Run
 from megatrain.report.metrics import number
-from megatrain.report.numbers import percent
+from megatrain.report.numbers import percent, several
 
 _MUCH_EXPOSED = 0.2
 _MUCH_SLOWER = 1.5
 _EXPOSED = ("weights", "inputs", "gradients")  # weights includes the wait for the optimizer
-UNSETTLED_STEPS = 3  # the first ones record the order of units and warm caches
 
 
 def warnings_of(run: Run) -> list[str]:
@@ -25,7 +22,7 @@ def _lines(run: Run) -> list[str]:
     if metrics.torn:
         found.append("metrics.jsonl: the last line was not written to its end, and is left out.")
     if metrics.unreadable_lines:
-        found.append(f"metrics.jsonl: {metrics.unreadable_lines:,} lines cannot be read, and are left out.")
+        found.append(f"metrics.jsonl: {several(metrics.unreadable_lines, 'line')} cannot be read, and left out.")
     if not metrics.lines:
         found.append("metrics.jsonl has no steps.")
     steps = metrics.series("step").steps
@@ -33,7 +30,7 @@ def _lines(run: Run) -> list[str]:
         distances = np.diff(steps)
         holes = int((distances > 1.5 * np.median(distances)).sum())
         if holes:
-            found.append(f"Steps are missing at {holes:,} places; lines of the charts break there.")
+            found.append(f"Steps are missing at {several(holes, 'place')}; lines of the charts break there.")
     if run.ledger is not None and run.ledger.torn_bytes:
         found.append("ledger.jsonl: the last line was not written to its end, and is left out.")
     return found
@@ -52,25 +49,28 @@ def _ending(run: Run) -> list[str]:
 def _losses(run: Run) -> list[str]:
     found = []
     for key, name in (("loss", "loss"), ("grad_norm", "gradient norm")):
-        lines = [line for line in run.metrics.lines if not math.isfinite(number(line.get(key)))]
-        if lines:
-            found.append(f"{len(lines):,} steps have no finite {name}, the first is step {lines[0]['step']:,}.")
+        series = run.metrics.series(key)
+        missing = series.steps[~np.isfinite(series.values)]
+        if len(missing):
+            found.append(
+                f"{several(len(missing), 'step')} without a finite {name}, the first is step {missing[0]:,.0f}."
+            )
     return found
 
 
 def _speed(run: Run) -> list[str]:
-    settled = run.metrics.lines[UNSETTLED_STEPS:]
-    seconds = sum(number(line.get("seconds")) for line in settled)
-    if not settled or not seconds > 0:
+    metrics = run.metrics
+    seconds = float(np.nansum(metrics.settled("seconds")))
+    if not seconds > 0:
         return []
     found = []
-    exposed = {k: sum(number(line.get(f"{k}_exposed_seconds")) for line in settled) / seconds for k in _EXPOSED}
-    share = sum(value for value in exposed.values() if math.isfinite(value))
+    exposed = {name: float(np.nansum(metrics.settled(f"{name}_exposed_seconds"))) / seconds for name in _EXPOSED}
+    share = sum(exposed.values())
     if share > _MUCH_EXPOSED:
-        most = max(exposed, key=lambda name: exposed[name] if math.isfinite(exposed[name]) else 0.0)
+        most = max(exposed, key=lambda name: exposed[name])
         found.append(f"Computation stood still for {percent(share)} of the time, most of it for {most}.")
     predicted = number((run.plan or {}).get("step_seconds"))
-    median = float(np.median([number(line.get("seconds")) for line in settled]))
+    median = metrics.usual("seconds")
     if predicted > 0 and median > _MUCH_SLOWER * predicted:
         found.append(f"Steps took {median / predicted:.1f} times as long as planned.")
     return found
