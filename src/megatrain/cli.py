@@ -348,7 +348,7 @@ def _generate(known: argparse.Namespace) -> int:
 
 
 def _export(known: argparse.Namespace) -> int:
-    from megatrain.train.generate import export
+    from megatrain.train.export import export
 
     export(known.run, known.out, dtype=known.dtype)
     print(f"wrote {known.out}")
