@@ -170,6 +170,14 @@ def test_a_run_with_one_step(tmp_path: Path) -> None:
     assert "The run ended at step 1 of 40." in text_of(run)
 
 
+def test_a_run_that_an_evaluation_ended(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=10)
+    assert ">ended early<" in page_of(run) and "ended at step 10 of 40" in page_of(run)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    write_lines(run / "metrics.jsonl", [*lines[:-1], lines[-1] | {"enough": True}])
+    assert ">complete: no more improvement<" in page_of(run) and "ended at step" not in page_of(run)
+
+
 def test_a_run_without_any_step(run: Path) -> None:
     (run / "metrics.jsonl").write_text("")
     assert "metrics.jsonl has no steps." in text_of(run)

@@ -59,6 +59,12 @@ class Run:
         return history.beginnings[-1][1] if history is not None and history.beginnings else None
 
     @property
+    def had_enough(self) -> bool:
+        """Ended by an evaluation that saw no improvement any more."""
+        evaluations = self.metrics.evaluations
+        return bool(evaluations) and evaluations[-1].get("enough") is True
+
+    @property
     def total_steps(self) -> int | None:
         """That were meant to be done; None where that depends on the data."""
         return None if self.config is None else self.config.planned_steps

@@ -42,6 +42,8 @@ def _status(run: Run) -> tuple[str, str]:
         return (f"step {done:,}" if total is None else f"step {done:,} of {total:,}"), "plain"
     if history.end is None:
         return "no end recorded", "bad"
+    if run.had_enough:
+        return "complete: no more improvement", "good"
     return ("ended early", "bad") if total is not None and done < total else ("complete", "good")
 
 
