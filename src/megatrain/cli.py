@@ -102,6 +102,11 @@ def _dispatch(arguments: list[str], environment: dict[str, str]) -> int:
         return _export(known)
     if known.command == "init":
         return _init(known)
+    if known.command == "report":
+        from megatrain.report.page import write_report
+
+        print(f"wrote {write_report(known.run, known.output)}")
+        return DONE
     if known.command == "verify":
         from megatrain.trust.verify import verify
 
@@ -169,6 +174,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", type=_path, metavar="RUN", help="a run's folder or a transformers folder")
     export.add_argument("out", type=_path, metavar="OUT", help="a new folder")
     export.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    report = commands.add_parser(
+        "report", help="show a run as one HTML page that needs nothing else", allow_abbrev=False
+    )
+    report.add_argument("run", type=_path, metavar="RUN", help="a run's folder")
+    report.add_argument("--output", type=_path, metavar="FILE", help="default: report.html in RUN")
     _add_trust(commands)
     commands.add_parser("config", help="print every key, its default and its meaning")
     doctor = commands.add_parser(
@@ -390,7 +400,7 @@ def _generate(known: argparse.Namespace) -> int:
 
 
 def _export(known: argparse.Namespace) -> int:
-    from megatrain.train.generate import export
+    from megatrain.train.export import export
 
     export(known.run, known.out, dtype=known.dtype)
     print(f"wrote {known.out}")

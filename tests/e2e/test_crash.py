@@ -137,7 +137,7 @@ def test_a_plan_that_cannot_be_written_costs_a_line_and_no_model(forked: ForkedR
     ended = forked.run("train", settings, "--output", str(forked.folder / "no-plan"), no_room_for="plan.json")
     assert ended.code == 0 and "plan.json': No space left on device" in ended.output, ended.output
     left = {path.name for path in (forked.folder / "no-plan").iterdir()}
-    assert left == {"config.yaml", "ledger.jsonl", "metrics.jsonl", "model"}
+    assert left == {"config.yaml", "ledger.jsonl", "metrics.jsonl", "model", "report.html"}
 
 
 @pytest.mark.parametrize("interrupted", [False, True])

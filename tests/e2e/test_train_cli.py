@@ -93,7 +93,10 @@ def test_a_run_learns_and_leaves_its_folder(finished: tuple[Path, str]) -> None:
         "metrics.jsonl",
         "ledger.jsonl",
         "model",
+        "report.html",
     }
+    page = (run / "report.html").read_text()
+    assert ">complete<" in page and "<strong>12</strong>" in page
     lines = metrics_of(run)
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert lines[-1]["loss"] < lines[0]["loss"] - 1

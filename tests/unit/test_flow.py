@@ -46,11 +46,15 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("model", "optim", "memory", "device", "engine"),
     },
     "data": {"errors", "sizes", "hub", "files", "private_files", "model.loading"},
+    "report": {
+        *("version", "errors", "sizes", "private_files", "yaml_file", "config"),
+        *("device.trace", "planner.hardware", "planner.placement", "checkpoint.folders", "trust"),
+    },
     "train": {
         *("errors", "sizes", "files", "private_files", "arguments", "yaml_file", "config", "config_kinds"),
-        *("data", "model", "optim", "memory", "device", "engine", "planner", "checkpoint", "trust", "losses"),
+        *("data", "model", "optim", "memory", "device", "engine", "planner", "checkpoint", "trust", "losses", "report"),
     },
-    "cli": {"version", "errors", "sizes", "arguments", "config", "config_kinds", "train", "doctor", "trust"},
+    "cli": {"version", "errors", "sizes", "arguments", "config", "config_kinds", "train", "doctor", "trust", "report"},
     "__main__": {"cli"},
     # the package itself: its public names
     "": {"version", "errors", "losses", "engine.engine", "optim.adamw", "trainers.mixin"},

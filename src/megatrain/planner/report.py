@@ -57,6 +57,7 @@ def plan_json(plan: Plan, tokens: int | None = None) -> dict[str, Any]:
         "tokens_per_step": plan.tokens,
         "model_flops": plan.flops.model,
         "hardware_flops": plan.flops.hardware,
+        "matmul_flops": plan.hardware.matmul_flops,
         "hardware": plan.hardware.name,
         "hardware_sources": dict(plan.hardware.sources),
         "remedies": [

@@ -1,15 +1,12 @@
-"""Text from a trained model, and trained models into folders of their own."""
+"""Text from a trained model."""
 
 import logging
-import os
-from pathlib import Path
 from typing import Any
 
 from megatrain.data.tokenizer import load_tokenizer
 from megatrain.errors import ConfigError
 from megatrain.sizes import format_bytes
-from megatrain.train.processor import with_processor_files
-from megatrain.train.run_folder import check_writable, model_folder
+from megatrain.train.run_folder import model_folder
 
 _WEIGHTS_SHARE = 0.8  # of a GPU's free memory; the rest is for keys, values and activations
 _log = logging.getLogger(__name__)
@@ -99,35 +96,3 @@ def _check_length(prompt_tokens: int, max_new_tokens: int, positions: int) -> No
             f"max-new-tokens is {max_new_tokens}; the model has {positions} positions and the prompt {prompt_tokens} "
             f"tokens, so it must be at most {most}"
         )
-
-
-def export(run: str, out: str, *, dtype: str = "bf16") -> None:
-    """Write the model of `run` (a run's folder or a model's) to `out`, a new transformers folder in `dtype`.
-
-    The tokenizer comes along where there is one. Raises ConfigError where `run` holds no model, or `out` is
-    not empty, inside the model's folder, or cannot be written.
-    """
-    import torch
-
-    from megatrain.model.loading import load_config, load_pretrained
-    from megatrain.model.saving import save_model
-
-    target, source = Path(os.path.expanduser(out)), model_folder(run)
-    if os.path.exists(target) and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{out!r} exists already; give a new folder")
-    if os.path.isdir(source) and Path(os.path.realpath(source)) in Path(os.path.realpath(target)).parents:
-        raise ConfigError(f"{out!r} is inside the model's own folder, {source!r}; give a folder outside of it")
-    load_config(source)
-    check_writable(target, "OUT")
-    model = load_pretrained(source)
-    try:
-        tokenizer = with_processor_files(load_tokenizer(source), source)
-    except ConfigError:
-        tokenizer = None
-    save_model(
-        model,
-        target,
-        lambda _, parameter: parameter.detach(),
-        {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype],
-        tokenizer=tokenizer,
-    )

@@ -18,6 +18,7 @@ from megatrain.memory.arena import share_one_heap
 from megatrain.memory.limits import reset_peak_resident
 from megatrain.model.loading import one_line
 from megatrain.planner.plan import Plan
+from megatrain.report.page import REPORT_NAME, write_report
 from megatrain.sizes import format_bytes
 from megatrain.train import build
 from megatrain.train.checkpoints import RunCheckpoints
@@ -169,6 +170,7 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
             _say(f"warning: {result.skipped} steps had a gradient that was not finite and changed nothing")
         evaluation = _evaluate(config, engine, data, stop)
     engine.close()
+    _write_report(folder)
     folder.finish(complete=not result.interrupted)
     return RunResult(folder.path, result, evaluation, stop.requested, checkpoints.lost)
 
@@ -187,6 +189,14 @@ def _write_plan(folder: RunFolder, plan: Plan, outcome: dict[str, dict[str, floa
         write_plan(folder.plan, plan, outcome)
     except OSError as error:
         _log.warning("output: cannot write %r: %s", str(folder.plan), error.strerror)
+
+
+def _write_report(folder: RunFolder) -> None:
+    """No run fails for want of it: it can be made again."""
+    try:
+        write_report(folder.path, name=folder.final.name)
+    except Exception as error:
+        _log.warning("%s is not written: %s; megatrain report makes it", REPORT_NAME, one_line(error))
 
 
 def _facts(config: Config, corpora: build.Corpora, planner: "RunPlanner") -> dict[str, Any]:

@@ -11,6 +11,7 @@ from megatrain.checkpoint.folders import list_checkpoints
 from megatrain.config import Config, to_yaml
 from megatrain.errors import CapacityError, ConfigError
 from megatrain.model.folder_swap import is_leftover
+from megatrain.report.page import REPORT_NAME
 from megatrain.sizes import format_bytes
 from megatrain.train.folder_lock import FolderLock
 from megatrain.trust.ledger import LEDGER_NAME
@@ -18,7 +19,10 @@ from megatrain.trust.manifest import SIGNATURE_NAME
 
 CHECKPOINTS, _MODEL, _SETTINGS = "checkpoints", "model", "config.yaml"
 _OWN_FILES = frozenset(
-    {_SETTINGS, "metrics.jsonl", _MODEL, "plan.json", "trace.json", CHECKPOINTS, LEDGER_NAME, SIGNATURE_NAME}
+    {
+        *(_SETTINGS, "metrics.jsonl", _MODEL, "plan.json", "trace.json", CHECKPOINTS),
+        *(LEDGER_NAME, SIGNATURE_NAME, REPORT_NAME),
+    }
 )
 
 

@@ -1,0 +1,1 @@
+"""After a run: what its folder holds, as one page."""
