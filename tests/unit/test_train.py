@@ -26,8 +26,7 @@ from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS
 from megatrain.errors import CapacityError, ConfigError, MegaTrainError
 from megatrain.model.partition import ParameterSlot
 from megatrain.train import build, metrics
-from megatrain.train import evaluate as evaluation
-from megatrain.train.evaluate import evaluate
+from megatrain.train.evaluate import evaluate, stream_set
 from megatrain.train.folder_lock import FolderLock
 from megatrain.train.generate import _placed
 from megatrain.train.interrupt import StopOnInterrupt
@@ -39,6 +38,7 @@ from megatrain.train.profile import ProfiledEngine
 from megatrain.train.progress import BarProgress, LineProgress, show_progress
 from megatrain.train.run_folder import RunFolder, check_writable
 from megatrain.train.trial import try_out
+from megatrain.train.undisturbed import undisturbed
 
 FIELDS = [
     "step",
@@ -216,27 +216,30 @@ def test_evaluation_counts_every_byte_once() -> None:
     model.train()
     for length in range(2, 14):  # windows that fit exactly, and that do not
         stream = TokenStream(np.arange(length, dtype=np.uint16), utf8_bytes=2 * (length - 1))
-        found = evaluate(model, stream, seq_len=5, micro_batch=2)
-        assert found.target_tokens == length - 1
+        one = stream_set(stream, seq_len=5, micro_batch=2)
+        with undisturbed(model, torch.device("cpu")):
+            found = evaluate(model, one.batches(), utf8_bytes=one.utf8_bytes)
+        assert found is not None and found.target_tokens == length - 1
         assert found.loss == pytest.approx(math.log(16))
         assert found.bits_per_byte == pytest.approx(2.0)  # 4 bits per token of 2 bytes
+        assert found.perplexity == pytest.approx(16)
     assert model.training
 
 
 def test_an_interrupted_evaluation_measures_nothing() -> None:
-    class Interrupted(torch.nn.Module):
-        calls = 0
+    calls = []
 
+    class Interrupted(torch.nn.Module):
         def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
-            self.calls += 1
+            calls.append(input_ids)
             signal.raise_signal(signal.SIGINT)
             return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 16))
 
     model = Interrupted().train()
     stream = TokenStream(np.arange(30, dtype=np.uint16), utf8_bytes=30)
-    with StopOnInterrupt() as stop:
-        assert evaluate(model, stream, seq_len=5, micro_batch=1, stop=stop) is None
-    assert model.calls == 1 and model.training
+    with StopOnInterrupt() as stop, undisturbed(model, torch.device("cpu")):
+        assert evaluate(model, stream_set(stream, seq_len=5, micro_batch=1).batches(), stop=stop) is None
+    assert len(calls) == 1 and model.training
 
 
 def test_a_first_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
@@ -481,23 +484,18 @@ def test_text_is_made_on_a_gpu_that_has_room(free_bytes: int, where: str, monkey
 class OnAnotherDevice:
     """A model whose logits are not where its batches are."""
 
-    training = False
-
-    def eval(self) -> None:
-        pass
-
-    def train(self, _mode: bool) -> None:
-        pass
-
     def __call__(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
         return SimpleNamespace(logits=torch.empty(*input_ids.shape, 7, device="meta"))
 
 
 def test_labels_follow_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(
-        evaluation, "_summed_loss", lambda logits, labels: seen.append((logits.device, labels.device)) or 1.0
-    )
+
+    def cross_entropy(scores: torch.Tensor, wanted: torch.Tensor, **_: Any) -> torch.Tensor:
+        seen.append((scores.device, wanted.device))
+        return torch.zeros(())
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", cross_entropy)
     stream = TokenStream(np.arange(20, dtype=np.uint16) % 7, 40)
-    assert evaluate(OnAnotherDevice(), stream, seq_len=5, micro_batch=2) is not None
+    assert evaluate(OnAnotherDevice(), stream_set(stream, seq_len=5, micro_batch=2).batches()) is not None
     assert seen and all(where == (torch.device("meta"), torch.device("meta")) for where in seen)

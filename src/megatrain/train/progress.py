@@ -20,6 +20,9 @@ class Progress(Protocol):
     def update(self, line: dict[str, Any]) -> None:
         """Show a finished step, by its metrics line."""
 
+    def say(self, text: str) -> None:
+        """Print lines that stay."""
+
 
 class _Average:
     """A running mean that starts at its first value."""
@@ -73,6 +76,9 @@ class LineProgress:
             self._last_time = now
             print(f"step {line['step']}/{self._total_steps}  {text}", file=self._stream, flush=True)
 
+    def say(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
 
 class BarProgress:
     """For terminals: one bar that is redrawn."""
@@ -107,6 +113,10 @@ class BarProgress:
     def update(self, line: dict[str, Any]) -> None:
         """Redraw the bar."""
         self._bar.update(self._task, completed=line["step"], summary=self._summary.of(line))
+
+    def say(self, text: str) -> None:
+        """Above the bar."""
+        self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def show_progress(total_steps: int, stream: TextIO | None = None) -> Progress:

@@ -20,19 +20,21 @@ from megatrain.train import build
 from megatrain.train.checkpoints import RunCheckpoints
 from megatrain.train.determinism import determinism
 from megatrain.train.entries import begin_ledger, end_ledger, record_step
-from megatrain.train.evaluate import Evaluation, evaluate
+from megatrain.train.evaluate import EvalSet, Evaluation, stream_set
+from megatrain.train.held_out import HeldOut
 from megatrain.train.interrupt import StopOnInterrupt
+from megatrain.train.journal import Journal
+from megatrain.train.loggers import Loggers, check_installed
 from megatrain.train.loop import LoopResult, train
-from megatrain.train.metrics import MetricsFile
 from megatrain.train.model_settings import ModelSettings, Vocabulary, check_fit, read_model_settings
 from megatrain.train.planning import WatchedEngine, outcome_lines, write_plan
 from megatrain.train.profile import ProfiledEngine
 from megatrain.train.progress import show_progress
-from megatrain.train.resume import Resumed, check_data, check_settings, cut_metrics, find_checkpoint
+from megatrain.train.resume import Resumed, check_data, check_settings, cut_lines, find_checkpoint
 from megatrain.train.run_folder import RunFolder
+from megatrain.train.samples import Sampler, read_prompts
 from megatrain.train.trial import try_out
 from megatrain.trust.facts import run_facts
-from megatrain.trust.ledger import LedgerWriter
 from megatrain.trust.manifest import parent_of
 
 if TYPE_CHECKING:
@@ -45,17 +47,18 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left: its folder, how training went, the measure on data.eval where there is one.
+    """What a run left: its folder, how training went, the last measures on data.eval by set, where there are some.
 
     `interrupted`: by Ctrl-C, in training or in what follows it. `lost`: why what training ended with is no checkpoint
-    although it should be one.
+    although it should be one. `best`: the checkpoint that is there with the lowest loss on data.eval, and that loss.
     """
 
     folder: Path
     loop: LoopResult
-    evaluation: Evaluation | None
+    evaluations: dict[str, Evaluation]
     interrupted: bool
     lost: str | None = None
+    best: tuple[Path, float] | None = None
 
 
 def run(
@@ -74,6 +77,7 @@ def run(
     Raises ConfigError and CapacityError before anything is written, and most of them before the texts are read.
     """
     share_one_heap()  # before reading and measuring start threads
+    check_installed(config.train.log_to)
     folder = _open_folder(config, replace=replace, resume=resume)
     with closing(folder), determinism(config.train.deterministic):
         resumed = find_checkpoint(resume, folder.final, verify=verify)
@@ -106,14 +110,33 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
     where = engine.device.name
     kernels = f", {engine.kernels}" if engine.device.torch_device.type != "cpu" else ""
     _say(f"{settings.config.model_type} with {parameters:,} parameters, {engine.precision} on {where}{kernels}")
+    first_step, told = (0, {}) if resumed is None else (resumed.step, resumed.told.run)
+    sampler = _sampler(config, engine, tokenizer, data)
 
     with StopOnInterrupt() as stop, ExitStack() as stack:
+        held_out = HeldOut(
+            config.eval,
+            engine,
+            _eval_sets(config, data),
+            sampler=sampler,
+            first_step=first_step,
+            told=told.get("evaluation"),
+            stop=stop,
+        )
         folder.create(config)
-        first_step = 0 if resumed is None else resumed.step
-        cut_metrics(folder.metrics, first_step)
+        for path in (folder.metrics, folder.samples):
+            cut_lines(path, first_step, evaluated=held_out.loss_at(first_step) is not None)
         ledger = stack.enter_context(closing(begin_ledger(folder, config, engine, facts, resumed)))
+        loggers = Loggers(config.train.log_to, folder.path, config, first_step)
+        progress = show_progress(data.steps)
+        journal = stack.enter_context(Journal(folder, ledger, loggers, progress))
+        held_out.tell = journal.evaluated
         _write_plan(folder, plan)
+        engine.model.train()
         watched = WatchedEngine(engine)
+        profiled = ProfiledEngine(engine, profile_steps, data.steps, folder.trace) if profile_steps else None
+        if profiled is not None:
+            watched.wrap(profiled)
         checkpoints = RunCheckpoints(
             config.checkpoint,
             engine,
@@ -124,28 +147,46 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
             first_step=first_step,
             parent=None if resumed is None else parent_of(resumed.folder),
             ledger=ledger,
+            held_out=held_out,
         )
         try:
-            result = _train(config, engine, watched, data, folder, stop, profile_steps, checkpoints, ledger, first_step)
+            result = _train(
+                config,
+                watched,
+                data,
+                profiled,
+                metrics=journal,
+                progress=progress,
+                stop=stop,
+                first_step=first_step,
+                evaluations=held_out,
+                after_step=lambda done, last: checkpoints.after_step(done, last=last),
+                record=partial(record_step, ledger),
+            )
         except BaseException:
             if not folder.has_results:
                 folder.discard()  # there is nothing to keep
             raise
+        if journal.lost:
+            _say(f"warning: {folder.metrics} lacks {journal.lost} lines that could not be written")
         outcome = watched.outcome(plan)
         _write_plan(folder, plan, outcome)
         for line in (*outcome_lines(outcome), *filter(None, [checkpoints.summary()])):
             _say(line)
         if config.checkpoint.at_end:
             _save(engine, folder, tokenizer)
-        end_ledger(ledger, folder, engine, result.steps, saved=config.checkpoint.at_end)
+        try:
+            evaluations = _measure_at_end(held_out, result, stop)
+        finally:
+            end_ledger(ledger, folder, engine, result.steps, saved=config.checkpoint.at_end)
         if ledger.unwritten:
             _say(f"warning: {folder.ledger} lacks its last lines, which could not be written")
         if result.skipped:
             _say(f"warning: {result.skipped} steps had a gradient that was not finite and changed nothing")
-        evaluation = _evaluate(config, engine, data, stop)
     engine.close()
     folder.finish(complete=not result.interrupted)
-    return RunResult(folder.path, result, evaluation, stop.requested, checkpoints.lost)
+    best = checkpoints.best(folder.checkpoints)
+    return RunResult(folder.path, result, evaluations, stop.requested, checkpoints.lost, best)
 
 
 def _open_folder(config: Config, *, replace: bool, resume: str | None) -> RunFolder:
@@ -191,55 +232,49 @@ def _save(engine: "Engine", folder: RunFolder, tokenizer: Any) -> None:
     _say(f"saved {folder.model}")
 
 
-def _evaluate(config: Config, engine: "Engine", data: build.Data, stop: StopOnInterrupt) -> Evaluation | None:
-    """The measure on data.eval; None where there is none to take, or Ctrl-C ends it."""
-    if data.held_out is None or stop.requested:
-        return None
-    _say("measuring on held-out text")
+def _eval_sets(config: Config, data: build.Data) -> dict[str, EvalSet]:
+    """What is measured, by name."""
+    if data.held_out is None:
+        return {}
+    sizes = {"seq_len": config.data.seq_len, "micro_batch": config.engine.micro_batch}
+    return {"eval": stream_set(data.held_out, **sizes, max_tokens=config.eval.max_tokens)}
+
+
+def _sampler(config: Config, engine: "Engine", tokenizer: Any, data: build.Data) -> Sampler | None:
+    """Who lets the model write at evaluations; None where nothing is wanted. Raises ConfigError."""
+    prompts = read_prompts(config.eval.prompts, tokenizer, data.held_out)
+    return Sampler(config.eval, engine.model, tokenizer, prompts, seed=config.train.seed) if prompts else None
+
+
+def _measure_at_end(held_out: HeldOut, result: LoopResult, stop: StopOnInterrupt) -> dict[str, Evaluation]:
+    """The measures on data.eval; none where there are none to take, or Ctrl-C ends it."""
+    if not held_out.has_sets or stop.requested:
+        return {}
+    if held_out.loss_at(result.steps) is None:
+        _say("measuring on held-out text")
     stop.promise = "ending the measurement; the run is kept"
-    seq_len, micro_batch = config.data.seq_len, config.engine.micro_batch
-    evaluation = evaluate(engine.model, data.held_out, seq_len=seq_len, micro_batch=micro_batch, stop=stop)
-    if evaluation is None:
+    evaluations = held_out.at_end(result.steps)
+    if not evaluations:
         _say("held-out text: not measured, interrupted")
-    return evaluation
+    return evaluations
 
 
 def _train(
-    config: Config,
-    engine: "Engine",
-    watched: WatchedEngine,
-    data: build.Data,
-    folder: RunFolder,
-    stop: StopOnInterrupt,
-    profile_steps: int,
-    checkpoints: RunCheckpoints,
-    ledger: LedgerWriter,
-    first_step: int,
+    config: Config, watched: WatchedEngine, data: build.Data, profiled: ProfiledEngine | None, **others: Any
 ) -> LoopResult:
-    engine.model.train()
-    profiled = ProfiledEngine(engine, profile_steps, data.steps, folder.trace) if profile_steps else None
-    if profiled is not None:
-        watched.wrap(profiled)
-    with MetricsFile(folder.metrics) as metrics:
-        result = train(
-            watched,
-            batches_of=build.batches_of(config, data),
-            learning_rate_of=build.learning_rate_of(config, data),
-            total_steps=data.steps,
-            metrics=metrics,
-            progress=show_progress(data.steps),
-            stop=stop,
-            log_every=config.train.log_every,
-            first_step=first_step,
-            after_step=lambda done, last: checkpoints.after_step(done, last=last),
-            record=partial(record_step, ledger),
-        )
-        if metrics.lost:
-            _say(f"warning: {folder.metrics} lacks {metrics.lost} lines that could not be written")
+    """`others`: of the loop."""
+    result = train(
+        watched,
+        batches_of=build.batches_of(config, data),
+        learning_rate_of=build.learning_rate_of(config, data),
+        total_steps=data.steps,
+        log_every=config.train.log_every,
+        **others,
+    )
     if profiled is not None:
         profiled.finish()
         if profiled.written:
-            _say(f"wrote {folder.trace}; open it in ui.perfetto.dev")
+            _say(f"wrote {profiled.path}; open it in ui.perfetto.dev")
     return result
 
 

@@ -17,6 +17,7 @@ from megatrain.trust.ledger import LEDGER_NAME
 
 CHECKPOINTS, _MODEL, _SETTINGS = "checkpoints", "model", "config.yaml"
 _OWN_FILES = frozenset({_SETTINGS, "metrics.jsonl", _MODEL, "plan.json", "trace.json", CHECKPOINTS, LEDGER_NAME})
+_OWN_FILES |= {"samples.jsonl", "tensorboard", "wandb"}
 
 
 def model_folder(path: str) -> str:
@@ -92,6 +93,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def samples(self) -> Path:
+        """What the model wrote at evaluations."""
+        return self.path / "samples.jsonl"
+
+    @property
     def ledger(self) -> Path:
         """The account of what the run did that `megatrain audit` checks."""
         return self.path / LEDGER_NAME
@@ -147,6 +153,7 @@ class RunFolder:
         began = not self.checkpoints.exists()  # else the ledger tells where those come from
         for file in (self.path / _SETTINGS, self.plan, self.metrics, *([self.ledger] if began else [])):
             file.unlink(missing_ok=True)
+        self.samples.unlink(missing_ok=True)
         self._lock.release()
         files.remove_empty(self._made)
 
