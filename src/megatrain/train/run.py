@@ -3,13 +3,17 @@
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from megatrain.config import Config, to_yaml
+from megatrain.device.base import streams
 from megatrain.errors import MegaTrainError
 from megatrain.memory.arena import share_one_heap
 from megatrain.memory.limits import reset_peak_resident
@@ -26,15 +30,18 @@ from megatrain.train.interrupt import StopOnInterrupt
 from megatrain.train.journal import Journal
 from megatrain.train.loggers import Loggers, check_installed
 from megatrain.train.loop import LoopResult, train
+from megatrain.train.metrics import StepStats
 from megatrain.train.model_settings import ModelSettings, Vocabulary, check_fit, read_model_settings
 from megatrain.train.planning import WatchedEngine, outcome_lines, write_plan
 from megatrain.train.profile import ProfiledEngine
-from megatrain.train.progress import show_progress
+from megatrain.train.progress import Progress, show_progress
 from megatrain.train.resume import Resumed, check_data, check_settings, cut_lines, find_checkpoint
 from megatrain.train.run_folder import RunFolder
 from megatrain.train.samples import Sampler, read_prompts
 from megatrain.train.trial import try_out
+from megatrain.train.watch import Watch, all_watchers
 from megatrain.trust.facts import run_facts
+from megatrain.trust.ledger import LedgerWriter
 from megatrain.trust.manifest import parent_of
 
 if TYPE_CHECKING:
@@ -98,7 +105,8 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
     data = build.build_data(config, corpora, tokenizer)
     _say(
         f"{data.sequences.size:,} tokens of {format_bytes(data.train_bytes)} text, vocabulary of "
-        f"{len(tokenizer):,}; {data.steps:,} steps of {config.tokens_per_step:,} tokens"
+        f"{len(tokenizer):,}; {data.steps:,} steps of {config.tokens_per_step:,} tokens, "
+        f"{data.steps * config.tokens_per_step / data.sequences.size:.3g} passes"
     )
     plan = planner.plan()  # with the text in memory
     facts = _facts(config, corpora, planner)
@@ -161,7 +169,7 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
                 first_step=first_step,
                 evaluations=held_out,
                 after_step=lambda done, last: checkpoints.after_step(done, last=last),
-                record=partial(record_step, ledger),
+                record=partial(_record, ledger, _watch(config, engine, data, first_step, progress)),
             )
         except BaseException:
             if not folder.has_results:
@@ -220,6 +228,25 @@ def _prepare_model(config: Config, folder: RunFolder) -> tuple[ModelSettings, "A
     check_fit(settings, vocabulary, config)
     try_out(config, settings, vocabulary)
     return settings, *build.plan_training(config, settings, folder), tokenizer
+
+
+def _watch(config: Config, engine: "Engine", data: build.Data, first_step: int, progress: Progress) -> Watch:
+    """Who looks for what the user should know while the run goes on."""
+    watchers = all_watchers(
+        warmup_steps=config.schedule.warmup_steps,
+        passes_per_step=config.tokens_per_step / data.sequences.size,
+        first_step=first_step,
+        streaming=streams(engine.device),
+        device_memory=engine.device.memory_bytes if streams(engine.device) else None,
+    )
+    return Watch(watchers, progress.say)
+
+
+def _record(
+    ledger: LedgerWriter, watch: Watch, step: int, batches: Sequence[dict[str, Tensor]], lr: float, stats: StepStats
+) -> None:
+    record_step(ledger, step, batches, lr, stats)
+    watch.see(step, batches, lr, stats)
 
 
 def _save(engine: "Engine", folder: RunFolder, tokenizer: Any) -> None:
