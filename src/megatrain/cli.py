@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from megatrain.arguments import OneLineParser
 from megatrain.config import describe, load_config
@@ -64,7 +64,7 @@ def _main(argv: Sequence[str] | None) -> int:
 @contextlib.contextmanager
 def _own_warnings() -> Iterator[None]:
     """This package's warnings on standard error; what other libraries log is their own affair."""
-    handler = logging.StreamHandler()
+    handler = _ToStandardError()
     handler.setFormatter(logging.Formatter("megatrain: %(message)s"))
     logger = logging.getLogger("megatrain")
     logger.addHandler(handler)
@@ -72,6 +72,18 @@ def _own_warnings() -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
+
+
+class _ToStandardError(logging.StreamHandler):
+    """To what is standard error at the moment: while a progress bar is drawn, lines go above it."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _given: TextIO) -> None:
+        pass
 
 
 def _dispatch(arguments: list[str], environment: dict[str, str]) -> int:

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -181,19 +182,80 @@ def test_first_interrupt_finishes_the_step(tmp_path: Path, capfd: pytest.Capture
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_progress_fits_the_stream() -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
-    assert isinstance(show_progress(3, io.StringIO()), LineProgress)
+
+@pytest.fixture
+def person(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """In front of a terminal."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for name in ("CI", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+STEP = {"step": 2, "loss": 1.5, "seconds": 2.0, "target_tokens": 100, "host_peak_bytes": 5e9}
+
+
+def drawn() -> str:
+    """What a terminal gets of one step and what is said after it."""
     stream = Terminal()
     bar = show_progress(3, stream)
     assert isinstance(bar, BarProgress)
-    line = {"step": 2, "loss": 1.5, "seconds": 2.0, "target_tokens": 100, "host_peak_bytes": 5e9}
     with bar:
-        bar.update(line)
-    assert "50 target tokens/s" in " ".join(stream.getvalue().split())
+        bar.update(STEP)
+        bar.say("step 2  eval: [bold]loss[/bold] 1.25")
+    return stream.getvalue()
+
+
+def test_progress_fits_the_stream(person: pytest.MonkeyPatch) -> None:
+    assert isinstance(show_progress(3, io.StringIO()), LineProgress)
+    shown = drawn()
+    assert "50 target tokens/s" in " ".join(shown.split())
+    assert "step 2  eval: [bold]loss[/bold] 1.25\n" in shown  # as it is, on a line of its own, above the bar
+    assert "\x1b[" in shown
+
+
+@pytest.mark.parametrize(("name", "value"), [("TERM", "dumb"), ("TERM", ""), ("CI", "true"), ("CI", "1")])
+def test_no_bar_where_nobody_looks_or_nothing_can_be_redrawn(name: str, value: str, person: pytest.MonkeyPatch) -> None:
+    person.setenv(name, value)
+    stream = Terminal()
+    progress = show_progress(3, stream)
+    with progress:
+        progress.update(STEP)
+        progress.say("two\nlines")
+    assert isinstance(progress, LineProgress) and stream.getvalue().endswith("\ntwo\nlines\n")
+    assert "\r" not in stream.getvalue() and "\x1b" not in stream.getvalue()
+
+
+def test_colour_is_a_choice(person: pytest.MonkeyPatch) -> None:
+    colours = re.compile(r"\x1b\[[0-9;]*3[0-9][0-9;]*m")
+    assert colours.search(drawn())
+    person.setenv("NO_COLOR", "1")
+    assert not colours.search(drawn())
+
+
+def test_what_comes_between_steps_counts_in_the_time_left() -> None:
+    now = [0.0]
+    stream = io.StringIO()
+    progress = LineProgress(10, stream, clock=lambda: now[0])
+    for step in range(1, 11):
+        now[0] += 20.0  # of which a step is a half
+        progress.update(STEP | {"step": step, "seconds": 10.0})
+    lines = stream.getvalue().splitlines()
+    assert lines[0].endswith("  20.0 s, 3 min 00 s left") and lines[4].endswith("  1 min 40 s, 1 min 40 s left")
+
+
+def test_a_long_run_is_told_of_less_often() -> None:
+    now = [0.0]
+    stream = io.StringIO()
+    progress = LineProgress(1_000_000, stream, clock=lambda: now[0])
+    for step in range(1, 20_001):  # two days
+        now[0] += 8.64
+        progress.update(STEP | {"step": step, "seconds": 8.64})
+    assert 500 < len(stream.getvalue().splitlines()) < 1000
 
 
 def test_plain_progress_is_throttled_by_time() -> None:
