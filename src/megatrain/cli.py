@@ -339,11 +339,12 @@ def _report(result: "RunResult") -> None:
     print(f"trained {result.loop.steps:,} steps")
     for name, one in result.evaluations.items():
         told = "held-out text" if len(result.evaluations) == 1 else f"held-out text {name}"
-        where = f"loss {one.loss:.3f}, perplexity {one.perplexity:,.2f} over {one.target_tokens:,} tokens"
+        over = f"over {one.target_tokens:,} tokens"
         if one.bits_per_byte is None:
-            print(f"{told}: {where}")
+            print(f"{told}: loss {one.loss:.3f}, perplexity {one.perplexity:,.2f} {over}")
         else:
-            print(f"{told}: {one.bits_per_byte:.3f} bits per byte ({where}, {one.utf8_bytes:,} bytes not trained on)")
+            whole = f"loss {one.loss:.3f} {over}, {one.utf8_bytes:,} bytes not trained on"
+            print(f"{told}: {one.bits_per_byte:.3f} bits per byte ({whole})")
     if result.best is not None:
         print(f"best checkpoint: {result.best[0]} (loss {result.best[1]:.4f})")
 
