@@ -60,6 +60,7 @@ class RunCheckpoints:
         self._settings, self._engine, self._folder = settings, engine, folder
         self._config, self._facts, self._tokenizer = config, facts, tokenizer
         self._saved_step, self._parent, self._ledger = first_step, parent, ledger
+        self._first_step = first_step
         self._held_out = held_out
         self._running: tuple[int, Save] | None = None
         self._sealed: Parent | None = None  # what the next one calls the one that is being saved
@@ -80,6 +81,7 @@ class RunCheckpoints:
         """`done` steps are; `last`: no other comes."""
         if self._running is not None and self._running[1].over:
             self._settle()
+        self._learn_first_loss()
         every, loss = self._settings.every, self._loss_at(done)
         due = every is not None and (last or done % every == 0 or keeps(self._losses, done, loss, self._kept))
         if due and done != self._saved_step:
@@ -87,6 +89,12 @@ class RunCheckpoints:
             self._begin(done)
         if last:
             self._settle()
+
+    def _learn_first_loss(self) -> None:
+        """Of the checkpoint that the run began with, where Ctrl-C came between saving and measuring it."""
+        found = {} if self._held_out is None else self._held_out.losses
+        if self._first_step in found and step_folder(self._folder, self._first_step).is_dir():
+            self._losses[self._first_step] = found[self._first_step]
 
     @property
     def _kept(self) -> int:
@@ -102,9 +110,8 @@ class RunCheckpoints:
         standing = None if self._held_out is None else self._held_out.standing
         if standing is None or not standing.of:
             return {"steps": done}
-        # of an earlier step where Ctrl-C came before it was measured, and after it was saved
-        if standing.step == done or step_folder(self._folder, standing.step).is_dir():
-            self._losses[standing.step] = standing.loss
+        if standing.step == done:
+            self._losses[done] = standing.loss
         return {"steps": done, "evaluation": evaluation_entry(asdict(standing), self._losses)}
 
     def _begin(self, done: int) -> None:

@@ -122,6 +122,7 @@ class HeldOut:
     ) -> None:
         self._settings, self._engine, self._sets = settings, engine, dict(sets)
         self._sampler, self._first_step, self._stop, self.tell = sampler, first_step, stop, tell
+        self.losses: dict[int, float] = {}  # by step, of what was measured here
         self.standing = Standing.read(" ".join(one.sha256 for one in self._sets.values()), told)
 
     # -- what the loop calls ----------------------------------------------------------------------------------
@@ -181,5 +182,6 @@ class HeldOut:
                 results[name] = found
             samples = self._sampler.write(self._stop) if self._sampler is not None else []
         self.standing = self.standing.after(step, results, self._settings.min_delta)
+        self.losses[step] = self.standing.loss
         seconds = time.perf_counter() - started
         self.tell(Measured(step, results, samples, seconds, self.standing.without, self.enough))

@@ -17,7 +17,8 @@ from megatrain.trust.ledger import LEDGER_NAME
 
 CHECKPOINTS, _MODEL, _SETTINGS = "checkpoints", "model", "config.yaml"
 _OWN_FILES = frozenset({_SETTINGS, "metrics.jsonl", _MODEL, "plan.json", "trace.json", CHECKPOINTS, LEDGER_NAME})
-_OWN_FILES |= {"samples.jsonl", "tensorboard", "wandb"}
+_OF_LOGGERS = frozenset({"tensorboard", "wandb"})
+_OWN_FILES |= _OF_LOGGERS | {"samples.jsonl"}
 
 
 def model_folder(path: str) -> str:
@@ -154,6 +155,8 @@ class RunFolder:
         for file in (self.path / _SETTINGS, self.plan, self.metrics, *([self.ledger] if began else [])):
             file.unlink(missing_ok=True)
         self.samples.unlink(missing_ok=True)
+        if began:
+            _remove(self.path / name for name in _OF_LOGGERS if (self.path / name).exists())
         self._lock.release()
         files.remove_empty(self._made)
 
