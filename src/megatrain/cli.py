@@ -13,13 +13,16 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from megatrain.arguments import OneLineParser
 from megatrain.config import describe, load_config
 from megatrain.config_kinds import DEVICE, PATH
 from megatrain.errors import CapacityError, ConfigError, MegaTrainError
 from megatrain.version import __version__
+
+if TYPE_CHECKING:
+    from megatrain.train.run import RunResult
 
 DONE, FAILED, WRONG, INTERRUPTED = 0, 1, 2, 130
 _DEMO_RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
@@ -61,7 +64,7 @@ def _main(argv: Sequence[str] | None) -> int:
 @contextlib.contextmanager
 def _own_warnings() -> Iterator[None]:
     """This package's warnings on standard error; what other libraries log is their own affair."""
-    handler = logging.StreamHandler()
+    handler = _ToStandardError()
     handler.setFormatter(logging.Formatter("megatrain: %(message)s"))
     logger = logging.getLogger("megatrain")
     logger.addHandler(handler)
@@ -69,6 +72,18 @@ def _own_warnings() -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
+
+
+class _ToStandardError(logging.StreamHandler):
+    """To what is standard error at the moment: while a progress bar is drawn, lines go above it."""
+
+    @property
+    def stream(self) -> TextIO:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _given: TextIO) -> None:
+        pass
 
 
 def _dispatch(arguments: list[str], environment: dict[str, str]) -> int:
@@ -170,10 +185,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-new-tokens", type=_at_least(1), default=200, metavar="N")
     generate.add_argument("--seed", type=_at_least(0), default=0, metavar="S")
     generate.add_argument("--temperature", type=_temperature, default=0.8, help="0: always the likeliest token")
+    _add_best(generate)
     export = commands.add_parser("export", help="write a run's model as a transformers folder", allow_abbrev=False)
     export.add_argument("run", type=_path, metavar="RUN", help="a run's folder or a transformers folder")
     export.add_argument("out", type=_path, metavar="OUT", help="a new folder")
     export.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    _add_best(export)
     report = commands.add_parser(
         "report", help="show a run as one HTML page that needs nothing else", allow_abbrev=False
     )
@@ -187,6 +204,13 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print one JSON object; null is unknown")
     commands.add_parser("bench", help="measure speed and memory", add_help=False)
     return parser
+
+
+def _add_best(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--best", action="store_true", help="of a run, the checkpoint with the lowest loss on data.eval, not the last"
+    )
+    command.add_argument("--no-verify", action="store_true", help="take a run's model without hashing its files")
 
 
 def _add_resume(train: argparse.ArgumentParser) -> None:
@@ -325,7 +349,7 @@ def _train(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     result = run(
         config, profile_steps=known.profile, resume=known.resume, force=known.force, verify=not known.no_verify
     )
-    _report(result.loop.steps, result.evaluation)
+    _report(result)
     print(f"run folder: {result.folder}")
     return _ended(result.lost)
 
@@ -336,7 +360,7 @@ def _demo(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     from megatrain.train.run import run
 
     result = run(config, replace=True, profile_steps=known.profile)
-    _report(result.loop.steps, result.evaluation)
+    _report(result)
     if result.interrupted or not config.checkpoint.at_end:
         print(f"run folder: {result.folder}")
         return _ended(result.lost)
@@ -374,22 +398,25 @@ def _own_command() -> str:
     return shlex.quote(str(script))
 
 
-def _report(steps: int, evaluation: object) -> None:
-    from megatrain.train.evaluate import Evaluation
-
-    print(f"trained {steps:,} steps")
-    if isinstance(evaluation, Evaluation):
-        print(
-            f"held-out text: {evaluation.bits_per_byte:.3f} bits per byte (loss {evaluation.loss:.3f} over "
-            f"{evaluation.target_tokens:,} tokens, {evaluation.utf8_bytes:,} bytes not trained on)"
-        )
+def _report(result: "RunResult") -> None:
+    print(f"trained {result.loop.steps:,} steps")
+    for name, one in result.evaluations.items():
+        told = "held-out text" if len(result.evaluations) == 1 else f"held-out text {name}"
+        over = f"over {one.target_tokens:,} tokens"
+        if one.bits_per_byte is None:
+            print(f"{told}: loss {one.loss:.3f}, perplexity {one.perplexity:,.2f} {over}")
+        else:
+            whole = f"loss {one.loss:.3f} {over}, {one.utf8_bytes:,} bytes not trained on"
+            print(f"{told}: {one.bits_per_byte:.3f} bits per byte ({whole})")
+    if result.best is not None:
+        print(f"best checkpoint: {result.best[0]} (loss {result.best[1]:.4f})")
 
 
 def _generate(known: argparse.Namespace) -> int:
     from megatrain.train.generate import generate
 
     texts = generate(
-        known.folder,
+        _model_of(known.folder, best=known.best, verify=not known.no_verify),
         [known.prompt],
         max_new_tokens=known.max_new_tokens,
         seed=known.seed,
@@ -402,9 +429,24 @@ def _generate(known: argparse.Namespace) -> int:
 def _export(known: argparse.Namespace) -> int:
     from megatrain.train.export import export
 
-    export(known.run, known.out, dtype=known.dtype)
+    export(_model_of(known.run, best=known.best, verify=not known.no_verify), known.out, dtype=known.dtype)
     print(f"wrote {known.out}")
     return DONE
+
+
+def _model_of(run: str, *, best: bool, verify: bool) -> str:
+    """Which folder is meant: `run`, or the model of its best checkpoint; `verify`: as the run has recorded it."""
+    from megatrain.train.best import best_checkpoint
+    from megatrain.train.run_folder import model_folder
+    from megatrain.trust.recorded import require_recorded_model
+
+    if best:
+        checkpoint, loss = best_checkpoint(run)
+        print(f"{checkpoint.name}, with loss {loss:.4f} on data.eval", file=sys.stderr)
+        run = str(checkpoint / "model")
+    if verify:
+        require_recorded_model(Path(os.path.abspath(model_folder(run))))
+    return run
 
 
 def _at_least(minimum: int) -> Callable[[str], int]:

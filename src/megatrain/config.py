@@ -25,12 +25,15 @@ from megatrain.config_kinds import (
     DEVICE,
     FORMAT,
     GROUPS,
+    LOGGERS,
     MAPPING,
     PATH,
     PATTERNS,
+    PROMPTS,
     RATIO,
     SEQUENCE_LENGTH,
     SOURCES,
+    TEMPERATURE,
     TEXT,
     Kind,
     WrongPartError,
@@ -104,7 +107,8 @@ class DataConfig:
         default=None,
         metadata=_about(
             or_null(SOURCES),
-            "held-out data, measured after training; stdlib: the files that data.train: stdlib leaves out",
+            "held-out data, measured after training and as `eval` says; stdlib: the files that data.train: stdlib "
+            "leaves out",
         ),
     )
     format: str = field(
@@ -263,6 +267,14 @@ class TrainConfig:
         ),
     )
     log_every: int = field(default=1, metadata=_about(whole(1), "steps between two lines of metrics.jsonl"))
+    log_to: tuple[str, ...] = field(
+        default=(),
+        metadata=_about(
+            LOGGERS,
+            "who is told what metrics.jsonl holds, too: tensorboard (files in <output>/tensorboard), wandb (Weights & "
+            "Biases, in its own library's settings; WANDB_MODE=offline for no network)",
+        ),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,6 +384,14 @@ class CheckpointConfig:
         default=True,
         metadata=_about(BOOL, "save the model to <output>/model when training ends or is interrupted"),
     )
+    keep_best: int = field(
+        default=1,
+        metadata=_about(
+            whole(0),
+            "checkpoints with the lowest loss on data.eval that stay besides; where eval.every and checkpoint.every "
+            "are given, each evaluation that is among them saves one; 0: none",
+        ),
+    )
     key_file: str | None = field(
         default=None,
         metadata=_about(
@@ -379,6 +399,42 @@ class CheckpointConfig:
             "file of 32 random bytes, private to you, to seal the state files of checkpoints with (weights stay plain; "
             "pip install 'megatrain[encryption]'); null: not sealed",
         ),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """What is measured on data.eval while training goes on, which changes no bit of it."""
+
+    every: int | None = field(
+        default=None, metadata=_about(or_null(whole(1)), "steps between evaluations; null: one, at the end")
+    )
+    at_start: bool = field(default=False, metadata=_about(BOOL, "evaluate before the first step, too"))
+    max_tokens: int | None = field(
+        default=None,
+        metadata=_about(or_null(whole(1)), "tokens of data.eval that are measured, the first ones; null: all"),
+    )
+    prompts: int | tuple[Any, ...] = field(
+        default=0,
+        metadata=_about(
+            PROMPTS,
+            "what the model goes on from at each evaluation, into samples.jsonl: texts, or chats as lists of "
+            "{role, content}; a number: the beginnings of so many texts of data.eval",
+        ),
+    )
+    max_new_tokens: int = field(default=64, metadata=_about(whole(1), "tokens that it writes for each prompt, at most"))
+    temperature: float = field(
+        default=0.8,
+        metadata=_about(TEMPERATURE, "of these texts, drawn from train.seed; 0: always the likeliest token"),
+    )
+    patience: int | None = field(
+        default=None,
+        metadata=_about(
+            or_null(whole(1)), "evaluations in a row without a lower loss after which training ends; null: it does not"
+        ),
+    )
+    min_delta: float = field(
+        default=0.0, metadata=_about(AT_LEAST_0, "by how much the loss has to be lower to count for eval.patience")
     )
 
 
@@ -393,6 +449,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     output: str | None = field(
         default=None,
         metadata=_about(or_null(PATH), "folder of the run; null: runs/<name of the config file>"),
@@ -424,6 +481,7 @@ _SECTIONS: dict[str, type[Any]] = {
     "train": TrainConfig,
     "engine": EngineConfig,
     "checkpoint": CheckpointConfig,
+    "eval": EvalConfig,
 }
 
 
@@ -558,6 +616,18 @@ def _check_run(config: Config) -> None:
         raise ConfigError(f"train.steps: give exactly one of train.steps, train.epochs, train.tokens; given: {given}")
     if train.dpo_loss == "ipo" and train.dpo_label_smoothing:
         raise ConfigError(f"train.dpo_label_smoothing: {train.dpo_label_smoothing} is not for dpo_loss ipo; give 0")
+    _check_evaluation(config)
+
+
+def _check_evaluation(config: Config) -> None:
+    """Nothing is asked for that would silently not happen."""
+    given = config.eval
+    asked = {"every": given.every, "at_start": given.at_start, "prompts": given.prompts, "patience": given.patience}
+    for name, value in asked.items():
+        if value and config.data.eval is None:
+            raise ConfigError(f"eval.{name}: there is nothing to measure; give data.eval")
+    if given.patience is not None and given.every is None:
+        raise ConfigError("eval.patience: counts evaluations during training; give eval.every, too")
 
 
 def check_tokens_per_step(config: Config) -> None:

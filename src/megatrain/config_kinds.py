@@ -155,6 +155,41 @@ def _parse_columns(value: Any) -> dict[str, str]:
     return dict(value)
 
 
+def _parse_loggers(value: Any) -> tuple[str, ...]:
+    names = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if len(set(names)) != len(names) or not set(names) <= {"tensorboard", "wandb"}:
+        raise ValueError
+    return names
+
+
+def _parse_prompts(value: Any) -> int | tuple[Any, ...]:
+    if isinstance(value, (list, tuple)):
+        return tuple(_parse_prompt(prompt, f"[{number}]") for number, prompt in enumerate(value))
+    return int(whole(0).parse(value))
+
+
+def _parse_prompt(value: Any, place: str) -> Any:
+    """A text, or the messages of a chat."""
+    try:
+        if isinstance(value, (list, tuple)) and value:
+            return [_parse_message(message) for message in value]
+        return _parse_utf8(value)
+    except ValueError:
+        raise WrongPartError(place, value, "a text, or a list of messages {role, content}") from None
+
+
+def _parse_message(value: Any) -> dict[str, str]:
+    if not isinstance(value, Mapping) or set(value) != {"role", "content"}:
+        raise ValueError
+    return {name: _parse_utf8(text) for name, text in value.items()}
+
+
+def _parse_utf8(value: Any) -> str:
+    text = _parse_text(value)
+    text.encode()  # a ValueError where it cannot be written into a file
+    return text
+
+
 def _parse_betas(value: Any) -> tuple[float, float]:
     first, second = (FRACTION.parse(item) for item in value)
     return first, second
@@ -239,6 +274,9 @@ def _parse_device(value: Any) -> str:
 
 DEVICE = Kind("one of auto, cpu, cuda, cuda:0 (or another number), lagged", _parse_device)
 BYTES = Kind("a size such as 24GiB", _parse_size)
+LOGGERS = Kind("tensorboard, wandb, or a list of these", _parse_loggers)
+TEMPERATURE = real("0 or a number of at least 0.0001", lambda number: number == 0 or number >= 1e-4)
+PROMPTS = Kind("a whole number, or a list of texts and chats", _parse_prompts)
 PATTERNS = Kind("a regular expression, or a list of these", _parse_patterns)
 _GROUP_KINDS = {
     "match": PATTERNS,

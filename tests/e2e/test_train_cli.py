@@ -62,8 +62,10 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     )
 
 
-def metrics_of(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def metrics_of(run: Path, of: str = "loss") -> list[dict[str, Any]]:
+    """The lines of steps, or of evaluations."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if of in line]
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
@@ -104,6 +106,8 @@ def test_a_run_learns_and_leaves_its_folder(finished: tuple[Path, str]) -> None:
     settings = yaml.safe_load((run / "config.yaml").read_text())
     assert settings["train"]["seed"] == 3 and settings["output"] == "run"
     assert "bits per byte" in out and "trained 12 steps" in out
+    (evaluation,) = metrics_of(run, "eval")
+    assert evaluation["step"] == 12 and f"(loss {evaluation['eval']['loss']:.3f} over " in out
 
 
 def test_a_streamed_run_gives_the_same_model_and_a_timeline(finished: tuple[Path, str]) -> None:

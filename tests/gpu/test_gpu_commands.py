@@ -44,7 +44,8 @@ def trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[Path, s
 def test_training_and_its_evaluation(trained: tuple[Path, str]) -> None:
     folder, said = trained
     assert f"on {'lagged' if DRY else 'cuda'}" in said and "bits per byte" in said
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    *lines, evaluation = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert evaluation["step"] == 8 and evaluation["eval"]["bits_per_byte"] > 0
     assert lines[-1]["loss"] < lines[0]["loss"] and lines[-1]["h2d_bytes"] > 0
     assert json.loads((folder / "trace.json").read_text())["traceEvents"]
     assert (folder / "model" / "model.safetensors").exists()

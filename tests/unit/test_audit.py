@@ -479,3 +479,19 @@ def test_a_signed_run_goes_on(run: Path, finished: Path) -> None:
     (run / "model.sig").write_text("of the run as it was")
     longer = ["--train.steps", "6", "--output", str(run), "--resume", "auto"]
     assert cli.main(["train", str(finished / "settings.yaml"), *longer]) == cli.DONE
+
+
+def test_changed_weights_are_not_exported_nor_trained_on(
+    run: Path, finished: Path, tmp_path: Path, capsys: Output
+) -> None:
+    for folder, more in ((run / "model", run), (checkpoint(run, 5) / "model", checkpoint(run, 5))):
+        flip(folder)
+        assert cli.main(["export", str(more), str(tmp_path / "out")]) == cli.FAILED
+        assert "model.safetensors: expected sha256" in capsys.readouterr().err
+        assert cli.main(["generate", str(more), "--prompt", "x", "--max-new-tokens", "1"]) == cli.FAILED
+        capsys.readouterr()
+        settings = [str(finished / "settings.yaml"), "--output", str(tmp_path / "next")]
+        given = ["--model.path", str(more), "--model.config=null", "--model.tokenizer=null"]
+        assert cli.main(["train", *settings, *given]) == cli.FAILED
+        assert "--no-verify takes it as it is" in capsys.readouterr().err and not (tmp_path / "next").exists()
+    assert cli.main(["export", str(run), str(tmp_path / "out"), "--no-verify"]) == cli.DONE

@@ -285,3 +285,51 @@ def test_description_names_every_key_with_its_default() -> None:
 def test_demo_settings_are_valid() -> None:
     demo = Path(__file__).parents[2] / "src" / "megatrain" / "recipes" / "demo.yaml"
     assert load_config(demo).data.eval == ("stdlib",)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"every": 10}, "eval.every: there is nothing to measure; give data.eval"),
+        ({"at_start": True}, "eval.at_start: there is nothing to measure; give data.eval"),
+        ({"prompts": ["a"]}, "eval.prompts: there is nothing to measure; give data.eval"),
+    ],
+)
+def test_nothing_is_evaluated_without_text(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{said}$"):
+        parse_config(MINIMAL | {"eval": settings})
+    evaluated = MINIMAL | {"data": {**MINIMAL["data"], "eval": "stdlib"}}  # type: ignore[dict-item]
+    assert parse_config(evaluated | {"eval": settings}).eval != parse_config(MINIMAL).eval
+
+
+def test_patience_counts_evaluations_during_training() -> None:
+    evaluated = MINIMAL | {"data": {**MINIMAL["data"], "eval": "stdlib"}}  # type: ignore[dict-item]
+    with pytest.raises(ConfigError, match=r"^eval.patience: counts evaluations during training; give eval.every, too$"):
+        parse_config(evaluated | {"eval": {"patience": 2}})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("eval.prompts", ["a", ""], "eval.prompts[1]: '' is wrong; expected a text, or a list of messages"),
+        ("eval.prompts", [[{"role": "user"}]], "eval.prompts[0]: [{'role': 'user'}] is wrong; expected a text, or"),
+        ("eval.prompts", -1, "eval.prompts: -1 is wrong; expected a whole number, or a list of texts and chats"),
+        ("eval.temperature", 1e-9, "eval.temperature: 1e-09 is wrong; expected 0 or a number of at least 0.0001"),
+        ("train.log_to", "tensorbord", "train.log_to: 'tensorbord' is wrong; expected tensorboard, wandb, or a list"),
+        ("train.log_to", ["wandb", "wandb"], "train.log_to: ['wandb', 'wandb'] is wrong; expected tensorboard, wandb"),
+        ("checkpoint.keep_best", -1, "checkpoint.keep_best: -1 is wrong; expected a whole number of at least 0"),
+    ],
+)
+def test_what_is_wrong_with_evaluations_and_loggers_is_named(key: str, value: Any, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(with_key(key, value))
+    assert str(caught.value).startswith(said)
+
+
+def test_prompts_are_read_back_as_they_were(tmp_path: Path) -> None:
+    prompts = ["a: b", [{"role": "user", "content": "c\nd"}]]
+    settings = with_key("eval.prompts", prompts)
+    settings["data"]["eval"] = "stdlib"
+    config = dataclasses.replace(parse_config(settings), output="here")
+    assert config.eval.prompts == tuple(prompts)
+    assert load_config(write(tmp_path, to_yaml(config))) == config

@@ -311,7 +311,9 @@ def test_what_a_killed_save_left_is_removed_by_the_next_one_to_that_place(tmp_pa
 # -- the checkpoints of a run -----------------------------------------------------------------------------------------
 
 
-def run_checkpoints(engine: mt.Engine, folder: Path, first_step: int = 0, **settings: Any) -> RunCheckpoints:
+def run_checkpoints(
+    engine: mt.Engine, folder: Path, first_step: int = 0, held_out: Any = None, **settings: Any
+) -> RunCheckpoints:
     return RunCheckpoints(
         CheckpointConfig(**({"every": 1, "keep": 1} | settings)),
         engine,
@@ -322,6 +324,7 @@ def run_checkpoints(engine: mt.Engine, folder: Path, first_step: int = 0, **sett
         first_step=first_step,
         parent=None,
         ledger=LedgerWriter(Path(tempfile.mkdtemp()) / "ledger.jsonl"),
+        held_out=held_out,
     )
 
 

@@ -24,7 +24,7 @@ from megatrain.yaml_file import read_yaml
 often = settings(max_examples=100, deadline=10_000, suppress_health_check=list(HealthCheck))
 seldom = settings(often, max_examples=30)
 
-SECTIONS = ["model", "data", "optimizer", "schedule", "train", "engine", "checkpoint", "output"]
+SECTIONS = ["model", "data", "optimizer", "schedule", "train", "engine", "checkpoint", "eval", "output"]
 KEYS = [
     "path",
     "config",
@@ -49,6 +49,8 @@ KEYS += [
     "clip_norm",
     "match",
     "model_type",
+    "prompts",
+    "log_to",
 ]
 
 scalars = (

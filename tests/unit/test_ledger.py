@@ -109,7 +109,7 @@ def test_lines_that_are_gone_from_the_end_are_not_noticed_by_the_chain_alone(tmp
         ([START, {"kind": "end", "step": 1, "files": {}, "units": {}}], "the end after step 1 follows step 0"),
         ([START, {"kind": "end", "step": 0, "files": {}, "units": {}}, step_line(1)], "without a start or resume"),
         ([{**START, "more": 1}], "start holds config, engine, facts, units, and nothing else"),
-        ([{**START, "kind": "stop"}], "it is no entry of kind start, resume, step, checkpoint, end"),
+        ([{**START, "kind": "stop"}], "it is no entry of kind start, resume, step, checkpoint, evaluation, end"),
         ([{**START, "units": {"a": "0"}}], "units of start is {'a': '0'}"),
         ([START, {**step_line(1), "step": True}], "step of step is True"),
         ([START, {**step_line(1), "loss": 1}], "loss of step is 1"),

@@ -20,7 +20,7 @@ from megatrain.errors import ConfigError
 from megatrain.model.loading import initialise
 from megatrain.train import build
 from megatrain.train.data_command import data_command
-from megatrain.train.evaluate import evaluate
+from megatrain.train.evaluate import eval_set, evaluate
 from megatrain.train.model_settings import read_model_settings
 from megatrain.train.resume import settings_that_changed
 from megatrain.train.row_data import RowData, prepare_rows
@@ -356,7 +356,8 @@ def test_examples_are_measured_by_their_targets(chat_folder: Path, tmp_path: Pat
     config = tiny_config("llama")
     config.vocab_size = 288
     model = initialise(config, 0)
-    found = evaluate(model, examples, seq_len=64, micro_batch=2)
+    measured = eval_set(examples, seq_len=64, micro_batch=2)
+    found = evaluate(model, measured.batches(), utf8_bytes=measured.utf8_bytes)
     assert found is not None and found.utf8_bytes == examples.utf8_bytes
     nats = 0.0
     with torch.no_grad():
@@ -366,6 +367,9 @@ def test_examples_are_measured_by_their_targets(chat_folder: Path, tmp_path: Pat
             nats += torch.nn.functional.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum").item()
     assert found.target_tokens == examples.target_tokens
     assert found.loss == pytest.approx(nats / examples.target_tokens, rel=1e-6)
+    first = eval_set(examples, seq_len=64, micro_batch=2, max_tokens=int(examples.lengths[0]) + 1)
+    (batch,) = first.batches()
+    assert len(batch["input_ids"]) == 1 and first.utf8_bytes is None and first.sha256 != measured.sha256
 
 
 @pytest.mark.parametrize("packing", ["none", "best_fit"])

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,8 +27,7 @@ from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS
 from megatrain.errors import CapacityError, ConfigError, MegaTrainError
 from megatrain.model.partition import ParameterSlot
 from megatrain.train import build, metrics
-from megatrain.train import evaluate as evaluation
-from megatrain.train.evaluate import evaluate
+from megatrain.train.evaluate import eval_set, evaluate
 from megatrain.train.folder_lock import FolderLock
 from megatrain.train.generate import _placed
 from megatrain.train.interrupt import StopOnInterrupt
@@ -39,6 +39,7 @@ from megatrain.train.profile import ProfiledEngine
 from megatrain.train.progress import BarProgress, LineProgress, show_progress
 from megatrain.train.run_folder import RunFolder, check_writable
 from megatrain.train.trial import try_out
+from megatrain.train.undisturbed import undisturbed
 
 FIELDS = [
     "step",
@@ -182,19 +183,80 @@ def test_first_interrupt_finishes_the_step(tmp_path: Path, capfd: pytest.Capture
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_progress_fits_the_stream() -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
-    assert isinstance(show_progress(3, io.StringIO()), LineProgress)
+
+@pytest.fixture
+def person(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """In front of a terminal."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for name in ("CI", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+STEP = {"step": 2, "loss": 1.5, "seconds": 2.0, "target_tokens": 100, "host_peak_bytes": 5e9}
+
+
+def drawn() -> str:
+    """What a terminal gets of one step and what is said after it."""
     stream = Terminal()
     bar = show_progress(3, stream)
     assert isinstance(bar, BarProgress)
-    line = {"step": 2, "loss": 1.5, "seconds": 2.0, "target_tokens": 100, "host_peak_bytes": 5e9}
     with bar:
-        bar.update(line)
-    assert "50 target tokens/s" in " ".join(stream.getvalue().split())
+        bar.update(STEP)
+        bar.say("step 2  eval: [bold]loss[/bold] 1.25")
+    return stream.getvalue()
+
+
+def test_progress_fits_the_stream(person: pytest.MonkeyPatch) -> None:
+    assert isinstance(show_progress(3, io.StringIO()), LineProgress)
+    shown = drawn()
+    assert "50 target tokens/s" in " ".join(shown.split())
+    assert "step 2  eval: [bold]loss[/bold] 1.25\n" in shown  # as it is, on a line of its own, above the bar
+    assert "\x1b[" in shown
+
+
+@pytest.mark.parametrize(("name", "value"), [("TERM", "dumb"), ("TERM", ""), ("CI", "true"), ("CI", "1")])
+def test_no_bar_where_nobody_looks_or_nothing_can_be_redrawn(name: str, value: str, person: pytest.MonkeyPatch) -> None:
+    person.setenv(name, value)
+    stream = Terminal()
+    progress = show_progress(3, stream)
+    with progress:
+        progress.update(STEP)
+        progress.say("two\nlines")
+    assert isinstance(progress, LineProgress) and stream.getvalue().endswith("\ntwo\nlines\n")
+    assert "\r" not in stream.getvalue() and "\x1b" not in stream.getvalue()
+
+
+def test_colour_is_a_choice(person: pytest.MonkeyPatch) -> None:
+    colours = re.compile(r"\x1b\[[0-9;]*3[0-9][0-9;]*m")
+    assert colours.search(drawn())
+    person.setenv("NO_COLOR", "1")
+    assert not colours.search(drawn())
+
+
+def test_what_comes_between_steps_counts_in_the_time_left() -> None:
+    now = [0.0]
+    stream = io.StringIO()
+    progress = LineProgress(10, stream, clock=lambda: now[0])
+    for step in range(1, 11):
+        now[0] += 20.0  # of which a step is a half
+        progress.update(STEP | {"step": step, "seconds": 10.0})
+    lines = stream.getvalue().splitlines()
+    assert lines[0].endswith("  20.0 s, 3 min 00 s left") and lines[4].endswith("  1 min 40 s, 1 min 40 s left")
+
+
+def test_a_long_run_is_told_of_less_often() -> None:
+    now = [0.0]
+    stream = io.StringIO()
+    progress = LineProgress(1_000_000, stream, clock=lambda: now[0])
+    for step in range(1, 20_001):  # two days
+        now[0] += 8.64
+        progress.update(STEP | {"step": step, "seconds": 8.64})
+    assert 500 < len(stream.getvalue().splitlines()) < 1000
 
 
 def test_plain_progress_is_throttled_by_time() -> None:
@@ -217,27 +279,30 @@ def test_evaluation_counts_every_byte_once() -> None:
     model.train()
     for length in range(2, 14):  # windows that fit exactly, and that do not
         stream = TokenStream(np.arange(length, dtype=np.uint16), utf8_bytes=2 * (length - 1))
-        found = evaluate(model, stream, seq_len=5, micro_batch=2)
-        assert found.target_tokens == length - 1
+        one = eval_set(stream, seq_len=5, micro_batch=2)
+        with undisturbed(model, torch.device("cpu")):
+            found = evaluate(model, one.batches(), utf8_bytes=one.utf8_bytes)
+        assert found is not None and found.target_tokens == length - 1
         assert found.loss == pytest.approx(math.log(16))
         assert found.bits_per_byte == pytest.approx(2.0)  # 4 bits per token of 2 bytes
+        assert found.perplexity == pytest.approx(16)
     assert model.training
 
 
 def test_an_interrupted_evaluation_measures_nothing() -> None:
-    class Interrupted(torch.nn.Module):
-        calls = 0
+    calls = []
 
+    class Interrupted(torch.nn.Module):
         def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
-            self.calls += 1
+            calls.append(input_ids)
             signal.raise_signal(signal.SIGINT)
             return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 16))
 
     model = Interrupted().train()
     stream = TokenStream(np.arange(30, dtype=np.uint16), utf8_bytes=30)
-    with StopOnInterrupt() as stop:
-        assert evaluate(model, stream, seq_len=5, micro_batch=1, stop=stop) is None
-    assert model.calls == 1 and model.training
+    with StopOnInterrupt() as stop, undisturbed(model, torch.device("cpu")):
+        assert evaluate(model, eval_set(stream, seq_len=5, micro_batch=1).batches(), stop=stop) is None
+    assert len(calls) == 1 and model.training
 
 
 def test_a_first_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
@@ -482,23 +547,18 @@ def test_text_is_made_on_a_gpu_that_has_room(free_bytes: int, where: str, monkey
 class OnAnotherDevice:
     """A model whose logits are not where its batches are."""
 
-    training = False
-
-    def eval(self) -> None:
-        pass
-
-    def train(self, _mode: bool) -> None:
-        pass
-
     def __call__(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
         return SimpleNamespace(logits=torch.empty(*input_ids.shape, 7, device="meta"))
 
 
 def test_labels_follow_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(
-        evaluation, "_summed_loss", lambda logits, labels: seen.append((logits.device, labels.device)) or 1.0
-    )
+
+    def cross_entropy(scores: torch.Tensor, wanted: torch.Tensor, **_: Any) -> torch.Tensor:
+        seen.append((scores.device, wanted.device))
+        return torch.zeros(())
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", cross_entropy)
     stream = TokenStream(np.arange(20, dtype=np.uint16) % 7, 40)
-    assert evaluate(OnAnotherDevice(), stream, seq_len=5, micro_batch=2) is not None
+    assert evaluate(OnAnotherDevice(), eval_set(stream, seq_len=5, micro_batch=2).batches()) is not None
     assert seen and all(where == (torch.device("meta"), torch.device("meta")) for where in seen)

@@ -5,6 +5,7 @@ removed.
 """
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from megatrain import files
@@ -51,13 +52,14 @@ def remove(checkpoint: Path) -> None:
     files.remove_tree(hidden)
 
 
-def retain(folder: Path, keep: int | None) -> None:
-    """Remove all but the last `keep`, which is at least one; None: none is removed. Raises OSError where one that had
-    to go is still there."""
+def retain(folder: Path, keep: int | None, also: Collection[int] = ()) -> None:
+    """Remove all but the last `keep`, which is at least one, and those of the steps `also`; None: none is removed.
+    Raises OSError where one that had to go is still there."""
     _remove_named(folder, _REMOVED)  # what could not be removed before may go now
     if keep is not None:
         for checkpoint in list_checkpoints(folder)[: -max(1, keep)]:
-            remove(checkpoint)
+            if step_of(checkpoint) not in also:
+                remove(checkpoint)
 
 
 def remove_leftovers(folder: Path) -> None:

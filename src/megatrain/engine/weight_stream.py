@@ -22,7 +22,7 @@ from megatrain.engine.device_slots import DeviceSlot, Fetch, UnitImage
 from megatrain.engine.host_thread import HostThread
 from megatrain.engine.saved_inputs import SavedInputs
 from megatrain.engine.updates import PendingUpdates
-from megatrain.engine.weights import FREE, STEP, Weights
+from megatrain.engine.weights import EVALUATION, FREE, STEP, Weights
 from megatrain.errors import CapacityError
 from megatrain.memory.checksum import SUMS_BYTES
 from megatrain.memory.store import ALL_UNITS_STRAY, HostStore
@@ -285,13 +285,14 @@ class WeightStream(Weights):
             )
 
     def _learn(self, walk: Walk) -> None:
-        """Keep the order of this kind of pass, what it needed, and allocate the slots for its schedule."""
+        """Keep the order of this kind of pass, what it needed, and allocate the slots for its schedule. An evaluation
+        makes do with those that training has: it keeps no inputs, so what it leaves free is not free in a step."""
         fixed = self._fixed_bytes
         wanted = slot_classes(self._streamed_bytes, walk.visits, self._per_class)
         memory = self._device.memory_bytes
         ahead = max(self.inputs.bytes_by_unit.values(), default=0)  # by schedule, inputs come back one visit earlier
         room = None if memory is None else memory - self._device.peak_bytes() - ahead
-        for group, slots in zip(self._slots, wanted, strict=True):
+        for group, slots in zip(self._slots, wanted, strict=True) if walk.kind != EVALUATION else ():
             room = self._grow(group, slots, room)
         self._orders[walk.kind] = Order(
             tuple(walk.visits),
@@ -303,7 +304,8 @@ class WeightStream(Weights):
             fixed,
             tuple(u for u in walk.small if u in self._ahead),
         )
-        self._schedules = {k: s for k, s in self._schedules.items() if k[0] != walk.kind}
+        # evaluations may follow one that was made for fewer slots
+        self._schedules = {k: s for k, s in self._schedules.items() if k[0] not in (walk.kind, EVALUATION)}
 
     def schedule_of(self, kind: str) -> Schedule | None:
         """What the next pass of this kind follows; None before the first. Made from the last recorded order, with

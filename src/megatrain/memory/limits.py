@@ -61,6 +61,11 @@ def resident_bytes(root: Path = _ROOT) -> int:
     return sum(part or 0 for part in parts)
 
 
+def swapped_bytes(root: Path = _ROOT) -> int:
+    """Of this process, on a disk; 0 where unknown."""
+    return read_fields(root / "proc/self/status").get("VmSwap", 0)
+
+
 def peak_resident_bytes(root: Path = _ROOT) -> int:
     """The most that was ever resident, or since `reset_peak_resident`; what is resident now where unknown."""
     peak = read_fields(root / "proc/self/status").get("VmHWM")

@@ -167,6 +167,15 @@ def _text_data(config: Config, texts: Mixture, tokenizer: Any, model_config: Any
     return Data(rows, total_steps(config, rows.count), stream.utf8_bytes, None)
 
 
+def passes_per_step(config: Config, data: Data) -> float:
+    """Of the data that a step takes, in epochs."""
+    sequences = config.tokens_per_step / config.data.seq_len
+    if data.pairs is not None:
+        return sequences / 2 / len(data.pairs)
+    assert data.rows is not None
+    return sequences / data.rows.count
+
+
 def batches_of(
     config: Config, data: Data, reference: Reference | None = None
 ) -> Callable[[int], list[dict[str, Tensor]]]:

@@ -8,10 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatrain import files
-from megatrain.checkpoint.folders import later_than, list_checkpoints, remove, remove_leftovers, retain, step_folder
+from megatrain.checkpoint.folders import (
+    later_than,
+    list_checkpoints,
+    remove,
+    remove_leftovers,
+    retain,
+    step_folder,
+    step_of,
+)
 from megatrain.config import CheckpointConfig
 from megatrain.errors import ConfigError, IntegrityError, MegaTrainError
 from megatrain.sizes import format_seconds
+from megatrain.train.best import evaluated_checkpoints, evaluation_entry, keeps, lowest, point_to
+from megatrain.train.held_out import HeldOut
 from megatrain.trust.ledger import LedgerWriter
 from megatrain.trust.manifest import Parent, write_manifest
 
@@ -30,7 +40,8 @@ class RunCheckpoints:
 
     `config`: the text of the run's config.yaml. `facts`: of every manifest. `first_step`: that the run goes on from,
     `parent`: the manifest that it began with. Checkpoints are entered in `ledger`, whose last line
-    each manifest records. `extra`: files that go into each, by name.
+    each manifest records. `extra`: files that go into each, by name. `held_out`: what is measured between steps; a
+    checkpoint is saved after each evaluation that is among the best ones, and says how evaluations stand.
     """
 
     def __init__(
@@ -46,11 +57,14 @@ class RunCheckpoints:
         parent: Parent | None,
         ledger: LedgerWriter,
         extra: Mapping[str, bytes] | None = None,
+        held_out: HeldOut | None = None,
     ) -> None:
         self._settings, self._engine, self._folder = settings, engine, folder
         self._config, self._facts, self._tokenizer = config, facts, tokenizer
         self._extra = extra or {}
         self._saved_step, self._parent, self._ledger = first_step, parent, ledger
+        self._first_step = first_step
+        self._held_out = held_out
         self._running: tuple[int, Save] | None = None
         self._sealed: Parent | None = None  # what the next one calls the one that is being saved
         self.lost: str | None = None  # why the last one that was due is not there
@@ -59,6 +73,10 @@ class RunCheckpoints:
         self.saved = self.failed = 0
         try:
             remove_leftovers(folder)
+            self._losses = {} if held_out is None else evaluated_checkpoints(folder, held_out.standing.of)
+            self._losses = {step: loss for step, loss in self._losses.items() if step <= first_step}
+            if folder.is_dir():
+                point_to(folder, self._losses)
         except OSError as error:
             raise ConfigError(f"output: cannot remove checkpoints in {str(folder)!r}: {error.strerror}") from None
         self._outlived = later_than(folder, first_step)
@@ -71,12 +89,38 @@ class RunCheckpoints:
         """`done` steps are; `last`: no other comes."""
         if self._running is not None and self._running[1].over:
             self._settle()
-        due = self._settings.every is not None and (last or done % self._settings.every == 0)
+        self._learn_first_loss()
+        every, loss = self._settings.every, self._loss_at(done)
+        due = every is not None and (last or done % every == 0 or keeps(self._losses, done, loss, self._kept))
         if due and done != self._saved_step:
             self._settle()
             self._begin(done)
         if last:
             self._settle()
+
+    def _learn_first_loss(self) -> None:
+        """Of the checkpoint that the run began with, where Ctrl-C came between saving and measuring it."""
+        found = {} if self._held_out is None else self._held_out.losses
+        if self._first_step in found and step_folder(self._folder, self._first_step).is_dir():
+            self._losses[self._first_step] = found[self._first_step]
+
+    @property
+    def _kept(self) -> int:
+        """How many of the best ones stay. What is measured only once has none."""
+        during = self._held_out is not None and self._held_out.measures_during_training
+        return self._settings.keep_best if during else 0
+
+    def _loss_at(self, step: int) -> float | None:
+        return None if self._held_out is None else self._held_out.loss_at(step)
+
+    def _told(self, done: int) -> dict[str, Any]:
+        """What a checkpoint says of the run."""
+        standing = None if self._held_out is None else self._held_out.standing
+        if standing is None or not standing.of:
+            return {"steps": done}
+        if standing.step == done:
+            self._losses[done] = standing.loss
+        return {"steps": done, "evaluation": evaluation_entry(asdict(standing), self._losses)}
 
     def _begin(self, done: int) -> None:
         stood = time.perf_counter()
@@ -84,7 +128,7 @@ class RunCheckpoints:
         try:
             save = self._engine.save(
                 target,
-                run={"steps": done},
+                run=self._told(done),
                 extra={"config.yaml": self._config.encode(), **self._extra},
                 tokenizer=self._tokenizer,
                 key_file=self._settings.key_file,
@@ -135,18 +179,29 @@ class RunCheckpoints:
         if self._sealed is not None:
             digest = self._sealed.manifest_sha256
             self._ledger.append("checkpoint", step=done, manifest_sha256=digest, units=save.unit_hashes)
+        best = lowest(self._losses, self._kept)
         try:
-            retain(self._folder, self._settings.keep)
+            retain(self._folder, self._settings.keep, best)
+            there = {step_of(path) for path in list_checkpoints(self._folder)}
+            self._losses = {step: loss for step, loss in self._losses.items() if step in there}
+            if self._kept:
+                point_to(self._folder, self._losses)
         except OSError as error:
             _log.warning("checkpoint: an old one in %s cannot be removed: %s", self._folder, error.strerror or error)
 
     def _say_failed(self, done: int, error: BaseException) -> None:
         self.failed += 1
         self._saved_step = -1
+        self._losses.pop(done, None)
         there = list_checkpoints(self._folder)
         stands = f"; the last checkpoint is {there[-1].name}" if there else ""
         self.lost = f"checkpoint: step {done} was not saved: {error}{stands}"
         _log.warning("%s; training goes on", self.lost)
+
+    def best(self, folder: Path) -> tuple[Path, float] | None:
+        """The checkpoint with the lowest loss, and that loss, now that they lie in `folder`."""
+        found = lowest(self._losses, 1) if self._kept else []
+        return (step_folder(folder, found[0]), self._losses[found[0]]) if found else None
 
     def summary(self) -> str | None:
         """A line for people; None where nothing was to be saved."""

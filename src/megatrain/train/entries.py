@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatrain.config import Config, to_yaml
 from megatrain.data.batches import batch_sha256
+from megatrain.train.evaluate import Evaluation
 from megatrain.train.metrics import StepStats
 from megatrain.train.resume import Resumed
 from megatrain.train.run_folder import RunFolder
@@ -60,6 +61,12 @@ def record_step(
     ledger: LedgerWriter, step: int, batches: Sequence[Mapping[str, Tensor]], lr: float, stats: StepStats
 ) -> None:
     ledger.append("step", step=step, **step_fields(batches, lr, stats))
+
+
+def record_evaluation(ledger: LedgerWriter, step: int, results: Mapping[str, Evaluation]) -> None:
+    """What was found, to the last bit; nothing that is audited depends on it."""
+    found = {n: {"loss": number(one.loss), "target_tokens": one.target_tokens} for n, one in results.items()}
+    ledger.append("evaluation", step=step, results=found)
 
 
 def end_ledger(ledger: LedgerWriter, folder: RunFolder, engine: "Engine", steps: int, *, saved: bool) -> None:

@@ -1,8 +1,11 @@
 """How well a model predicts text it has not seen."""
 
+import hashlib
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,86 +18,121 @@ from megatrain.data.rows import SeparateRows
 from megatrain.train.interrupt import StopOnInterrupt
 
 _IGNORED = -100
+Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`loss` is the mean over `target_tokens` in nats; `utf8_bytes` the length of the text they encode."""
+    """`loss` is the mean over `target_tokens` in nats; `utf8_bytes` the length of the text they encode (None: they are
+    not all of it); `seconds` that measuring took."""
 
     loss: float
     target_tokens: int
-    utf8_bytes: int
+    utf8_bytes: int | None
+    seconds: float = 0.0
 
     @property
-    def bits_per_byte(self) -> float:
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float | None:
         """Bits that the model needs per byte of the text, a measure that does not depend on the tokenizer."""
+        if self.utf8_bytes is None:
+            return None
         return self.loss * self.target_tokens / math.log(2) / self.utf8_bytes
 
 
-def evaluate(
-    model: Any,
-    stream: TokenStream | Examples,
-    *,
-    seq_len: int,
-    micro_batch: int,
-    stop: StopOnInterrupt | None = None,
-) -> Evaluation | None:
-    """Predict every token of `stream` once, in windows of `seq_len`; nothing is carried over between windows. Of
-    examples, every target, each example by itself.
+@dataclass(frozen=True)
+class EvalSet:
+    """What is measured: `batches` gives its micro-batches, anew each time. `utf8_bytes`: of the texts, None where a
+    part of them is left out. `sha256` of the tokens: losses of the same ones can be compared."""
 
-    None where `stop` is requested before the end: the measure of a part would not be that of the whole.
+    batches: Callable[[], Iterator[Batch]]
+    utf8_bytes: int | None
+    sha256: str
+
+
+def eval_set(
+    held_out: TokenStream | Examples, *, seq_len: int, micro_batch: int, max_tokens: int | None = None
+) -> EvalSet:
+    """Of a text every token, of examples every target, each example by itself; or of the first `max_tokens`."""
+    make = _example_set if isinstance(held_out, Examples) else _stream_set
+    return make(held_out, seq_len, micro_batch, max_tokens)  # type: ignore[arg-type]
+
+
+def _stream_set(stream: TokenStream, seq_len: int, micro_batch: int, max_tokens: int | None) -> EvalSet:
+    """Every token of `stream` predicted once, in windows of `seq_len`; nothing is carried over between windows.
+
     Windows overlap by one token, so that each token but the first (an end-of-text, which encodes no bytes) is
     a target exactly once: the bits cover all bytes of the text, and its end-of-text tokens too.
     """
-    training = model.training
-    model.eval()
-    nats, targets = 0.0, 0
-    try:
-        with torch.no_grad():
-            for ids, labels in _batches(stream, seq_len, micro_batch):
-                if stop is not None and stop.requested:
-                    return None
-                logits = model(input_ids=ids, use_cache=False).logits
-                nats += _summed_loss(logits, labels.to(logits.device))
-                targets += int((labels[:, 1:] != _IGNORED).sum())
-    finally:
-        model.train(training)
-    return Evaluation(nats / targets, targets, stream.utf8_bytes)
+    whole = max_tokens is None or max_tokens >= len(stream.tokens) - 1
+    tokens = stream.tokens if whole else stream.tokens[: (max_tokens or 0) + 1]
+    digest = hashlib.sha256(f"{seq_len} ".encode() + tokens.tobytes()).hexdigest()
+    batches = partial(_windows, tokens, seq_len, micro_batch)
+    return EvalSet(batches, stream.utf8_bytes if whole else None, digest)
 
 
-def _batches(stream: TokenStream | Examples, seq_len: int, micro_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    return (
-        _rows(stream, seq_len, micro_batch) if isinstance(stream, Examples) else _windows(stream, seq_len, micro_batch)
-    )
+def _example_set(examples: Examples, seq_len: int, micro_batch: int, max_tokens: int | None) -> EvalSet:
+    """As many whole examples as there are tokens, one at least."""
+    most = len(examples.tokens) if max_tokens is None else max_tokens
+    count = max(1, int(np.searchsorted(examples.offsets, most, side="right")) - 1)
+    whole, end = count == len(examples), int(examples.offsets[count])
+    digest = hashlib.sha256(f"{seq_len} ".encode())
+    for part in (examples.tokens[:end], examples.targets[:end], examples.offsets[: count + 1]):
+        digest.update(np.ascontiguousarray(part).tobytes())
+    batches = partial(_rows, examples, count, seq_len, micro_batch)
+    return EvalSet(batches, examples.utf8_bytes if whole else None, digest.hexdigest())
 
 
-def _windows(stream: TokenStream, seq_len: int, micro_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+def evaluate(
+    model: Any, batches: Iterable[Batch], *, utf8_bytes: int | None = None, stop: StopOnInterrupt | None = None
+) -> Evaluation | None:
+    """The loss over all targets of `batches`, for a model in evaluation mode (see `undisturbed`).
+
+    None where `stop` is requested before the end: the measure of a part would not be that of the whole.
+    """
+    started, nats, targets = time.perf_counter(), 0.0, 0
+    for batch in batches:
+        if stop is not None and stop.requested:
+            return None
+        batch_nats, count = _summed_loss(model, batch)
+        nats, targets = nats + batch_nats, targets + count
+    loss = nats / targets if targets else math.nan
+    return Evaluation(loss, targets, utf8_bytes, time.perf_counter() - started)
+
+
+def _summed_loss(model: Any, batch: Batch) -> tuple[float, int]:
+    """(cross-entropy in nats, summed over targets; their number); one sequence at a time, to hold fp32 logits of no
+    more."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    with torch.no_grad():
+        logits = model(**inputs, use_cache=False).logits
+        labels = batch["labels"].to(logits.device)
+        nats = [
+            torch.nn.functional.cross_entropy(scores[:-1].float(), wanted[1:], ignore_index=_IGNORED, reduction="sum")
+            for scores, wanted in zip(logits, labels, strict=True)
+        ]
+    return sum(loss.item() for loss in nats), int((batch["labels"][:, 1:] != _IGNORED).sum())
+
+
+def _windows(tokens: np.ndarray, seq_len: int, micro_batch: int) -> Iterator[Batch]:
     """input_ids and labels, int64 [micro_batch or fewer, seq_len]; the last window is filled up."""
-    starts = range(0, len(stream.tokens) - 1, seq_len - 1)
+    starts = range(0, len(tokens) - 1, seq_len - 1)
     for first in range(0, len(starts), micro_batch):
         rows = starts[first : first + micro_batch]
         ids = torch.zeros(len(rows), seq_len, dtype=torch.int64)
         labels = torch.full_like(ids, _IGNORED)
         for row, start in enumerate(rows):
-            window = torch.from_numpy(stream.tokens[start : start + seq_len].astype(np.int64))
+            window = torch.from_numpy(tokens[start : start + seq_len].astype(np.int64))
             ids[row, : len(window)] = window
             labels[row, : len(window)] = window
-        yield ids, labels
+        yield {"input_ids": ids, "labels": labels}
 
 
-def _rows(examples: Examples, seq_len: int, micro_batch: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """input_ids and labels of each example, filled up to the longest of `micro_batch` examples."""
+def _rows(examples: Examples, count: int, seq_len: int, micro_batch: int) -> Iterator[Batch]:
+    """The first `count` examples, filled up to the longest of `micro_batch` of them."""
     rows = SeparateRows(examples, seq_len, shuffle=False, seed=0)
-    for first in range(0, len(examples), micro_batch):
-        batch = rows.batch([(0, row) for row in range(first, min(first + micro_batch, len(examples)))])
-        yield batch["input_ids"], batch["labels"]
-
-
-def _summed_loss(logits: Tensor, labels: Tensor) -> float:
-    """Cross-entropy in nats, summed over targets; one sequence at a time, to hold fp32 logits of no more."""
-    total = 0.0
-    for scores, wanted in zip(logits, labels, strict=True):
-        total += torch.nn.functional.cross_entropy(
-            scores[:-1].float(), wanted[1:], ignore_index=_IGNORED, reduction="sum"
-        ).item()
-    return total
+    for first in range(0, count, micro_batch):
+        yield rows.batch([(0, row) for row in range(first, min(first + micro_batch, count))])

@@ -19,36 +19,43 @@ def generate(
 
     `temperature` 0 always takes the likeliest token. Raises ConfigError where there is no model or tokenizer.
     """
-    import torch
-
     from megatrain.model.loading import load_config, load_pretrained
 
     source = model_folder(folder)
     load_config(source)  # no model is a clearer error than no tokenizer, and cheap to find
     tokenizer = load_tokenizer(source, key="tokenizer")
     model = _placed(load_pretrained(source)).eval()
-    positions = _learned_positions(model)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 0.95}
+    positions = learned_positions(model)
     texts = []
     for prompt in prompts:
         # in training a document follows the end of the one before
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
         if positions is not None:
-            _check_length(len(ids), max_new_tokens, positions)
-        tokens = torch.tensor([ids], device=model.device)
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            made = model.generate(
-                tokens,
-                attention_mask=torch.ones_like(tokens),
-                max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-                **sampling,
-            )
-        texts.append(prompt + str(tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True)))
+            check_length(len(ids), max_new_tokens, positions, key="max-new-tokens")
+        text = go_on(model, tokenizer, ids, max_new_tokens=max_new_tokens, seed=seed, temperature=temperature)
+        texts.append(prompt + text)
     return texts
+
+
+def go_on(model: Any, tokenizer: Any, ids: list[int], *, max_new_tokens: int, seed: int, temperature: float) -> str:
+    """What `model`, in evaluation mode, writes after the tokens `ids`, drawn from torch's generators, which `seed`
+    begins anew."""
+    import torch
+
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 0.95}
+    tokens = torch.tensor([ids], device=model.device)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        made = model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            **sampling,
+        )
+    return str(tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True))
 
 
 def _placed(model: Any) -> Any:
@@ -71,7 +78,7 @@ def _placed(model: Any) -> Any:
     return model if CpuDevice().native_bf16() else model.float()
 
 
-def _learned_positions(model: Any) -> int | None:
+def learned_positions(model: Any) -> int | None:
     """How many positions the model has learned a vector for; None where it computes them, without a limit."""
     import torch
 
@@ -87,12 +94,13 @@ def _learned_positions(model: Any) -> int | None:
     return None
 
 
-def _check_length(prompt_tokens: int, max_new_tokens: int, positions: int) -> None:
+def check_length(prompt_tokens: int, max_new_tokens: int, positions: int, *, key: str) -> None:
+    """Raise ConfigError, naming `key`, where a model that has learned so many positions has no room."""
     most = positions - prompt_tokens + 1  # the last token is not read again
     if most < 1:
         raise ConfigError(f"the prompt has {prompt_tokens} tokens and the model {positions} positions; shorten it")
     if max_new_tokens > most:
         raise ConfigError(
-            f"max-new-tokens is {max_new_tokens}; the model has {positions} positions and the prompt {prompt_tokens} "
+            f"{key} is {max_new_tokens}; the model has {positions} positions and the prompt {prompt_tokens} "
             f"tokens, so it must be at most {most}"
         )

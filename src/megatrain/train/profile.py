@@ -26,7 +26,7 @@ class ProfiledEngine:
         self._engine = engine
         self._first = max(0, min(_FIRST_STEP, total_steps - count))
         self._last = min(self._first + count, total_steps) - 1
-        self._path = path
+        self.path = path
         self._step = 0
         self.written = False
 
@@ -44,7 +44,7 @@ class ProfiledEngine:
         if self._engine.device.trace is None:
             return
         try:
-            self._engine.write_trace(self._path)
+            self._engine.write_trace(self.path)
             self.written = True
         except OSError as error:
-            _log.warning("output: cannot write %r: %s", str(self._path), error.strerror)
+            _log.warning("output: cannot write %r: %s", str(self.path), error.strerror)

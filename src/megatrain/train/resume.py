@@ -24,10 +24,11 @@ _log = logging.getLogger(__name__)
 
 # what changes no bit of what is trained; keys of `data` and `train` beside these do
 _FREE = {
-    *("output", "data.eval", "data.workers", "data.cache", "train.log_every"),
+    *("output", "data.eval", "data.workers", "data.cache", "train.log_every", "train.log_to"),
     *("engine.threads", "engine.device_memory", "engine.host_memory", "engine.nvme", "engine.nvme_encryption"),
     *("engine.slots", "engine.keep_graphs", "engine.integrity"),
 }
+_FREE_SECTIONS = ("checkpoint.", "eval.")
 _LENGTHS = {"train.steps", "train.epochs", "train.tokens"}
 
 
@@ -132,7 +133,7 @@ def _changes(before: Config, now: Config) -> Iterator[tuple[str, tuple[Any, Any]
     if "auto" in (one["train.method"], other["train.method"]):
         free = free | {"train.method"}  # what the data say, which are compared by themselves
     for key in one.keys() | other.keys():
-        if one.get(key) != other.get(key) and key not in free and not key.startswith("checkpoint."):
+        if one.get(key) != other.get(key) and key not in free and not key.startswith(_FREE_SECTIONS):
             yield key, (one.get(key), other.get(key))
 
 
@@ -156,20 +157,24 @@ def _warn_of_versions(facts: Mapping[str, Any]) -> None:
         _log.warning("--resume: %s: bits may differ from those of a run that was not interrupted", ", ".join(different))
 
 
-def cut_metrics(path: Path, step: int) -> None:
-    """Lines of later steps go, and a last line that was not written to its end: the run will write them again."""
+def cut_lines(path: Path, step: int, *, evaluated: bool = False) -> None:
+    """Lines of later steps go, and a last line that was not written to its end: the run will write them again. So do
+    evaluations after `step` itself, unless the checkpoint knows of them (`evaluated`)."""
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
         return
-    kept = b"".join(line for line in lines if line.endswith(b"\n") and _step_in(line) <= step)
+    kept = b"".join(line for line in lines if line.endswith(b"\n") and _stays(line, step, evaluated))
     with path.open("r+b") as stream:
         stream.write(kept)
         stream.truncate()
 
 
-def _step_in(line: bytes) -> float:
+def _stays(line: bytes, step: int, evaluated: bool) -> bool:
     try:
-        return float(json.loads(line)["step"])
+        content = json.loads(line)
+        of_step = float(content["step"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return False
+    between_steps = "eval" in content or "prompt" in content
+    return of_step < step or (of_step == step and (evaluated or not between_steps))

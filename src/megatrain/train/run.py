@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from megatrain.config import Config, to_yaml
+from megatrain.device.base import streams
 from megatrain.errors import MegaTrainError
 from megatrain.memory.arena import share_one_heap
 from megatrain.memory.limits import reset_peak_resident
@@ -24,22 +25,28 @@ from megatrain.train import build
 from megatrain.train.checkpoints import RunCheckpoints
 from megatrain.train.determinism import determinism
 from megatrain.train.entries import begin_ledger, end_ledger, record_step
-from megatrain.train.evaluate import Evaluation, evaluate
+from megatrain.train.evaluate import EvalSet, Evaluation, eval_set
+from megatrain.train.held_out import HeldOut
 from megatrain.train.interrupt import StopOnInterrupt
+from megatrain.train.journal import Journal
+from megatrain.train.loggers import Loggers, check_installed
 from megatrain.train.loop import LoopResult, train
 from megatrain.train.method import UnderLoss, loss_of, with_method
-from megatrain.train.metrics import MetricsFile
+from megatrain.train.metrics import StepStats
 from megatrain.train.model_settings import ModelSettings, Vocabulary, check_fit, read_model_settings
 from megatrain.train.planning import WatchedEngine, outcome_lines, write_plan
 from megatrain.train.profile import ProfiledEngine
-from megatrain.train.progress import show_progress
+from megatrain.train.progress import Progress, show_progress
 from megatrain.train.reference import facts_of, files_of, reference_of
-from megatrain.train.resume import Resumed, check_data, check_settings, cut_metrics, find_checkpoint
-from megatrain.train.run_folder import RunFolder
+from megatrain.train.resume import Resumed, check_data, check_settings, cut_lines, find_checkpoint
+from megatrain.train.run_folder import RunFolder, model_folder
+from megatrain.train.samples import Sampler, read_prompts
 from megatrain.train.trial import try_out
+from megatrain.train.watch import Watch, all_watchers
 from megatrain.trust.facts import run_facts
 from megatrain.trust.ledger import LedgerWriter
 from megatrain.trust.manifest import parent_of
+from megatrain.trust.recorded import require_recorded_model
 
 if TYPE_CHECKING:
     from megatrain.engine.engine import Engine
@@ -51,17 +58,18 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left: its folder, how training went, the measure on data.eval where there is one.
+    """What a run left: its folder, how training went, the last measures on data.eval by set, where there are some.
 
     `interrupted`: by Ctrl-C, in training or in what follows it. `lost`: why what training ended with is no checkpoint
-    although it should be one.
+    although it should be one. `best`: the checkpoint that is there with the lowest loss on data.eval, and that loss.
     """
 
     folder: Path
     loop: LoopResult
-    evaluation: Evaluation | None
+    evaluations: dict[str, Evaluation]
     interrupted: bool
     lost: str | None = None
+    best: tuple[Path, float] | None = None
 
 
 def run(
@@ -75,11 +83,15 @@ def run(
 ) -> RunResult:
     """Train as `config` says; with `replace`, a finished run in `output` gives way to it once it is done.
     `profile_steps`: how many steps to write a trace of. `resume`: go on from a checkpoint, `auto` for the last one in
-    `output`; `force`: also with other settings. `verify`: only from one that is as it was written.
+    `output`; `force`: also with other settings. `verify`: only from one that is as it was written, as is the model
+    of another run that this one begins with.
 
     Raises ConfigError and CapacityError before anything is written, and most of them before the texts are read.
     """
     share_one_heap()  # before reading and measuring start threads
+    check_installed(config.train.log_to)
+    if verify and resume is None and config.model.path is not None:
+        require_recorded_model(Path(os.path.abspath(model_folder(config.model.path))))
     folder = _open_folder(config, replace=replace, resume=resume)
     with closing(folder), determinism(config.train.deterministic):
         resumed = find_checkpoint(resume, folder.final, verify=verify)
@@ -105,7 +117,8 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
         _say(line)
     _say(
         f"{data.tokens:,} tokens of {format_bytes(data.train_bytes)} text, vocabulary of "
-        f"{len(tokenizer):,}; {data.steps:,} steps of {config.tokens_per_step:,} tokens"
+        f"{len(tokenizer):,}; {data.steps:,} steps of {config.tokens_per_step:,} tokens, "
+        f"{data.steps * build.passes_per_step(config, data):.3g} passes"
     )
     if data.rows is not None:
         _say(data.rows.kind)
@@ -120,6 +133,8 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
     where = engine.device.name
     kernels = f", {engine.kernels}" if engine.device.torch_device.type != "cpu" else ""
     _say(f"{settings.config.model_type} with {parameters:,} parameters, {engine.precision} on {where}{kernels}")
+    first_step, told = (0, {}) if resumed is None else (resumed.step, resumed.told.run)
+    sampler = _sampler(config, engine, tokenizer, data)
 
     if config.train.method == "dpo" and resumed is None:
         _say("scoring the pairs by the weights that training begins with")
@@ -128,13 +143,30 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
     facts |= facts_of(reference)
 
     with StopOnInterrupt() as stop, ExitStack() as stack:
+        held_out = HeldOut(
+            config.eval,
+            engine,
+            _eval_sets(config, data),
+            sampler=sampler,
+            first_step=first_step,
+            told=told.get("evaluation"),
+            stop=stop,
+        )
         folder.create(config)
-        first_step = 0 if resumed is None else resumed.step
-        cut_metrics(folder.metrics, first_step)
+        for path in (folder.metrics, folder.samples):
+            cut_lines(path, first_step, evaluated=held_out.loss_at(first_step) is not None)
         ledger = stack.enter_context(closing(begin_ledger(folder, config, engine, facts, resumed)))
+        loggers = Loggers(config.train.log_to, folder.path, config, first_step)
+        progress = show_progress(data.steps)
+        journal = stack.enter_context(Journal(folder, ledger, loggers, progress))
+        held_out.tell = journal.evaluated
         _write_plan(folder, plan)
+        engine.model.train()
         trained = UnderLoss(engine, loss_of(config))
         watched = WatchedEngine(trained)
+        profiled = ProfiledEngine(trained, profile_steps, data.steps, folder.trace) if profile_steps else None
+        if profiled is not None:
+            watched.wrap(profiled)
         checkpoints = RunCheckpoints(
             config.checkpoint,
             engine,
@@ -146,33 +178,48 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
             parent=None if resumed is None else parent_of(resumed.folder),
             ledger=ledger,
             extra=files_of(reference),
+            held_out=held_out,
         )
-        engine.model.train()
-        batches_of = build.batches_of(config, data, reference)
         try:
             result = _train(
-                config, trained, watched, data, batches_of, folder, stop, profile_steps, checkpoints, ledger, first_step
+                config,
+                watched,
+                data,
+                profiled,
+                batches_of=build.batches_of(config, data, reference),
+                metrics=journal,
+                progress=progress,
+                stop=stop,
+                first_step=first_step,
+                evaluations=held_out,
+                after_step=lambda done, last: checkpoints.after_step(done, last=last),
+                record=partial(_record, ledger, _watch(config, engine, data, first_step, progress)),
             )
         except BaseException:
             if not folder.has_results:
                 folder.discard()  # there is nothing to keep
             raise
+        if journal.lost:
+            _say(f"warning: {folder.metrics} lacks {journal.lost} lines that could not be written")
         outcome = watched.outcome(plan)
         _write_plan(folder, plan, outcome)
         for line in (*outcome_lines(outcome), *filter(None, [checkpoints.summary()])):
             _say(line)
         if config.checkpoint.at_end:
             _save(engine, folder, beside)
-        end_ledger(ledger, folder, engine, result.steps, saved=config.checkpoint.at_end)
+        try:
+            evaluations = _measure_at_end(held_out, result, stop)
+        finally:
+            end_ledger(ledger, folder, engine, result.steps, saved=config.checkpoint.at_end)
         if ledger.unwritten:
             _say(f"warning: {folder.ledger} lacks its last lines, which could not be written")
         if result.skipped:
             _say(f"warning: {result.skipped} steps had a gradient that was not finite and changed nothing")
-        evaluation = _evaluate(config, engine, data, stop)
     engine.close()
     _write_report(folder)
     folder.finish(complete=not result.interrupted)
-    return RunResult(folder.path, result, evaluation, stop.requested, checkpoints.lost)
+    best = checkpoints.best(folder.checkpoints)
+    return RunResult(folder.path, result, evaluations, stop.requested, checkpoints.lost, best)
 
 
 def _open_folder(config: Config, *, replace: bool, resume: str | None) -> RunFolder:
@@ -216,6 +263,25 @@ def _prepare_model(config: Config, folder: RunFolder) -> tuple[ModelSettings, "A
     return settings, *build.plan_training(config, settings, folder), tokenizer
 
 
+def _watch(config: Config, engine: "Engine", data: build.Data, first_step: int, progress: Progress) -> Watch:
+    """Who looks for what the user should know while the run goes on."""
+    watchers = all_watchers(
+        warmup_steps=config.schedule.warmup_steps,
+        passes_per_step=build.passes_per_step(config, data),
+        first_step=first_step,
+        streaming=streams(engine.device),
+        device_memory=engine.device.memory_bytes if streams(engine.device) else None,
+    )
+    return Watch(watchers, progress.say)
+
+
+def _record(
+    ledger: LedgerWriter, watch: Watch, step: int, batches: Sequence[dict[str, Tensor]], lr: float, stats: StepStats
+) -> None:
+    record_step(ledger, step, batches, lr, stats)
+    watch.see(step, batches, lr, stats)
+
+
 def _save(engine: "Engine", folder: RunFolder, tokenizer: Any) -> None:
     try:
         engine.save_pretrained(folder.model, tokenizer=tokenizer)
@@ -226,55 +292,48 @@ def _save(engine: "Engine", folder: RunFolder, tokenizer: Any) -> None:
     _say(f"saved {folder.model}")
 
 
-def _evaluate(config: Config, engine: "Engine", data: build.Data, stop: StopOnInterrupt) -> Evaluation | None:
-    """The measure on data.eval; None where there is none to take, or Ctrl-C ends it."""
-    if data.held_out is None or stop.requested:
-        return None
-    _say("measuring on held-out text")
+def _eval_sets(config: Config, data: build.Data) -> dict[str, EvalSet]:
+    """What is measured, by name."""
+    if data.held_out is None:
+        return {}
+    sizes = {"seq_len": config.data.seq_len, "micro_batch": config.engine.micro_batch}
+    return {"eval": eval_set(data.held_out, **sizes, max_tokens=config.eval.max_tokens)}
+
+
+def _sampler(config: Config, engine: "Engine", tokenizer: Any, data: build.Data) -> Sampler | None:
+    """Who lets the model write at evaluations; None where nothing is wanted. Raises ConfigError."""
+    prompts = read_prompts(config.eval.prompts, tokenizer, data.held_out)
+    return Sampler(config.eval, engine.model, tokenizer, prompts, seed=config.train.seed) if prompts else None
+
+
+def _measure_at_end(held_out: HeldOut, result: LoopResult, stop: StopOnInterrupt) -> dict[str, Evaluation]:
+    """The measures on data.eval; none where there are none to take, or Ctrl-C ends it."""
+    if not held_out.has_sets or stop.requested:
+        return {}
+    if held_out.loss_at(result.steps) is None:
+        _say("measuring on held-out text")
     stop.promise = "ending the measurement; the run is kept"
-    seq_len, micro_batch = config.data.seq_len, config.engine.micro_batch
-    evaluation = evaluate(engine.model, data.held_out, seq_len=seq_len, micro_batch=micro_batch, stop=stop)
-    if evaluation is None:
+    evaluations = held_out.at_end(result.steps)
+    if not evaluations:
         _say("held-out text: not measured, interrupted")
-    return evaluation
+    return evaluations
 
 
 def _train(
-    config: Config,
-    engine: UnderLoss,
-    watched: WatchedEngine,
-    data: build.Data,
-    batches_of: Callable[[int], list[dict[str, Tensor]]],
-    folder: RunFolder,
-    stop: StopOnInterrupt,
-    profile_steps: int,
-    checkpoints: RunCheckpoints,
-    ledger: LedgerWriter,
-    first_step: int,
+    config: Config, watched: WatchedEngine, data: build.Data, profiled: ProfiledEngine | None, **others: Any
 ) -> LoopResult:
-    profiled = ProfiledEngine(engine, profile_steps, data.steps, folder.trace) if profile_steps else None
-    if profiled is not None:
-        watched.wrap(profiled)
-    with MetricsFile(folder.metrics) as metrics:
-        result = train(
-            watched,
-            batches_of=batches_of,
-            learning_rate_of=build.learning_rate_of(config, data),
-            total_steps=data.steps,
-            metrics=metrics,
-            progress=show_progress(data.steps),
-            stop=stop,
-            log_every=config.train.log_every,
-            first_step=first_step,
-            after_step=lambda done, last: checkpoints.after_step(done, last=last),
-            record=partial(record_step, ledger),
-        )
-        if metrics.lost:
-            _say(f"warning: {folder.metrics} lacks {metrics.lost} lines that could not be written")
+    """`others`: of the loop."""
+    result = train(
+        watched,
+        learning_rate_of=build.learning_rate_of(config, data),
+        total_steps=data.steps,
+        log_every=config.train.log_every,
+        **others,
+    )
     if profiled is not None:
         profiled.finish()
         if profiled.written:
-            _say(f"wrote {folder.trace}; open it in ui.perfetto.dev")
+            _say(f"wrote {profiled.path}; open it in ui.perfetto.dev")
     return result
 
 

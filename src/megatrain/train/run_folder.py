@@ -18,12 +18,11 @@ from megatrain.trust.ledger import LEDGER_NAME
 from megatrain.trust.manifest import SIGNATURE_NAME
 
 CHECKPOINTS, _MODEL, _SETTINGS = "checkpoints", "model", "config.yaml"
-_OWN_FILES = frozenset(
-    {
-        *(_SETTINGS, "metrics.jsonl", _MODEL, "plan.json", "trace.json", CHECKPOINTS),
-        *(LEDGER_NAME, SIGNATURE_NAME, REPORT_NAME),
-    }
-)
+_OF_LOGGERS = frozenset({"tensorboard", "wandb"})
+_OWN_FILES = _OF_LOGGERS | {
+    *(_SETTINGS, "metrics.jsonl", "samples.jsonl", _MODEL, "plan.json", "trace.json", CHECKPOINTS),
+    *(LEDGER_NAME, SIGNATURE_NAME, REPORT_NAME),
+}
 
 
 def model_folder(path: str) -> str:
@@ -99,6 +98,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def samples(self) -> Path:
+        """What the model wrote at evaluations."""
+        return self.path / "samples.jsonl"
+
+    @property
     def ledger(self) -> Path:
         """The account of what the run did that `megatrain audit` checks."""
         return self.path / LEDGER_NAME
@@ -154,6 +158,9 @@ class RunFolder:
         began = not self.checkpoints.exists()  # else the ledger tells where those come from
         for file in (self.path / _SETTINGS, self.plan, self.metrics, *([self.ledger] if began else [])):
             file.unlink(missing_ok=True)
+        self.samples.unlink(missing_ok=True)
+        if began:
+            _remove(self.path / name for name in _OF_LOGGERS if (self.path / name).exists())
         self._lock.release()
         files.remove_empty(self._made)
 

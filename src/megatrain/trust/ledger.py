@@ -227,6 +227,9 @@ class _Order:
         elif entry.kind == "checkpoint":
             if entry["step"] > self._step:
                 raise ValueError(f"a checkpoint of step {entry['step']} follows step {self._step}")
+        elif entry.kind == "evaluation":
+            if entry["step"] != self._step:
+                raise ValueError(f"an evaluation of step {entry['step']} follows step {self._step}")
         else:
             if entry["step"] != self._step:
                 raise ValueError(f"the end after step {entry['step']} follows step {self._step}")
@@ -251,6 +254,16 @@ def _counts_from(least: int) -> Callable[[object], bool]:
 
 def _is_sums(value: object) -> bool:
     return isinstance(value, dict) and all(map(_is_sha256, value.values()))
+
+
+def _is_results(value: object) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(one, dict)
+        and one.keys() == {"loss", "target_tokens"}
+        and _is_number(one["loss"])
+        and _counts_from(0)(one["target_tokens"])
+        for one in value.values()
+    )
 
 
 def _is_engine(value: object) -> bool:
@@ -288,6 +301,7 @@ _FIELDS: dict[str, dict[str, Callable[[object], bool]]] = {
         "target_tokens": _counts_from(0),
     },
     "checkpoint": {"manifest_sha256": _is_sha256, "step": _counts_from(1), "units": _is_sums},
+    "evaluation": {"results": _is_results, "step": _counts_from(0)},
     "end": {"files": _is_sums, "step": _counts_from(0), "units": _is_sums},
 }
 
@@ -313,7 +327,7 @@ class History:
                 self.checkpoints[entry["step"]] = entry
             elif entry.kind == "end":
                 self.end = entry
-            else:
+            elif entry.kind != "evaluation":  # which says something of weights that are recorded, and changes none
                 self._begin(entry)
 
     def _begin(self, entry: Entry) -> None:

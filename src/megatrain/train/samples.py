@@ -1,0 +1,113 @@
+"""What the model writes at an evaluation: a few prompts, gone on from in the same way each time."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatrain.config import EvalConfig
+from megatrain.data.examples import NO_TARGET, Examples
+from megatrain.data.packing import TokenStream
+from megatrain.errors import ConfigError
+from megatrain.train.generate import check_length, go_on, learned_positions
+from megatrain.train.interrupt import StopOnInterrupt
+
+_PROMPT_TOKENS = 32  # of a text of data.eval, or half of it where it is short
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt, and how the model went on."""
+
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """As people read it, and as the model does."""
+
+    text: str
+    tokens: list[int]
+
+
+def read_prompts(wanted: int | Sequence[Any], tokenizer: Any, held_out: TokenStream | Examples | None) -> list[Prompt]:
+    """What eval.prompts says: a number of beginnings of texts, or texts and chats. Raises ConfigError."""
+    if isinstance(wanted, int):
+        if isinstance(held_out, Examples):
+            return _before_targets(wanted, tokenizer, held_out)
+        return _beginnings(wanted, tokenizer, held_out) if held_out is not None else []
+    return [_prompt(prompt, f"eval.prompts[{number}]", tokenizer) for number, prompt in enumerate(wanted)]
+
+
+def _prompt(prompt: Any, key: str, tokenizer: Any) -> Prompt:
+    if isinstance(prompt, str):
+        return Prompt(prompt, list(tokenizer(prompt, add_special_tokens=False)["input_ids"]))
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(f"{key}: is a chat, and the tokenizer has no chat template; give a text")
+    try:
+        text = str(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
+    except Exception as error:  # templates refuse what they do not know by exceptions of their own
+        raise ConfigError(f"{key}: the tokenizer's chat template does not take it: {error}".splitlines()[0]) from None
+    return Prompt(text, list(tokenizer(text, add_special_tokens=False)["input_ids"]))
+
+
+def _beginnings(count: int, tokenizer: Any, held_out: TokenStream) -> list[Prompt]:
+    """Of the first texts, which an end-of-text follows each."""
+    ends = np.flatnonzero(held_out.tokens == tokenizer.eos_token_id)
+    starts, stops = ends, [*ends[1:], len(held_out.tokens)]
+    prompts: list[Prompt] = []
+    for start, stop in zip(starts, stops, strict=True):
+        if len(prompts) == count:
+            break
+        text = held_out.tokens[start + 1 : stop]
+        tokens = [int(token) for token in text[: min(_PROMPT_TOKENS, (len(text) + 1) // 2)]]
+        if tokens:
+            prompts.append(Prompt(str(tokenizer.decode(tokens)), tokens))
+    return prompts
+
+
+def _before_targets(count: int, tokenizer: Any, held_out: Examples) -> list[Prompt]:
+    """Of the first examples, what comes before the first target: the question to which the answer is to be written."""
+    prompts: list[Prompt] = []
+    for number in range(len(held_out)):
+        if len(prompts) == count:
+            break
+        targets = np.flatnonzero(held_out.labels_of(number) != NO_TARGET)
+        tokens = held_out.tokens_of(number)[: int(targets[0]) if len(targets) else 0].tolist()
+        if tokens:
+            prompts.append(Prompt(str(tokenizer.decode(tokens)), tokens))
+    return prompts
+
+
+class Sampler:
+    """Goes on from `prompts` as `settings` say, drawn anew from `seed` each time. Raises ConfigError where the model
+    has no room for one."""
+
+    def __init__(
+        self, settings: EvalConfig, model: Any, tokenizer: Any, prompts: Sequence[Prompt], *, seed: int
+    ) -> None:
+        self._settings, self._model, self._tokenizer = settings, model, tokenizer
+        self._prompts, self._seed = prompts, seed
+        positions = learned_positions(model)
+        for prompt in prompts:
+            if positions is not None:
+                check_length(len(prompt.tokens), settings.max_new_tokens, positions, key="eval.max_new_tokens")
+
+    def write(self, stop: StopOnInterrupt) -> list[Sample]:
+        """What there is until `stop` is requested. The model is in evaluation mode, see `undisturbed`."""
+        samples = []
+        for prompt in self._prompts:
+            if stop.requested:
+                break
+            text = go_on(
+                self._model,
+                self._tokenizer,
+                prompt.tokens,
+                max_new_tokens=self._settings.max_new_tokens,
+                seed=self._seed,
+                temperature=self._settings.temperature,
+            )
+            samples.append(Sample(prompt.text, text))
+        return samples
