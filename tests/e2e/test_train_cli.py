@@ -71,7 +71,9 @@ def metrics_of(run: Path, of: str = "loss") -> list[dict[str, Any]]:
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 60
     while not path.exists():
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()  # one that is only late would go on for ever
+            pytest.fail(process.communicate()[1])
         time.sleep(0.05)
 
 
