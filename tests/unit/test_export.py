@@ -44,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(run: Path) -> Path:
-    assert cli.main(["export", str(run), str(run.parent / "out"), "--dtype", "fp32"]) == 0
+    assert cli.main(["export", str(run), str(run.parent / "out"), "--dtype", "fp32", "--no-verify"]) == 0
     return run.parent / "out"
 
 
@@ -79,7 +79,7 @@ def test_what_servers_read(exported: Path) -> None:
 
 def test_files_of_a_tokenizer_that_transformers_does_not_write_come_along(run: Path, tmp_path: Path) -> None:
     (run / "model" / "tokenizer.model").write_bytes(b"sentences")
-    assert cli.main(["export", str(run / "model"), str(tmp_path / "out")]) == 0
+    assert cli.main(["export", str(run / "model"), str(tmp_path / "out"), "--no-verify"]) == 0
     (run / "model" / "tokenizer.model").unlink()
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"sentences"
     assert read(tmp_path / "out" / "config.json")["torch_dtype"] == "bfloat16"
@@ -139,12 +139,13 @@ def test_a_card_keeps_folders_to_itself_and_marks_nothing_up(tmp_path: Path) -> 
     (run / "config.yaml").write_text(
         json.dumps({"model": {"path": "/home/me/secret/base`x"}, "data": {"train": ["/home/me/secret/a```.txt"]}})
     )
-    hostile = ALL_FACTS | {"data": [{"path": "/home/me/secret/a`\n# b", "sha256": "0" * 64}]}
+    hostile = ALL_FACTS | {"data": [{"path": "/home/me/secret/a`\n# b", "bytes": 1, "sha256": "0" * 64}]}
     hostile["hardware"] = {"device": "<script>alert(1)</script>", "cpu": "[x](http://y) |"}
     write_chain(run / "ledger.jsonl", [START | {"facts": hostile}])
     header, body = parts_of(model_card(str(run), SimpleNamespace(model_type="llama", vision_config={}), 1, "bf16"))
     assert "base_model" not in header and header["pipeline_tag"] == "image-text-to-text"
-    assert "secret" not in body and "trained from `base'x`" in body and "- `a' # b`, sha256" in body
+    assert "secret" not in body
+    assert "trained from `base'x`" in body and "- `a' # b`, sha256" in body
     assert "<script>" not in body and "[x](" not in body and "# run\\_\\*x\\*" in body
     assert "````yaml" in body
 

@@ -341,7 +341,7 @@ def test_a_model_trains_on_conversations_and_is_measured_on_them(
     path = write(tmp_path / "a.jsonl", [chat(number) for number in range(6)])
     given = settings(chat_folder, path, eval=str(write(tmp_path / "b.jsonl", [chat(9), chat(10)])))
     result = run(parse_config({**given, "output": str(tmp_path / "run")}))
-    assert result.loop.steps == 2 and result.evaluation is not None
+    assert result.loop.steps == 2 and "eval" in result.evaluations
     shown = capsys.readouterr().err
     assert f"data.train: {path} is in format messages" in shown and f"{path}: 6 examples of 6 rows" in shown
     ledger = (tmp_path / "run" / "ledger.jsonl").read_text()
