@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("errors", "sizes", "yaml_file", "config_kinds", "schedule"),
         *("model", "optim", "memory", "device", "engine"),
     },
-    "data": {"errors", "sizes", "hub", "model.loading"},
+    "data": {"errors", "sizes", "hub", "model.loading", "model.weight_files"},
     "train": {
         *("errors", "sizes", "files", "private_files", "arguments", "yaml_file", "config", "config_kinds"),
         *("data", "model", "optim", "memory", "device", "engine", "planner", "checkpoint", "trust"),
