@@ -2,11 +2,12 @@
 
 import logging
 import os
+import reprlib
 from pathlib import Path
 from typing import Any
 
 from megatrain.data.tokenizer import load_tokenizer
-from megatrain.errors import ConfigError
+from megatrain.errors import ConfigError, MegaTrainError
 from megatrain.sizes import format_bytes
 from megatrain.train.run_folder import check_writable, model_folder
 
@@ -22,6 +23,7 @@ def generate(
     `temperature` 0 always takes the likeliest token. Raises ConfigError where there is no model or tokenizer.
     """
     import torch
+    from transformers import GenerationConfig
 
     from megatrain.model.loading import load_config, load_pretrained
 
@@ -30,9 +32,12 @@ def generate(
     tokenizer = load_tokenizer(source, key="tokenizer")
     model = _placed(load_pretrained(source)).eval()
     positions = _learned_positions(model)
-    sampling: dict[str, Any] = {"do_sample": False}
+    settings = _generation_settings(model, tokenizer, source)
+    settings["max_new_tokens"] = max_new_tokens
     if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 0.95}
+        settings |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 0.95}
+    # the model's own, too: transformers takes from it whatever is left open here
+    model.generation_config = GenerationConfig(**settings)
     texts = []
     for prompt in prompts:
         # in training a document follows the end of the one before
@@ -43,14 +48,30 @@ def generate(
         torch.manual_seed(seed)
         with torch.no_grad():
             made = model.generate(
-                tokens,
-                attention_mask=torch.ones_like(tokens),
-                max_new_tokens=max_new_tokens,
-                pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-                **sampling,
+                tokens, attention_mask=torch.ones_like(tokens), generation_config=model.generation_config
             )
         texts.append(prompt + str(tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True)))
     return texts
+
+
+def _generation_settings(model: Any, tokenizer: Any, source: str) -> dict[str, Any]:
+    """Where a text begins and ends, as the model's own settings have it. All else in them (beams, forbidden words) is
+    of no account: what is shown is what the model continues with. Raises ConfigError for what is no token."""
+    n_tokens = getattr(model.config.get_text_config(decoder=True), "vocab_size", len(tokenizer))
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    settings: dict[str, Any] = {"do_sample": False, "pad_token_id": pad}
+    for name in ("eos_token_id", "bos_token_id", "decoder_start_token_id"):
+        given = getattr(model.generation_config, name, None)
+        tokens = given if isinstance(given, list) else [] if given is None else [given]
+        if not all(type(token) is int for token in tokens) or (name != "eos_token_id" and len(tokens) > 1):
+            raise ConfigError(
+                f"{source}: {name} is {reprlib.repr(given)} in the model's generation settings; expected the number of "
+                "a token"
+            )
+        known = [token for token in tokens if 0 <= token < n_tokens]  # no other is ever drawn
+        if known:
+            settings[name] = known if name == "eos_token_id" else known[0]
+    return settings
 
 
 def _placed(model: Any) -> Any:
@@ -108,7 +129,7 @@ def export(run: str, out: str, *, dtype: str = "bf16") -> None:
     """
     import torch
 
-    from megatrain.model.loading import load_config, load_pretrained
+    from megatrain.model.loading import load_config, load_pretrained, one_line
     from megatrain.model.saving import save_model
 
     target, source = Path(os.path.expanduser(out)), model_folder(run)
@@ -123,10 +144,10 @@ def export(run: str, out: str, *, dtype: str = "bf16") -> None:
         tokenizer = load_tokenizer(source)
     except ConfigError:
         tokenizer = None
-    save_model(
-        model,
-        target,
-        lambda _, parameter: parameter.detach(),
-        {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype],
-        tokenizer=tokenizer,
-    )
+    stored = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    try:
+        save_model(model, target, lambda _, parameter: parameter.detach(), stored, tokenizer=tokenizer)
+    except MegaTrainError:
+        raise
+    except (ValueError, TypeError, AttributeError, LookupError) as error:  # of transformers, over settings of the model
+        raise ConfigError(f"{run!r} cannot be written again, as its settings are wrong: {one_line(error)}") from error
