@@ -13,10 +13,13 @@ from megatrain.errors import CapacityError, ConfigError
 from megatrain.model.folder_swap import is_leftover
 from megatrain.sizes import format_bytes
 from megatrain.train.folder_lock import FolderLock
+from megatrain.trust.durable import partial_name, write_durably
 from megatrain.trust.ledger import LEDGER_NAME
 
 CHECKPOINTS, _MODEL, _SETTINGS = "checkpoints", "model", "config.yaml"
-_OWN_FILES = frozenset({_SETTINGS, "metrics.jsonl", _MODEL, "plan.json", "trace.json", CHECKPOINTS, LEDGER_NAME})
+_OWN_FILES = frozenset(
+    {_SETTINGS, partial_name(_SETTINGS), "metrics.jsonl", _MODEL, "plan.json", "trace.json", CHECKPOINTS, LEDGER_NAME}
+)
 
 
 def model_folder(path: str) -> str:
@@ -137,7 +140,8 @@ class RunFolder:
             elif others or settings.stat().st_size:
                 self._lock.release()
                 raise ConfigError(f"output: {str(self.path)!r} has just got another run's files; give another folder")
-            settings.write_text(to_yaml(config), encoding="utf-8")
+            with self._lock.moving() as claim:
+                write_durably(settings, to_yaml(config).encode(), before=claim)
         except OSError as error:
             self._lock.release()
             raise ConfigError(f"output: cannot write to folder {str(self.path)!r}: {error.strerror}") from None
