@@ -1,6 +1,7 @@
 """Checkpoints of an engine: what is read back is what was there, to the last bit, and training goes on meanwhile."""
 
 import json
+import operator
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -417,10 +418,49 @@ def test_state_that_does_not_fit_is_refused(
     [
         (lambda c: c.update(format=9), "format is 9; this version reads 1"),
         (lambda c: c.update(step="many"), "step is 'many'"),
-        (lambda c: c["steps"].update({"lm_head.weight": -1}), "no number from 0 up"),
+        (lambda c: c.update(step=10**30), "step is 10{30}; expected a whole number from 0 to 10{12}"),
+        (lambda c: c.update(seed=-1), "seed is -1; expected a whole number from 0 up"),
+        (lambda c: c.update(model_dtype="os.system"), "model_dtype is 'os.system'; expected one of float64, float32,"),
+        (lambda c: c.update(more=1), "'more' is no entry; expected format, step"),
+        (lambda c: c.pop("random"), "random is missing; expected states of python and numpy"),
+        (
+            lambda c: c["steps"].update({"lm_head.weight": -1}),
+            "steps of 'lm_head.weight' is -1; expected a whole number",
+        ),
+        (
+            lambda c: c["steps"].update({"lm_head.weight": 2**80}),
+            "steps of 'lm_head.weight' is 1208925819614629174706176",
+        ),
+        (lambda c: c.update(param_groups=["x"]), r"param_groups is \['x'\]; expected a list of mappings"),
+        (
+            lambda c: c["param_groups"][0].update(params=[1]),
+            r"param_groups\[0\].params is \[1\]; expected a list of names",
+        ),
+        (
+            lambda c: c["param_groups"][1].update(lr="abc"),
+            r"param_groups\[1\]: optimizer.lr is 'abc'; it must be a finite",
+        ),
+        (
+            lambda c: c["param_groups"][0].update(lr=10**400),
+            r"param_groups\[0\].lr is 10{50,}; expected a finite number",
+        ),
+        (
+            lambda c: c["param_groups"][0].update(betas=[1, 2, 3]),
+            r"optimizer.betas is \[1, 2, 3\]; it must be two numbers",
+        ),
+        (lambda c: c["param_groups"][0].update(weight_decay=None), r"\.weight_decay is None; expected a finite number"),
+        (lambda c: c["param_groups"][0].update(lr_scale=-1), r"\.lr_scale is -1; expected a number >= 0"),
+        (lambda c: c["param_groups"][0].pop("eps"), r"param_groups\[0\] has no eps; expected one"),
+        (lambda c: c["param_groups"][0].update(mine={}), r"\.mine is \{\}; expected a finite number, a text"),
+        (lambda c: c["run"].update(x=float("inf")), "it holds Infinity; expected finite numbers"),
+        # a place beyond the end, which NumPy would read memory at
+        (lambda c: operator.setitem(c["random"]["numpy"], 2, 625), "random.numpy is .*; expected the state of a"),
         (lambda c: c["steps"].pop("lm_head.weight"), "it lacks the parameter lm_head.weight"),
         (lambda c: c["steps"].update(more=1), "this model has no parameter more"),
-        (lambda c: c["random"].update(python=[3, [1], None]), "the random state is damaged"),
+        (
+            lambda c: c["random"].update(python=[3, [1], None]),
+            r"random.python is \[3, \[1\], None\]; expected the state",
+        ),
     ],
 )
 def test_a_damaged_description_is_refused(
@@ -433,6 +473,25 @@ def test_a_damaged_description_is_refused(
     path.write_text(json.dumps(content))
     _refused(folder, mt.IntegrityError, "training.json", verify=True)
     _refused(folder, mt.IntegrityError, message, verify=False)
+
+
+def test_a_description_that_could_not_be_read_back_is_not_written(tmp_path: Path) -> None:
+    engine = engine_of()
+    with pytest.raises(mt.ConfigError, match=r"^training.json cannot be written: .*not JSON compliant"):
+        engine.save(tmp_path / "saved", run={"loss": float("nan")})
+    engine.optimizer.param_groups[0]["eps"] = 0.0
+    with pytest.raises(
+        mt.ConfigError, match=r"^training.json cannot be written: param_groups\[0\]: optimizer.eps is 0.0"
+    ):
+        engine.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    engine.optimizer.param_groups[0]["eps"] = 1e-8
+    engine.optimizer.param_groups[0]["initial_lr"] = 0.5  # as torch's schedulers add
+    engine.save(tmp_path / "saved")
+    engine.close()
+    again = mt.Engine.from_checkpoint(tmp_path / "saved", mt.AdamW(**ADAMW), device="cpu", precision="bf16")
+    assert again.optimizer.param_groups[0]["initial_lr"] == 0.5
+    again.close()
 
 
 def test_a_flipped_bit_is_found_before_anything_is_loaded(tmp_path: Path) -> None:

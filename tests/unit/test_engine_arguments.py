@@ -33,6 +33,8 @@ OTHER_ADAMW = torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
         ("threads", "2", "engine.threads is '2'; it must be a number from 1"),
         ("threads", True, "engine.threads is True; it must be a number from 1"),
         ("seed", "a", "train.seed is 'a'; it must be a whole number"),
+        ("seed", -1, "train.seed is -1; it must be a whole number from 0 up"),
+        ("seed", 2**63, "train.seed is 9223372036854775808; it must be a whole number from 0 up, below"),
         ("device_memory", -1, "engine.device_memory is -1; it must be a number of bytes > 0"),
         ("device_memory", "much", "engine.device_memory is 'much'; it must be a number of bytes > 0"),
         ("device_memory", NAN, "engine.device_memory is nan; it must be a number of bytes > 0"),

@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("errors", "sizes", "yaml_file", "config_kinds", "schedule"),
         *("model", "optim", "memory", "device", "engine"),
     },
-    "data": {"errors", "sizes", "hub", "files", "private_files", "model.loading"},
+    "data": {"errors", "sizes", "hub", "files", "private_files", "model.loading", "model.weight_files"},
     "report": {
         *("version", "errors", "sizes", "private_files", "yaml_file", "config"),
         *("device.trace", "planner.hardware", "planner.placement", "checkpoint.folders", "trust"),

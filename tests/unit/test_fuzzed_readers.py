@@ -12,12 +12,16 @@ from hostile_files import safetensors_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatrain.checkpoint.description import Description, random_numbers, read_description, set_random_numbers
 from megatrain.config import Config, load_config, override, parse_config, to_yaml
 from megatrain.data.sources import Corpus
 from megatrain.data.tokenizer import load_tokenizer, train_bpe
-from megatrain.errors import ConfigError
+from megatrain.errors import ConfigError, IntegrityError
 from megatrain.model.config_entries import read_entries
 from megatrain.model.safetensors_header import StoredTensor, read_header
+from megatrain.optim.adamw import AdamW
+from megatrain.train.resume import _warn_of_versions, check_data, find_checkpoint
+from megatrain.trust.manifest import write_manifest
 from megatrain.yaml_file import read_yaml
 
 # one folder for all examples of a test: each writes its file anew
@@ -122,7 +126,7 @@ TOKENS += ["9" * 5000, "0b_", "=", "~", "model", "data:", "train: stdlib", "step
 yaml_texts = st.lists(st.sampled_from(TOKENS) | st.text(max_size=4), max_size=14).map("".join)
 
 
-def one_line(error: ConfigError, names: str = "") -> None:
+def one_line(error: Exception, names: str = "") -> None:
     assert "\n" not in str(error) and 0 < len(str(error)) < 5000 and names in str(error)
 
 
@@ -340,3 +344,95 @@ def test_a_tokenizer_that_makes_its_library_panic(
         load_tokenizer(str(tmp_path))
     one_line(caught.value, names=str(tmp_path))
     assert "panicked" in capfd.readouterr().err
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------
+
+DESCRIPTION = Description(
+    step=8,
+    seed=3,
+    precision="bf16",
+    moments="fp32",
+    model_dtype="float32",
+    steps={"a": 8, "b": 7},
+    param_groups=[
+        {"params": ["a"], "lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1, "lr_scale": 1.0},
+        {"params": ["b"], "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0, "lr_scale": 0.5, "name": "x"},
+    ],
+    random=random_numbers(),
+    run={"steps": 8},
+)
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 700)
+    | st.sampled_from([2**32, 2**63, 2**80, 10**400, 1e308, 8.0, -0.0, "MT19937", "float32", "1", ""])
+    | st.floats()
+    | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.sampled_from([*"ab", "lr", "params"]), inner),
+    max_leaves=5,
+)
+
+
+def places_in(value: Any) -> list[tuple[Any, Any]]:
+    """(mapping or list, key) of all that is in it."""
+    if not isinstance(value, (dict, list)):
+        return []
+    keys = list(value) if isinstance(value, dict) else list(range(min(len(value), 4))) + [-1] * bool(value)
+    return [place for key in keys for place in [(value, key), *places_in(value[key])]]
+
+
+@settings(often, max_examples=300)
+@given(st.data())
+def test_descriptions_of_training(folder: Path, data: st.DataObject) -> None:
+    """A whole one in which one to three places hold something else, or nothing, or more: as it is, or one line."""
+    content = json.loads(DESCRIPTION.to_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        holder, key = data.draw(st.sampled_from(places_in(content)))
+        change = data.draw(st.sampled_from(["replace", "remove", "add"]))
+        if change == "remove":
+            del holder[key]
+        elif change == "replace" or isinstance(holder, list):
+            holder[key] = data.draw(json_values)
+        else:
+            holder[data.draw(st.text(max_size=3))] = data.draw(json_values)
+    path = folder / "training.json"
+    path.write_text(json.dumps(content))
+    try:
+        found = read_description(folder)
+    except IntegrityError as error:
+        one_line(error, names=str(path))
+        return
+    assert json.loads(found.to_bytes()) == content
+    set_random_numbers(found.random)
+    assert json.loads(json.dumps(random_numbers())).items() >= content["random"].items()
+    assert found.seed >= 0 and all(0 <= count <= 10**12 for count in (found.step, *found.steps.values()))
+    for group in found.param_groups:
+        AdamW(**{name: group[name] for name in ("betas", "eps", "weight_decay")})
+
+
+@often
+@given(
+    st.dictionaries(
+        st.sampled_from(["code", "config_sha256", "data", "hardware", "ledger", "libraries", "step", "mine"]),
+        json_values
+        | st.lists(st.fixed_dictionaries({"path": json_values, "sha256": json_values, "bytes": json_values})),
+    )
+)
+def test_facts_of_manifests(folder: Path, facts: dict[str, Any]) -> None:
+    """What a run that goes on asks of them, after they were accepted."""
+    run = folder / "run" / "step-000008"
+    run.mkdir(exist_ok=True, parents=True)
+    (run / "training.json").write_bytes(DESCRIPTION.to_bytes())
+    (run / "manifest.json").unlink(missing_ok=True)
+    try:
+        write_manifest(run, facts)
+    except ValueError:  # JSON has no NaN
+        return
+    try:
+        resumed = find_checkpoint(str(run), folder, verify=True)
+        assert resumed is not None and resumed.step == 8
+        _warn_of_versions(resumed.manifest.facts)
+        check_data(resumed, {"data": []}, force=False)
+    except ConfigError as error:
+        one_line(error, names="--resume: ")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_no_pickle import commands
 from tiny_models import tiny_config
 
+import megatrain as mt
 from megatrain import cli
 from megatrain.data.tokenizer import train_bpe
 from megatrain.errors import ConfigError
@@ -313,6 +315,31 @@ def test_a_strangers_names_do_not_reach_the_terminal_raw(tmp_path: Path, capsys:
     assert r"a\x1b[2J\u202eb" in error and error.count("\n") == 1 and "\x1b" not in error
 
 
+def with_entries(saved: Path, folder: Path, **entries: Any) -> Path:
+    """A copy of a whole model, with other entries in its configuration."""
+    shutil.copytree(saved, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | entries))
+    return folder
+
+
+@pytest.mark.parametrize("command", ["train", "export", "generate"])
+@pytest.mark.parametrize("entry", ["vocab_size", "intermediate_size"])
+def test_files_that_do_not_fit_are_no_question_of_memory(
+    command: str, entry: str, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = with_entries(saved, tmp_path / "huge", **{entry: 10**9})
+    assert cli.main(commands(folder, tmp_path)[command]) == 2
+    error = capsys.readouterr().err
+    assert f"{folder} does not fit its config.json, which describes a model of " in error and error.count("\n") == 1
+
+
+def test_an_engine_compares_files_and_configuration_first(saved: Path, tmp_path: Path) -> None:
+    folder = with_entries(saved, tmp_path / "huge", vocab_size=10**9)
+    with pytest.raises(ConfigError, match=r"does not fit its config.json, which describes a model of \d\d,"):
+        mt.Engine.from_pretrained(folder, device="cpu")
+
+
 # ---- memory and time -------------------------------------------------------------------------------
 
 BOUNDED = """
@@ -360,3 +387,13 @@ def test_huge_headers_take_neither_memory_nor_time(tmp_path: Path) -> None:
     for (peak, seconds, message), part in zip(bounded(list(folders.values())), expected, strict=True):
         assert part in message
         assert peak < 600 << 20 and seconds < 10, message
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_sizes_that_files_do_not_hold_take_no_memory(saved: Path, tmp_path: Path) -> None:
+    """As much as a configuration may ask for and as little too much as is refused; tables that are no weights, too."""
+    wrong = [{"vocab_size": 10**9}, {"vocab_size": 4 * 10**7}, {"hidden_size": 10**9}, {"intermediate_size": 10**7}]
+    folders = [with_entries(saved, tmp_path / str(number), **entries) for number, entries in enumerate(wrong)]
+    for peak, seconds, message in bounded(folders):
+        assert " does not fit its config.json, which describes a model of " in message
+        assert peak < 300 << 20 and seconds < 10, message

@@ -392,6 +392,43 @@ def test_of_two_runs_that_start_together_one_gets_the_folder(tmp_path: Path, rep
         assert not second.metrics.exists()
 
 
+def test_settings_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run that goes on, too, which keeps their permissions; at no moment can another run have the folder."""
+    run, settings = tmp_path / "run", tmp_path / "run" / "config.yaml"
+    first = RunFolder(str(run))
+    first.create(config(steps=1))
+    first.close()
+    settings.chmod(0o640)
+    (run / ".config.yaml.partial").write_text("half")  # of one that was killed
+    before, replaced = settings.read_bytes(), os.replace
+
+    def observed(source: Path, target: Path) -> None:
+        for content, step in ((before, lambda: None), (Path(source).read_bytes(), lambda: replaced(source, target))):
+            step()
+            assert settings.read_bytes() == content
+            with pytest.raises(ConfigError, match="another run is writing to"):
+                FolderLock().take(settings)
+
+    again = RunFolder(str(run), resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", observed)
+        again.create(config(steps=3))
+    assert b"steps: 3\n" in settings.read_bytes() and settings.stat().st_mode & 0o777 == 0o640
+    assert [path.name for path in run.iterdir()] == ["config.yaml"]
+    with pytest.raises(ConfigError, match="another run is writing to"):
+        FolderLock().take(settings)
+    again.close()
+
+    def fails(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    last, whole = RunFolder(str(run), resume=True), settings.read_bytes()
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(ConfigError, match="No space left on device"):
+        last.create(config(steps=4))
+    assert settings.read_bytes() == whole and [path.name for path in run.iterdir()] == ["config.yaml"]
+
+
 def test_a_run_that_was_killed_holds_its_folder_no_longer(tmp_path: Path) -> None:
     program = (
         "import os, sys\nfrom pathlib import Path\nfrom megatrain.train.folder_lock import FolderLock\n"

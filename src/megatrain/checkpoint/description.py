@@ -1,6 +1,7 @@
 """`training.json`: what of the training state is no tensor."""
 
 import json
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,10 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from megatrain.errors import IntegrityError
+from megatrain.checkpoint.description_entries import wrong_entry
+from megatrain.errors import ConfigError, IntegrityError
+from megatrain.trust.hashing import read_regular
 
 FILE = "training.json"
 FORMAT = 1
+_MOST_BYTES = 256 << 20  # some million parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,35 +37,40 @@ class Description:
     run: Mapping[str, Any] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        return (json.dumps({"format": FORMAT} | asdict(self), indent=1, sort_keys=True) + "\n").encode()
-
-
-_KINDS: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("step", "seed"), int),
-    **dict.fromkeys(("precision", "moments", "model_dtype"), str),
-    **dict.fromkeys(("steps", "random", "run"), dict),
-    "param_groups": list,
-}
+        """Raises ConfigError where `read_description` would refuse it."""
+        try:
+            text = json.dumps({"format": FORMAT} | asdict(self), indent=1, sort_keys=True, allow_nan=False)
+            wrong = wrong_entry(json.loads(text))
+        except ValueError as error:
+            wrong = str(error)
+        if wrong is not None:
+            raise ConfigError(f"{FILE} cannot be written: {wrong}")
+        return (text + "\n").encode()
 
 
 def read_description(folder: Path) -> Description:
     """Of the checkpoint in `folder`. Raises IntegrityError where it is none that this version has written."""
     path = folder / FILE
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_regular(path, _MOST_BYTES), parse_float=_finite, parse_constant=_finite)
     except OSError as error:
         raise IntegrityError(f"{folder} is no checkpoint: {FILE} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{path} is damaged: it is not JSON ({str(error).splitlines()[0]})") from None
+    except RecursionError:
+        raise IntegrityError(f"{path} is damaged: it is nested too deeply") from None
+    except ValueError as error:  # JSON's own errors are ValueErrors
+        raise IntegrityError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise IntegrityError(f"{path}: format is {found!r}; this version reads {FORMAT}")
-    for name, kind in _KINDS.items():
-        if not isinstance(content.get(name), kind) or isinstance(content[name], bool):
-            raise IntegrityError(f"{path} is damaged: {name} is {content.get(name)!r:.60}")
-    if any(type(n) is not int or n < 0 for n in content["steps"].values()) or content["step"] < 0:
-        raise IntegrityError(f"{path} is damaged: a count of steps is no number from 0 up")
-    return Description(**{name: content[name] for name in _KINDS})
+        raise IntegrityError(f"{path}: format is {found!r:.60}; this version reads {FORMAT}")
+    if (wrong := wrong_entry(content)) is not None:
+        raise IntegrityError(f"{path} is damaged: {wrong}")
+    return Description(**{name: value for name, value in content.items() if name != "format"})
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"it holds {text:.60}; expected finite numbers")
+    return number
 
 
 def random_numbers() -> dict[str, Any]:
@@ -75,13 +84,10 @@ def random_numbers() -> dict[str, Any]:
 
 
 def set_random_numbers(states: Mapping[str, Any]) -> None:
-    """Raises IntegrityError for states that they do not take."""
-    try:
-        if "python" in states:
-            version, numbers, gauss = states["python"]
-            random.setstate((version, tuple(numbers), gauss))
-        if "numpy" in states:
-            name, keys, *rest = states["numpy"]
-            np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise IntegrityError(f"{FILE}: the random state is damaged: {str(error).splitlines()[0]}") from None
+    """`states`: as `random_numbers` gives them, or as they were read."""
+    if "python" in states:
+        version, numbers, gauss = states["python"]
+        random.setstate((version, tuple(numbers), gauss))
+    if "numpy" in states:
+        name, keys, *rest = states["numpy"]
+        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))

@@ -1,9 +1,12 @@
 """Tokenizers: loaded from a folder or the hub, or a byte-level BPE trained on the corpus itself."""
 
+import math
 import os
+import reprlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from megatrain.data.tokenizer_files import check_tokenizer_files
 from megatrain.errors import ConfigError
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
@@ -47,6 +50,7 @@ def load_tokenizer(path: str, *, key: str = "model.tokenizer") -> Any:
         raise ConfigError(f"{key}: {path!r} does not exist; give a folder with a tokenizer or a hub id")
     try:
         check_hub_is_reachable(folder, "tokenizer_config.json", "tokenizer.json", "config.json")
+        check_tokenizer_files(folder)
         check_config(folder)  # transformers builds the model's configuration to find the tokenizer's class
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except BaseException as error:
@@ -66,6 +70,10 @@ def load_tokenizer(path: str, *, key: str = "model.tokenizer") -> Any:
         tokenizer.init_kwargs.pop(name, None)
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"{key}: the tokenizer in {path!r} has no eos_token; documents are joined with it")
+    longest = tokenizer.model_max_length
+    if type(longest) not in (int, float) or math.isnan(longest) or longest <= 0:
+        shown = reprlib.repr(longest)
+        raise ConfigError(f"{key}: the tokenizer in {path!r} has model_max_length {shown}; expected a number above 0")
     return tokenizer
 
 

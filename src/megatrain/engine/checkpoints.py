@@ -55,6 +55,7 @@ def begin_save(
         random=description.random_numbers(),
         run=dict(run),
     )
+    told.to_bytes()  # what could not be read back is not begun
     return Save(
         folder,
         engine.model,

@@ -285,7 +285,7 @@ class Engine:
         cls, path: str, optimizer: AdamW | None, dtype: torch.dtype | None, settings: dict[str, Any]
     ) -> Self:
         """`dtype`: of the model; None: as its weights are stored, or fp32."""
-        from megatrain.model.loading import build_on_meta, load_config, load_pretrained
+        from megatrain.model.loading import build_on_meta, check_weights, is_here, load_config, load_pretrained
 
         attention = settings.pop("attn_implementation", None)
         arguments = set(signature(cls).parameters) - {"model", "_mapped", "_frozen"}
@@ -294,7 +294,10 @@ class Engine:
         device = setup.make_device(settings.get("device", "auto"))
         # in fp32 the model is made in fp32, so that what it computes from its dtype (tables, scales) is too
         exact = setup.resolve_precision(settings.get("precision", "auto"), device) == "fp32"
-        setup.check_plan(build_on_meta(load_config(path)), optimizer, settings)
+        described = build_on_meta(load_config(path))
+        if is_here(path):
+            check_weights(path, described)
+        setup.check_plan(described, optimizer, settings)
         dtype = dtype or (torch.float32 if exact else None)
         return cls(
             load_pretrained(path, attn_implementation=attention, dtype=dtype),

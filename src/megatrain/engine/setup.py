@@ -86,8 +86,8 @@ def check_arguments(optimizer: AdamW | None, settings: Mapping[str, Any]) -> Non
     integrity = settings.get("integrity", "off")
     if integrity not in LEVELS:
         raise ConfigError(f"engine.integrity is {integrity!r}; it must be one of {', '.join(LEVELS)}")
-    if not _is_whole(seed := settings.get("seed", 0)):
-        raise ConfigError(f"train.seed is {seed!r}; it must be a whole number")
+    if not _is_whole(seed := settings.get("seed", 0)) or not 0 <= seed < 1 << 63:
+        raise ConfigError(f"train.seed is {seed!r}; it must be a whole number from 0 up, below 2**63")
 
 
 def check_names(settings: Mapping[str, Any], known: Collection[str]) -> None:

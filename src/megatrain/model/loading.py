@@ -17,6 +17,7 @@ import copy
 import difflib
 import inspect
 import logging
+import math
 import os
 import reprlib
 from collections.abc import Iterator, Mapping
@@ -60,6 +61,7 @@ _FILE_DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
 }
+_MOST_TIMES_HELD, _ALWAYS_ALLOWED = 4, 64 << 20  # numbers that loading may allocate, by those that the files hold
 _FROM_MAIN: dict[str, Any] = {"local_files_only": False, "revision": "main"}
 
 
@@ -153,12 +155,34 @@ def check_config(source: str) -> None:
         read_entries(file)
 
 
-def check_weights(path_or_id: str | os.PathLike[str]) -> None:
-    """Raise ConfigError where the safetensors weights of a transformers folder or hub id are missing or damaged.
+def is_here(path_or_id: str | os.PathLike[str]) -> bool:
+    """Whether it is a folder, of which nothing has to be downloaded."""
+    return os.path.isdir(os.path.expanduser(path_or_id))
+
+
+def check_weights(path_or_id: str | os.PathLike[str], model: PreTrainedModel | None = None) -> None:
+    """Raise ConfigError where the safetensors weights of a transformers folder or hub id are missing or damaged, or far
+    too few for `model`, where it is given, which its configuration describes (on the meta device will do).
 
     Reads only their headers; of a hub id, after a download.
     """
-    _stored_dtype(_weights_of(_existing_source(path_or_id), _FROM_MAIN))
+    weights = _weights_of(_existing_source(path_or_id), _FROM_MAIN)
+    _stored_dtype(weights)
+    if model is not None:
+        _check_size(path_or_id, model, weights)
+
+
+def _check_size(path_or_id: str | os.PathLike[str], model: PreTrainedModel, weights: WeightFiles) -> None:
+    """Refuse a configuration that describes a far larger model than the files hold: it would be allocated before one
+    weight after the other turned out to be wrong. What is smaller is left to that: files may lack tied weights, and
+    hold others in a packed form."""
+    described = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    held = sum(math.prod(tensor.shape) for tensors in weights.tensors.values() for tensor in tensors.values())
+    if described > _MOST_TIMES_HELD * held + _ALWAYS_ALLOWED:
+        raise ConfigError(
+            f"{path_or_id} does not fit its config.json, which describes a model of {described:,} weights; its files "
+            f"hold {held:,}"
+        )
 
 
 def load_pretrained(
@@ -190,6 +214,7 @@ def load_pretrained(
         raise ConfigError(f"the weights in {path_or_id} are quantized; training needs bf16, fp16 or fp32 weights")
     weights = _weights_of(source, where)
     model_class = model_class_for(config)
+    _check_size(path_or_id, build_on_meta(config), weights)  # before anything is as large as the configuration says
     others = find_others(source, getattr(type(config), "extra_files", ()), where)
     extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     if getattr(config, "transformers_weights", None) is not None:
@@ -305,13 +330,26 @@ def _config_from_source(source: str, where: dict[str, Any]) -> PretrainedConfig:
         _warn_of_code(source, has_code(entries))
     if os.path.isdir(source):
         refuse_pickles(Path(source))
-    return _without_code(AutoConfig.from_pretrained(source, trust_remote_code=False, **where))
+    config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
+    for part in _parts(config):  # its modules give each other what their own code takes when nobody asks for more
+        part.return_dict, part.output_hidden_states = True, False
+        if part.output_attentions:
+            part.output_attentions = False
+    return _without_code(config)
 
 
 def _without_code(config: PretrainedConfig) -> PretrainedConfig:
     """What is saved of the model must not name code that does not come along."""
     vars(config).pop("auto_map", None)
     return config
+
+
+def _parts(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
+    """The configuration and those nested in it."""
+    yield config
+    for name in getattr(config, "sub_configs", {}):
+        if isinstance(part := getattr(config, name, None), PretrainedConfig):
+            yield from _parts(part)
 
 
 def _weights_of(source: str, where: dict[str, Any]) -> WeightFiles:

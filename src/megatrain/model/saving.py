@@ -115,7 +115,7 @@ def _write_settings(model: torch.nn.Module, folder: Path, dtype: torch.dtype, to
         if model.can_generate() and getattr(model, "generation_config", None) is not None:
             try:
                 model.generation_config.save_pretrained(folder)
-            except ValueError as error:  # transformers refuses settings that contradict each other
+            except (ValueError, TypeError) as error:  # transformers refuses settings that contradict each other
                 logger.warning("generation_config.json is saved as it is, but: %s", str(error).split("\n")[0])
                 model.generation_config.to_json_file(folder / "generation_config.json")
     if tokenizer is not None:

@@ -19,6 +19,7 @@ from typing import Any
 from transformers.utils import cached_file
 
 from megatrain.errors import ConfigError
+from megatrain.model.config_entries import MAX_CONFIG_BYTES
 from megatrain.model.safetensors_header import StoredTensor, read_header
 from megatrain.regular_file import read_regular
 
@@ -120,6 +121,9 @@ def find_others(source: str, model_files: tuple[str, ...], where: dict[str, Any]
     others = {name: file for name, file in found.items() if file is not None and file.is_file()}
     for name in set(model_files) & others.keys():
         read_header(others[name])
+    for name in set(_LINKED) & others.keys():
+        if (size := others[name].stat().st_size) > MAX_CONFIG_BYTES:
+            raise ConfigError(f"{others[name]} has {size} bytes; expected at most {MAX_CONFIG_BYTES}")
     return others
 
 

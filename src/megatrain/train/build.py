@@ -221,13 +221,16 @@ def plan_training(config: Config, settings: ModelSettings, folder: RunFolder | N
     """
     from megatrain.engine import setup
     from megatrain.model.freezing import freeze
-    from megatrain.model.loading import build_on_meta, check_weights
+    from megatrain.model.loading import build_on_meta, is_here
     from megatrain.train.planning import RunPlanner
 
     setup.check_threads(config.engine.threads)
     setup.check_slots(config.engine.slots)
     model = build_on_meta(settings.config)
     freeze(model, config.model.freeze)
+    weights = None if config.model.path is None else model_folder(config.model.path)
+    if weights is not None and is_here(weights):  # where files do not fit, what memory they would take says nothing
+        _check_weights(weights, model)
     optimizer = make_optimizer(config.optimizer, model)
     setup.check_arguments(optimizer, _engine_settings(config))
     planner = RunPlanner(config, settings.config, optimizer)
@@ -238,12 +241,18 @@ def plan_training(config: Config, settings: ModelSettings, folder: RunFolder | N
         folder.require_room(_saved_bytes(config, parameters, precision, len(list_checkpoints(folder.checkpoints))))
     if config.checkpoint.key_file is not None:
         read_key(config.checkpoint.key_file)  # before training, and not at the first save
-    if config.model.path is not None:
-        try:
-            check_weights(model_folder(config.model.path))
-        except ConfigError as error:
-            raise ConfigError(f"model.path: {error}") from None
+    if weights is not None and not is_here(weights):  # is downloaded now that there is room for it
+        _check_weights(weights, model)
     return optimizer, planner
+
+
+def _check_weights(path: str, model: Any) -> None:
+    from megatrain.model.loading import check_weights
+
+    try:
+        check_weights(path, model)
+    except ConfigError as error:
+        raise ConfigError(f"model.path: {error}") from None
 
 
 def _saved_bytes(config: Config, parameters: int, precision: str, there: int) -> int:

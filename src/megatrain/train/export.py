@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatrain.data.tokenizer import load_tokenizer
-from megatrain.errors import ConfigError
+from megatrain.errors import ConfigError, MegaTrainError
 from megatrain.report.model_card import CARD_NAME, model_card
 from megatrain.train.run_folder import check_writable, model_folder
 
@@ -31,7 +31,7 @@ def export(run: str, out: str, *, dtype: str = "bf16") -> None:
     """
     import torch
 
-    from megatrain.model.loading import load_config, load_pretrained
+    from megatrain.model.loading import load_config, load_pretrained, one_line
     from megatrain.model.saving import save_model
 
     target, source = Path(os.path.expanduser(out)), model_folder(run)
@@ -45,13 +45,13 @@ def export(run: str, out: str, *, dtype: str = "bf16") -> None:
     model = load_pretrained(source)
     if tokenizer is not None and model.can_generate():
         _take_special_tokens(model.generation_config, tokenizer)
-    save_model(
-        model,
-        target,
-        lambda _, parameter: parameter.detach(),
-        {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype],
-        tokenizer=tokenizer,
-    )
+    stored = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    try:
+        save_model(model, target, lambda _, parameter: parameter.detach(), stored, tokenizer=tokenizer)
+    except MegaTrainError:
+        raise
+    except (ValueError, TypeError, AttributeError, LookupError) as error:  # of transformers, over settings of the model
+        raise ConfigError(f"{run!r} cannot be written again, as its settings are wrong: {one_line(error)}") from error
     _keep_files(Path(os.path.expanduser(source)), target)
     _name_for_older_readers(target)
     card = model_card(run, model.config, sum(p.numel() for p in model.parameters()), dtype)

@@ -1,6 +1,8 @@
 """A run's claim on its folder, which ends with the process, however that ends."""
 
+import contextlib
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatrain.errors import ConfigError
@@ -43,6 +45,25 @@ class FolderLock:
         if taken:
             self.release()
             raise ConfigError(f"output: another run is writing to {str(file.parent)!r}; give another folder")
+
+    @contextlib.contextmanager
+    def moving(self) -> Iterator[Callable[[Path], None]]:
+        """Gives what claims the folder by a file that is about to take the place of the one that it was claimed by,
+        which is let go at the end: until then nobody who still sees that one gets it."""
+        old = self._descriptor
+
+        def claim(file: Path) -> None:
+            if old is None:
+                return
+            self._descriptor = os.open(file, os.O_RDWR | os.O_CLOEXEC)
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+        try:
+            yield claim
+        finally:
+            if old is not None and self._descriptor != old:
+                os.close(old)
 
     def release(self) -> None:
         """Let other runs have the folder."""

@@ -1,6 +1,7 @@
 """Text from a trained model."""
 
 import logging
+import reprlib
 from typing import Any
 
 from megatrain.data.tokenizer import load_tokenizer
@@ -39,23 +40,44 @@ def generate(
 
 def go_on(model: Any, tokenizer: Any, ids: list[int], *, max_new_tokens: int, seed: int, temperature: float) -> str:
     """What `model`, in evaluation mode, writes after the tokens `ids`, drawn from torch's generators, which `seed`
-    begins anew."""
+    begins anew. Raises ConfigError where its generation settings name what is no token."""
     import torch
+    from transformers import GenerationConfig
 
-    sampling: dict[str, Any] = {"do_sample": False}
+    settings = _generation_settings(model, tokenizer) | {"max_new_tokens": max_new_tokens}
     if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 0.95}
+        settings |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 0.95}
+    # the model's own, too: transformers takes from it whatever is left open here
+    own, model.generation_config = model.generation_config, GenerationConfig(**settings)
     tokens = torch.tensor([ids], device=model.device)
     torch.manual_seed(seed)
-    with torch.no_grad():
-        made = model.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-            **sampling,
-        )
+    try:
+        with torch.no_grad():
+            made = model.generate(
+                tokens, attention_mask=torch.ones_like(tokens), generation_config=model.generation_config
+            )
+    finally:
+        model.generation_config = own
     return str(tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True))
+
+
+def _generation_settings(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Where a text begins and ends, as the model's own settings have it. All else in them (beams, forbidden words) is
+    of no account: what is shown is what the model continues with. Raises ConfigError for what is no token."""
+    n_tokens = getattr(model.config.get_text_config(decoder=True), "vocab_size", len(tokenizer))
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    settings: dict[str, Any] = {"do_sample": False, "pad_token_id": pad}
+    for name in ("eos_token_id", "bos_token_id", "decoder_start_token_id"):
+        given = getattr(model.generation_config, name, None)
+        tokens = given if isinstance(given, list) else [] if given is None else [given]
+        if not all(type(token) is int for token in tokens) or (name != "eos_token_id" and len(tokens) > 1):
+            raise ConfigError(
+                f"{name} is {reprlib.repr(given)} in the model's generation settings; expected the number of a token"
+            )
+        known = [token for token in tokens if 0 <= token < n_tokens]  # no other is ever drawn
+        if known:
+            settings[name] = known if name == "eos_token_id" else known[0]
+    return settings
 
 
 def _placed(model: Any) -> Any:

@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatrain.checkpoint.description import FILE as DESCRIPTION
 from megatrain.checkpoint.description import Description, read_description
-from megatrain.checkpoint.folders import list_checkpoints
+from megatrain.checkpoint.folders import list_checkpoints, step_of
 from megatrain.checkpoint.save import MODEL
 from megatrain.config import Config
 from megatrain.config import load_config as load_settings
 from megatrain.errors import ConfigError, IntegrityError
 from megatrain.train.run_folder import CHECKPOINTS
+from megatrain.trust.fact_kinds import wrong_fact
 from megatrain.trust.facts import library_versions
-from megatrain.trust.manifest import Manifest, read_manifest, require_unchanged
+from megatrain.trust.manifest import MANIFEST_NAME, Manifest, read_manifest, require_unchanged
 from megatrain.trust.recorded import require_recorded
 
 _log = logging.getLogger(__name__)
@@ -86,7 +88,22 @@ def _read(folder: Path, *, verify: bool, as_last: bool = False) -> Resumed:
     manifest = (require_unchanged if verify else read_manifest)(folder)
     if verify:
         require_recorded(folder, manifest, as_last=as_last)
-    return Resumed(folder, read_description(folder), manifest)
+    told = read_description(folder)
+    _check_agreement(folder, told, manifest.facts)
+    return Resumed(folder, told, manifest)
+
+
+def _check_agreement(folder: Path, told: Description, facts: Mapping[str, Any]) -> None:
+    """Raise IntegrityError where the manifest, the description and the folder's name do not speak of one step."""
+    if (wrong := wrong_fact(facts)) is not None:
+        raise IntegrityError(f"{folder / MANIFEST_NAME} is damaged: {wrong}")
+    where = f"{folder / DESCRIPTION} is damaged"
+    for step, of in ((step_of(folder), "the folder's name"), (facts.get("step"), MANIFEST_NAME)):
+        if step is not None and step != told.step:
+            raise IntegrityError(f"{where}: step is {told.step}; expected {step}, as {of} says")
+    for name, updates in told.steps.items():
+        if updates > told.step:  # a run has begun without any
+            raise IntegrityError(f"{where}: steps of {name!r:.60} is {updates}; expected at most step, {told.step}")
 
 
 def check_settings(resumed: Resumed, config: Config, *, force: bool) -> None:
@@ -112,8 +129,14 @@ def check_settings(resumed: Resumed, config: Config, *, force: bool) -> None:
 
 def check_data(resumed: Resumed, facts: Mapping[str, Any], *, force: bool) -> None:
     """Raise ConfigError where the training data are not those that the checkpoint was trained on."""
-    was, now = ([f.get("sha256") for f in given.get("data", ())] for given in (resumed.manifest.facts, facts))
-    if was and was != now and not force:
+    was, now = ([file["sha256"] for file in given.get("data", ())] for given in (resumed.manifest.facts, facts))
+    if not was and not force:
+        path = resumed.folder / MANIFEST_NAME
+        raise ConfigError(
+            f"--resume: {path} has no facts.data, so that nobody can say whether data.train is the same; give --force"
+            " to go on all the same"
+        )
+    if was != now and not force:
         changed = [f["path"] for f, before in zip(facts["data"], was, strict=False) if f["sha256"] != before]
         which = changed[0] if changed else f"{len(now)} files, {len(was)} before"
         raise ConfigError(f"--resume: data.train has changed ({which}); give --force to go on all the same")

@@ -14,6 +14,7 @@ from megatrain.model.folder_swap import is_leftover
 from megatrain.report.page import REPORT_NAME
 from megatrain.sizes import format_bytes
 from megatrain.train.folder_lock import FolderLock
+from megatrain.trust.durable import partial_name, write_durably
 from megatrain.trust.ledger import LEDGER_NAME
 from megatrain.trust.manifest import SIGNATURE_NAME
 
@@ -21,7 +22,7 @@ CHECKPOINTS, _MODEL, _SETTINGS = "checkpoints", "model", "config.yaml"
 _OF_LOGGERS = frozenset({"tensorboard", "wandb"})
 _OWN_FILES = _OF_LOGGERS | {
     *(_SETTINGS, "metrics.jsonl", "samples.jsonl", _MODEL, "plan.json", "trace.json", CHECKPOINTS),
-    *(LEDGER_NAME, SIGNATURE_NAME, REPORT_NAME),
+    *(LEDGER_NAME, SIGNATURE_NAME, REPORT_NAME, partial_name(_SETTINGS)),
 }
 
 
@@ -148,7 +149,8 @@ class RunFolder:
             elif others or settings.stat().st_size:
                 self._lock.release()
                 raise ConfigError(f"output: {str(self.path)!r} has just got another run's files; give another folder")
-            settings.write_text(to_yaml(config), encoding="utf-8")
+            with self._lock.moving() as claim:
+                write_durably(settings, to_yaml(config).encode(), before=claim)
         except OSError as error:
             self._lock.release()
             raise ConfigError(f"output: cannot write to folder {str(self.path)!r}: {error.strerror}") from None
