@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from megatrain.config import Config, to_yaml
+from megatrain.data.pairs import Reference
 from megatrain.device.base import streams
 from megatrain.errors import MegaTrainError
 from megatrain.memory.arena import share_one_heap
@@ -20,7 +21,6 @@ from megatrain.memory.limits import reset_peak_resident
 from megatrain.model.loading import one_line
 from megatrain.planner.plan import Plan
 from megatrain.report.page import REPORT_NAME, write_report
-from megatrain.sizes import format_bytes
 from megatrain.train import build
 from megatrain.train.checkpoints import RunCheckpoints
 from megatrain.train.determinism import determinism
@@ -31,27 +31,23 @@ from megatrain.train.interrupt import StopOnInterrupt
 from megatrain.train.journal import Journal
 from megatrain.train.loggers import Loggers, check_installed
 from megatrain.train.loop import LoopResult, train
-from megatrain.train.method import UnderLoss, loss_of, with_method
+from megatrain.train.method import UnderLoss, loss_of
 from megatrain.train.metrics import StepStats
-from megatrain.train.model_settings import ModelSettings, Vocabulary, check_fit, read_model_settings
 from megatrain.train.planning import WatchedEngine, outcome_lines, write_plan
+from megatrain.train.prepare import Prepared, prepare
 from megatrain.train.profile import ProfiledEngine
 from megatrain.train.progress import Progress, show_progress
 from megatrain.train.reference import facts_of, files_of, reference_of
-from megatrain.train.resume import Resumed, check_data, check_settings, cut_lines, find_checkpoint
+from megatrain.train.resume import Resumed, check_settings, cut_lines, find_checkpoint
 from megatrain.train.run_folder import RunFolder, model_folder
 from megatrain.train.samples import Sampler, read_prompts
-from megatrain.train.trial import try_out
 from megatrain.train.watch import Watch, all_watchers
-from megatrain.trust.facts import run_facts
 from megatrain.trust.ledger import LedgerWriter
 from megatrain.trust.manifest import parent_of
 from megatrain.trust.recorded import require_recorded_model
 
 if TYPE_CHECKING:
     from megatrain.engine.engine import Engine
-    from megatrain.optim.adamw import AdamW
-    from megatrain.train.planning import RunPlanner
 
 _log = logging.getLogger(__name__)
 
@@ -102,65 +98,24 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
     if resumed is not None:
         check_settings(resumed, config, force=force)
         _say(f"going on from {resumed.folder}, step {resumed.step:,}")
-    corpora = build.find_corpora(config)
-    config = with_method(config, corpora.train.kind)
-    for line in (*corpora.train.detected, *(corpora.eval.detected if corpora.eval else ())):
-        _say(line)
-    source = config if resumed is None else build.from_model(config, resumed.model)
-    settings, optimizer, planner, tokenizer = _prepare_model(source, folder)
-    _say(f"reading {corpora.train.described} ({len(corpora.train.files)} files)")
-    if tokenizer is None:
-        tokenizer = build.trained_tokenizer(config, corpora)
-        settings.fit(Vocabulary.of(tokenizer))
-    data = build.build_data(config, corpora, tokenizer, settings.config)
-    for line in data.said:
-        _say(line)
-    _say(
-        f"{data.tokens:,} tokens of {format_bytes(data.train_bytes)} text, vocabulary of "
-        f"{len(tokenizer):,}; {data.steps:,} steps of {config.tokens_per_step:,} tokens, "
-        f"{data.steps * build.passes_per_step(config, data):.3g} passes"
-    )
-    if data.rows is not None:
-        _say(data.rows.kind)
-    beside = build.saved_beside(source, tokenizer)
-    plan = planner.plan()  # with the text in memory
-    facts = _facts(config, corpora, planner)
-    if resumed is not None:
-        check_data(resumed, facts, force=force)
-    reset_peak_resident()  # so that the peak is the engine's, and not that of reading the text
-    engine = build.build_engine(source, settings, optimizer, plan, None if resumed is None else resumed.folder)
-    parameters = sum(parameter.numel() for parameter in engine.model.parameters())
-    where = engine.device.name
-    kernels = f", {engine.kernels}" if engine.device.torch_device.type != "cpu" else ""
-    _say(f"{settings.config.model_type} with {parameters:,} parameters, {engine.precision} on {where}{kernels}")
-    first_step, told = (0, {}) if resumed is None else (resumed.step, resumed.told.run)
-    sampler = _sampler(config, engine, tokenizer, data)
-
-    if config.train.method == "dpo" and resumed is None:
-        _say("scoring the pairs by the weights that training begins with")
-    checkpoint, recorded = (None, {}) if resumed is None else (resumed.folder, resumed.manifest.facts)
-    reference = reference_of(engine, data.pairs, config.engine.micro_batch, checkpoint, recorded)
-    facts |= facts_of(reference)
+    made = prepare(config, folder, resumed, force=force)
+    config, data = made.config, made.data
+    engine = _make_engine(made, resumed)
+    reference = _reference(made, engine, resumed)
+    made.facts.update(facts_of(reference))
+    first_step = 0 if resumed is None else resumed.step
 
     with StopOnInterrupt() as stop, ExitStack() as stack:
-        held_out = HeldOut(
-            config.eval,
-            engine,
-            _eval_sets(config, data),
-            sampler=sampler,
-            first_step=first_step,
-            told=told.get("evaluation"),
-            stop=stop,
-        )
+        held_out = _held_out(made, engine, resumed, stop)
         folder.create(config)
         for path in (folder.metrics, folder.samples):
             cut_lines(path, first_step, evaluated=held_out.loss_at(first_step) is not None)
-        ledger = stack.enter_context(closing(begin_ledger(folder, config, engine, facts, resumed)))
-        loggers = Loggers(config.train.log_to, folder.path, config, first_step)
+        ledger = stack.enter_context(closing(begin_ledger(folder, config, engine, made.facts, resumed)))
         progress = show_progress(data.steps)
+        loggers = Loggers(config.train.log_to, folder.path, config, first_step)
         journal = stack.enter_context(Journal(folder, ledger, loggers, progress))
         held_out.tell = journal.evaluated
-        _write_plan(folder, plan)
+        _write_plan(folder, made.plan)
         engine.model.train()
         trained = UnderLoss(engine, loss_of(config))
         watched = WatchedEngine(trained)
@@ -172,8 +127,8 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
             engine,
             folder.checkpoints,
             config=to_yaml(config),
-            facts=facts,
-            tokenizer=beside,
+            facts=made.facts,
+            tokenizer=made.beside,
             first_step=first_step,
             parent=None if resumed is None else parent_of(resumed.folder),
             ledger=ledger,
@@ -181,45 +136,94 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
             held_out=held_out,
         )
         try:
-            result = _train(
-                config,
+            result = train(
                 watched,
-                data,
-                profiled,
                 batches_of=build.batches_of(config, data, reference),
+                learning_rate_of=build.learning_rate_of(config, data),
+                total_steps=data.steps,
+                log_every=config.train.log_every,
                 metrics=journal,
                 progress=progress,
                 stop=stop,
                 first_step=first_step,
                 evaluations=held_out,
                 after_step=lambda done, last: checkpoints.after_step(done, last=last),
-                record=partial(_record, ledger, _watch(config, engine, data, first_step, progress)),
+                record=partial(_record, ledger, _watch(made, engine, first_step, progress)),
             )
         except BaseException:
             if not folder.has_results:
                 folder.discard()  # there is nothing to keep
             raise
-        if journal.lost:
-            _say(f"warning: {folder.metrics} lacks {journal.lost} lines that could not be written")
-        outcome = watched.outcome(plan)
-        _write_plan(folder, plan, outcome)
+        _say_profile(profiled)
+        outcome = watched.outcome(made.plan)
+        _write_plan(folder, made.plan, outcome)
         for line in (*outcome_lines(outcome), *filter(None, [checkpoints.summary()])):
             _say(line)
         if config.checkpoint.at_end:
-            _save(engine, folder, beside)
+            _save(engine, folder, made.beside)
         try:
             evaluations = _measure_at_end(held_out, result, stop)
         finally:
             end_ledger(ledger, folder, engine, result.steps, saved=config.checkpoint.at_end)
-        if ledger.unwritten:
-            _say(f"warning: {folder.ledger} lacks its last lines, which could not be written")
-        if result.skipped:
-            _say(f"warning: {result.skipped} steps had a gradient that was not finite and changed nothing")
+        for line in _warnings(folder, journal, ledger, result):
+            _say(f"warning: {line}")
     engine.close()
     _write_report(folder)
     folder.finish(complete=not result.interrupted)
     best = checkpoints.best(folder.checkpoints)
     return RunResult(folder.path, result, evaluations, stop.requested, checkpoints.lost, best)
+
+
+def _make_engine(made: Prepared, resumed: Resumed | None) -> "Engine":
+    reset_peak_resident()  # so that the peak is the engine's, and not that of reading the text
+    checkpoint = None if resumed is None else resumed.folder
+    engine = build.build_engine(made.source, made.settings, made.optimizer, made.plan, checkpoint)
+    parameters = sum(parameter.numel() for parameter in engine.model.parameters())
+    where = engine.device.name
+    kernels = f", {engine.kernels}" if engine.device.torch_device.type != "cpu" else ""
+    _say(f"{made.settings.config.model_type} with {parameters:,} parameters, {engine.precision} on {where}{kernels}")
+    return engine
+
+
+def _reference(made: Prepared, engine: "Engine", resumed: Resumed | None) -> Reference | None:
+    """What pairs of answers are compared with: of the first weights, also where the run goes on."""
+    if made.config.train.method == "dpo" and resumed is None:
+        _say("scoring the pairs by the weights that training begins with")
+    checkpoint, recorded = (None, {}) if resumed is None else (resumed.folder, resumed.manifest.facts)
+    return reference_of(engine, made.data.pairs, made.config.engine.micro_batch, checkpoint, recorded)
+
+
+def _held_out(made: Prepared, engine: "Engine", resumed: Resumed | None, stop: StopOnInterrupt) -> HeldOut:
+    """What is measured and written between steps. Raises ConfigError for prompts that cannot be."""
+    config = made.config
+    prompts = read_prompts(config.eval.prompts, made.tokenizer, made.data.held_out)
+    seed = config.train.seed
+    return HeldOut(
+        config.eval,
+        engine,
+        _eval_sets(config, made.data),
+        sampler=Sampler(config.eval, engine.model, made.tokenizer, prompts, seed=seed) if prompts else None,
+        first_step=0 if resumed is None else resumed.step,
+        told=None if resumed is None else resumed.told.run.get("evaluation"),
+        stop=stop,
+    )
+
+
+def _say_profile(profiled: ProfiledEngine | None) -> None:
+    if profiled is not None:
+        profiled.finish()
+        if profiled.written:
+            _say(f"wrote {profiled.path}; open it in ui.perfetto.dev")
+
+
+def _warnings(folder: RunFolder, journal: Journal, ledger: LedgerWriter, result: LoopResult) -> Iterator[str]:
+    """What of a run is not as it should be."""
+    if journal.lost:
+        yield f"{folder.metrics} lacks {journal.lost} lines that could not be written"
+    if ledger.unwritten:
+        yield f"{folder.ledger} lacks its last lines, which could not be written"
+    if result.skipped:
+        yield f"{result.skipped} steps had a gradient that was not finite and changed nothing"
 
 
 def _open_folder(config: Config, *, replace: bool, resume: str | None) -> RunFolder:
@@ -246,28 +250,11 @@ def _write_report(folder: RunFolder) -> None:
         _log.warning("%s is not written: %s; megatrain report makes it", REPORT_NAME, one_line(error))
 
 
-def _facts(config: Config, corpora: build.Corpora, planner: "RunPlanner") -> dict[str, Any]:
-    """What every manifest of the run says, and the ledger; all files of data.train are read."""
-    return run_facts(to_yaml(config), corpora.train.files, planner.device.name)
-
-
-def _prepare_model(config: Config, folder: RunFolder) -> tuple[ModelSettings, "AdamW", "RunPlanner", Any]:
-    """The model's configuration, its optimizer, the planner, and its tokenizer if it is there already (else None),
-    checked."""
-    settings = read_model_settings(config)
-    tokenizer = build.given_tokenizer(config)
-    vocabulary = build.planned_vocabulary(config, tokenizer)
-    settings.fit(vocabulary)
-    check_fit(settings, vocabulary, config)
-    try_out(config, settings, vocabulary)
-    return settings, *build.plan_training(config, settings, folder), tokenizer
-
-
-def _watch(config: Config, engine: "Engine", data: build.Data, first_step: int, progress: Progress) -> Watch:
+def _watch(made: Prepared, engine: "Engine", first_step: int, progress: Progress) -> Watch:
     """Who looks for what the user should know while the run goes on."""
     watchers = all_watchers(
-        warmup_steps=config.schedule.warmup_steps,
-        passes_per_step=build.passes_per_step(config, data),
+        warmup_steps=made.config.schedule.warmup_steps,
+        passes_per_step=build.passes_per_step(made.config, made.data),
         first_step=first_step,
         streaming=streams(engine.device),
         device_memory=engine.device.memory_bytes if streams(engine.device) else None,
@@ -300,12 +287,6 @@ def _eval_sets(config: Config, data: build.Data) -> dict[str, EvalSet]:
     return {"eval": eval_set(data.held_out, **sizes, max_tokens=config.eval.max_tokens)}
 
 
-def _sampler(config: Config, engine: "Engine", tokenizer: Any, data: build.Data) -> Sampler | None:
-    """Who lets the model write at evaluations; None where nothing is wanted. Raises ConfigError."""
-    prompts = read_prompts(config.eval.prompts, tokenizer, data.held_out)
-    return Sampler(config.eval, engine.model, tokenizer, prompts, seed=config.train.seed) if prompts else None
-
-
 def _measure_at_end(held_out: HeldOut, result: LoopResult, stop: StopOnInterrupt) -> dict[str, Evaluation]:
     """The measures on data.eval; none where there are none to take, or Ctrl-C ends it."""
     if not held_out.has_sets or stop.requested:
@@ -317,24 +298,6 @@ def _measure_at_end(held_out: HeldOut, result: LoopResult, stop: StopOnInterrupt
     if not evaluations:
         _say("held-out text: not measured, interrupted")
     return evaluations
-
-
-def _train(
-    config: Config, watched: WatchedEngine, data: build.Data, profiled: ProfiledEngine | None, **others: Any
-) -> LoopResult:
-    """`others`: of the loop."""
-    result = train(
-        watched,
-        learning_rate_of=build.learning_rate_of(config, data),
-        total_steps=data.steps,
-        log_every=config.train.log_every,
-        **others,
-    )
-    if profiled is not None:
-        profiled.finish()
-        if profiled.written:
-            _say(f"wrote {profiled.path}; open it in ui.perfetto.dev")
-    return result
 
 
 def _say(text: str) -> None:
