@@ -134,11 +134,12 @@ def epochs(passes_per_step: float, steps: int, first_step: int = 0) -> list[str]
 
 def test_the_data_beginning_anew_is_said() -> None:
     assert epochs(0.01, 99) == []
-    assert epochs(0.1, 25) == ["step 10: epoch 2 of the data begins", "step 20: epoch 3 of the data begins"]
-    assert epochs(0.1, 25, first_step=10) == ["step 20: epoch 3 of the data begins"]
+    assert epochs(0.1, 25) == ["step 11: epoch 2 of the data begins", "step 21: epoch 3 of the data begins"]
+    assert epochs(0.1, 25, first_step=11) == ["step 21: epoch 3 of the data begins"]
+    assert epochs(0.1, 10) == []  # it ends with the data
     told = epochs(0.5, 2000)
     assert len(told) < 30 and sum("learned by heart" in text for text in told) == 1
-    assert told[3].startswith("step 8: epoch 5 of the data begins; what has been seen so often teaches less")
+    assert told[3].startswith("step 9: epoch 5 of the data begins; what has been seen so often teaches less")
     assert sum("learned by heart" in text for text in epochs(3.0, 9)) == 1  # several in one step
 
 
@@ -244,6 +245,6 @@ def test_an_ordinary_run_is_told_nothing() -> None:
 
 def test_what_is_said_reaches_the_user() -> None:
     told: list[str] = []
-    watch = Watch([Epochs(1.0), Skipped()], told.append)
+    watch = Watch([Epochs(2.0), Skipped()], told.append)
     watch.see(1, [{"labels": torch.zeros(2, 50)}], 1.0, stats(skipped=True))
     assert told[0] == "step 1: epoch 2 of the data begins" and told[1].startswith("warning: step 1: the gradient")

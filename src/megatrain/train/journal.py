@@ -65,7 +65,8 @@ def lines_of(measured: Measured) -> list[str]:
     standing = "the lowest so far" if measured.without == 0 else f"no improvement in {_evaluations(measured.without)}"
     lines[-1] += f"  ({format_seconds(measured.seconds)}; {standing})"
     for number, sample in enumerate(measured.samples, start=1):
-        lines.append(f"  {number}. {_readable(sample.prompt[-_PROMPT_SHOWN:])!r} goes on:")
+        shown = _readable(sample.prompt[-_PROMPT_SHOWN:])
+        lines.append(f"  {number}. {shown if len(shown) == len(sample.prompt) else '...' + shown!r} goes on:")
         lines += [f"     | {line}" for line in _readable(sample.text).splitlines()]
     if measured.enough:
         lines.append(

@@ -190,7 +190,8 @@ class Epochs:
         self._epoch = self._after(first_step)
 
     def _after(self, steps: int) -> int:
-        return math.floor(steps * self._passes_per_step + 1e-9)
+        """Of the last row that these steps have seen."""
+        return math.floor(max(0.0, steps * self._passes_per_step - 1e-9))
 
     def see(self, step: Step) -> Iterator[str]:
         before, self._epoch = self._epoch, self._after(step.number)
