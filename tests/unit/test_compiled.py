@@ -41,6 +41,7 @@ def test_trains_as_without_and_compiles_one_graph_for_all_layers() -> None:
     engine.close()
 
 
+@pytest.mark.long  # half a minute of tracing
 def test_a_layer_that_torch_compiled_ends_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
     ignored: list[object] = []
     monkeypatch.setattr(sys, "unraisablehook", ignored.append)

@@ -468,8 +468,8 @@ def test_a_folder_of_checkpoints_that_cannot_be_cleared_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engine_of()
-    (tmp_path / "step-000009").mkdir()
-    monkeypatch.setattr(files.os, "rename", _read_only)
+    (tmp_path / ".step-000009.removed").mkdir()
+    monkeypatch.setattr(files, "remove_tree", _read_only)
     with pytest.raises(ConfigError, match=r"^output: cannot remove checkpoints in '.*': Read-only file system$"):
         run_checkpoints(engine, tmp_path, first_step=5)
     engine.close()

@@ -16,7 +16,7 @@ import megatrain as mt
 from megatrain.config import EvalConfig
 from megatrain.data.packing import TokenStream
 from megatrain.device.lagged import LaggedDevice
-from megatrain.train.evaluate import EvalSet, Evaluation, stream_set
+from megatrain.train.evaluate import EvalSet, Evaluation, eval_set
 from megatrain.train.held_out import HeldOut, Measured, Standing
 from megatrain.train.interrupt import StopOnInterrupt
 from megatrain.train.journal import lines_of
@@ -67,7 +67,7 @@ def train(device: Any, settings: EvalConfig | None, precision: str = "fp32", ste
     torch.manual_seed(5)
     told: list[Measured] = []
     sampler = Sampler(EvalConfig(max_new_tokens=3), engine.model, Words(), [Prompt("3 4", [3, 4])], seed=1)
-    sets = {"eval": stream_set(tiny_stream(), seq_len=16, micro_batch=2)}
+    sets = {"eval": eval_set(tiny_stream(), seq_len=16, micro_batch=2)}
     with StopOnInterrupt() as stop:
         held_out = HeldOut(
             settings or EvalConfig(), engine, sets if settings else {}, sampler=sampler, stop=stop, tell=told.append
@@ -275,9 +275,7 @@ def test_losses_of_other_texts_are_not_compared(monkeypatch: pytest.MonkeyPatch)
     assert Standing.read("a1", vars(one.standing)) == one.standing != Standing("a1")
     assert Standing.read("b2", vars(one.standing)) == Standing("b2")
     stream = tiny_stream()
-    sets = [
-        stream_set(stream, seq_len=n, micro_batch=1, max_tokens=most) for n, most in ((8, None), (9, None), (8, 40))
-    ]
+    sets = [eval_set(stream, seq_len=n, micro_batch=1, max_tokens=most) for n, most in ((8, None), (9, None), (8, 40))]
     assert len({one.sha256 for one in sets}) == 3
 
 
@@ -287,10 +285,10 @@ def test_losses_of_other_texts_are_not_compared(monkeypatch: pytest.MonkeyPatch)
 def test_no_more_tokens_than_wanted() -> None:
     stream = tiny_stream()
     for most in (1, 7, 15, 16, 30, 68):
-        one = stream_set(stream, seq_len=8, micro_batch=2, max_tokens=most)
+        one = eval_set(stream, seq_len=8, micro_batch=2, max_tokens=most)
         labels = torch.cat([batch["labels"] for batch in one.batches()])
         assert int((labels[:, 1:] != -100).sum()) == most and one.utf8_bytes is None
-    assert stream_set(stream, seq_len=8, micro_batch=2, max_tokens=69).utf8_bytes == 200
+    assert eval_set(stream, seq_len=8, micro_batch=2, max_tokens=69).utf8_bytes == 200
 
 
 def test_bits_per_byte_only_of_a_whole_text() -> None:

@@ -22,7 +22,7 @@ from megatrain.errors import ConfigError
 from megatrain.model.loading import load_pretrained
 from megatrain.train import build
 from megatrain.train.build import Data
-from megatrain.train.generate import export
+from megatrain.train.export import export
 from megatrain.train.run import run
 
 Row = dict[str, Any]

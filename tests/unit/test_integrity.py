@@ -3,6 +3,7 @@ trained on; what is written on purpose is not."""
 
 import copy
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +89,14 @@ def train_until_found(engine: mt.Engine, damage: Callable[[], None], match: str,
 # -- nothing else changes ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("clip", [{}, {"clip_norm": None}, {"clip_norm": 0.01}], ids=["global", "none", "tight"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", ["cpu", "lagged"])
-@pytest.mark.parametrize("moments", ["fp32", "int8"])
-def test_the_same_training(name: str, precision: str, clip: dict[str, Any], moments: str) -> None:
-    settings = {"precision": precision, "optimizer": mt.AdamW(lr=1e-2, moments=moments), **clip}
+CLIPS = {"global": {}, "none": {"clip_norm": None}, "tight": {"clip_norm": 0.01}}
+KINDS = list(product(("fp32", "int8"), ("cpu", "lagged"), ("fp32", "bf16"), CLIPS))
+SOME = [pytest.param(*kind, marks=[] if n % 5 == 1 else pytest.mark.long) for n, kind in enumerate(KINDS)]
+
+
+@pytest.mark.parametrize(("moments", "name", "precision", "clip"), SOME)  # of each setting every value
+def test_the_same_training(name: str, precision: str, clip: str, moments: str) -> None:
+    settings = {"precision": precision, "optimizer": mt.AdamW(lr=1e-2, moments=moments), **CLIPS[clip]}
     expected = trained(steps=4, device=device_of(name, precision), **settings)
     for level in LEVELS:
         assert_same(trained(steps=4, device=device_of(name, precision), integrity=level, **settings), expected)

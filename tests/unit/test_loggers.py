@@ -151,4 +151,4 @@ def test_wandb_itself_works_offline(
     (folder,) = (tmp_path / "wandb").glob(f"offline-run-*-{identity}")
     (written,) = folder.glob("*.wandb")
     assert b"train/loss" in written.read_bytes() and b"eval/perplexity" in written.read_bytes()
-    assert caplog.records == []
+    assert [record for record in caplog.records if record.name.startswith("megatrain")] == []

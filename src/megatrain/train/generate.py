@@ -64,7 +64,7 @@ def go_on(model: Any, tokenizer: Any, ids: list[int], *, max_new_tokens: int, se
 def _generation_settings(model: Any, tokenizer: Any) -> dict[str, Any]:
     """Where a text begins and ends, as the model's own settings have it. All else in them (beams, forbidden words) is
     of no account: what is shown is what the model continues with. Raises ConfigError for what is no token."""
-    n_tokens = getattr(model.config.get_text_config(decoder=True), "vocab_size", len(tokenizer))
+    n_tokens = getattr(model.config.get_text_config(decoder=True), "vocab_size", None) or len(tokenizer)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     settings: dict[str, Any] = {"do_sample": False, "pad_token_id": pad}
     for name in ("eos_token_id", "bos_token_id", "decoder_start_token_id"):

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatrain.config import Config, to_yaml
 from megatrain.data.pairs import Reference
 from megatrain.device.base import streams
-from megatrain.errors import MegaTrainError
+from megatrain.errors import ConfigError, IntegrityError, MegaTrainError
 from megatrain.memory.arena import share_one_heap
 from megatrain.memory.limits import reset_peak_resident
 from megatrain.model.loading import one_line
@@ -87,7 +87,10 @@ def run(
     share_one_heap()  # before reading and measuring start threads
     check_installed(config.train.log_to)
     if verify and resume is None and config.model.path is not None:
-        require_recorded_model(Path(os.path.abspath(model_folder(config.model.path))))
+        try:
+            require_recorded_model(Path(os.path.abspath(model_folder(config.model.path))))
+        except IntegrityError as error:
+            raise ConfigError(f"model.path: {error}") from None
     folder = _open_folder(config, replace=replace, resume=resume)
     with closing(folder), determinism(config.train.deterministic):
         resumed = find_checkpoint(resume, folder.final, verify=verify)

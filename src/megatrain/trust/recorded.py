@@ -103,4 +103,4 @@ def require_recorded_model(model: Path) -> None:
     else:
         return
     if found is not None:
-        raise IntegrityError(f"{above}: {found}; --no-verify takes it as it is")
+        raise IntegrityError(f"{model}: {found}; --no-verify takes it as it is")
