@@ -1,25 +1,28 @@
-"""Run the commands in planning.md again and put what they print below them.
+"""Run the `megatrain plan` commands of pages again and put what they print below them.
 
-python docs/plans.py
+python docs/plans.py [PAGE.md ...]     all pages that have such commands, if none is named
 """
 
 import contextlib
 import io
 import re
 import shlex
+import sys
 from pathlib import Path
 
 from megatrain import cli
 
-_PAGE = Path(__file__).with_name("planning.md")
+_PAGES = ("planning.md", "hardware.md")
 _BLOCK = re.compile(r"```console\n\$ megatrain (plan [^\n]*)\n.*?```\n", re.DOTALL)
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
     """Commands run in the repository's root, as a reader would run them."""
-    text = _PAGE.read_text(encoding="utf-8")
-    with contextlib.chdir(_PAGE.parent.parent):
-        _PAGE.write_text(_BLOCK.sub(_run, text), encoding="utf-8")
+    folder = Path(__file__).parent.resolve()
+    with contextlib.chdir(folder.parent):
+        for name in names or _PAGES:
+            page = folder / name
+            page.write_text(_BLOCK.sub(_run, page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def _run(block: re.Match[str]) -> str:
@@ -31,4 +34,4 @@ def _run(block: re.Match[str]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
