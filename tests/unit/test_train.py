@@ -183,6 +183,15 @@ def test_first_interrupt_finishes_the_step(tmp_path: Path, capfd: pytest.Capture
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_batch_system_ends_a_run_as_ctrl_c_does(capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopOnInterrupt() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "finishing this step, then saving (once more to stop at once)" in capfd.readouterr().err
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
