@@ -120,6 +120,12 @@ class ImageEncoder:
         rendered = self.template.render(_in_parts(chat, len(images)), everything=self.everything)
         return ImageExample(where, rendered.text, tuple(rendered.spans), images)
 
+    def question(self, text: str, images: Sequence[ImageReference]) -> dict[str, Tensor]:
+        """What the model takes where a user says `text` about `images` and it is to answer. Raises BadRowError."""
+        asked = self.template.asking(_in_parts(Chat([{"role": "user", "content": text}]), len(images)))
+        made, _ = self._processed([ImageExample("the prompt", asked, (), tuple(images))])
+        return _tensors(made)
+
     def batch(self, examples: Sequence[ImageExample]) -> dict[str, Tensor]:
         """What the model takes: tokens filled up on the right, labels, and the images of all rows as its family wants
         them. Raises ConfigError where an image cannot be read any more."""
@@ -128,7 +134,7 @@ class ImageEncoder:
         except BadRowError as error:
             places = ", ".join(example.where for example in examples)
             raise ConfigError(f"data.train: one of {places} {error}; it could be read when the run began") from None
-        return {name: value for name, value in made.items() if isinstance(value, Tensor)} | {"labels": labels}
+        return _tensors(made) | {"labels": labels}
 
     def _processed(self, examples: Sequence[ImageExample]) -> tuple[dict[str, Any], Tensor]:
         """(what the processor makes of the examples together, labels)."""
@@ -156,6 +162,10 @@ class ImageEncoder:
             found = replaced[row] if row < len(replaced) else []
             targets[row, :count] = _targets(offsets[row, :count], example.spans, found)
         return made, torch.where(torch.from_numpy(targets), made["input_ids"], NO_TARGET)
+
+
+def _tensors(made: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in made.items() if isinstance(value, Tensor)}
 
 
 def _targets(offsets: NDArray[np.int64], spans: Sequence[Span], replaced: Sequence[Any]) -> NDArray[np.bool_]:
