@@ -127,7 +127,8 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 
 
 def train(name: str) -> Path:
-    """The folder of the example's run, which has gone well."""
+    """The folder of the example's run, which has gone well, as has a look at its data."""
+    assert cli.main(["data", *arguments_of(name), "--examples", "1"]) == cli.DONE
     assert cli.main(["train", *arguments_of(name)]) == cli.DONE
     run = Path("runs") / name
     assert [line["step"] for line in metrics_of(run)] == [1, 2]

@@ -16,7 +16,7 @@ from tiny_vision import FAMILIES, save_tiny
 from transformers import GenerationMixin
 
 from megatrain import cli
-from megatrain.config import Config, parse_config
+from megatrain.config import Config, parse_config, to_yaml
 from megatrain.data.batches import batch_sha256
 from megatrain.data.image_files import MOST_PIXELS, ImageReference, open_image
 from megatrain.data.images import ImageRows
@@ -350,6 +350,31 @@ def test_what_cannot_be_asked_is_said(models: Any, data: Path, capsys: pytest.Ca
     tokenizer.save_pretrained(data / "blind")
     (data / "blind" / "config.json").write_text('{"model_type": "llama"}')
     assert "images need a model that sees" in refused(str(data / "blind"), "--prompt", "a", *image)
+
+
+# -- looking at them ----------------------------------------------------------------------------------------------
+
+
+def test_the_data_command_shows_what_the_processor_makes(
+    models: Any, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(models("llava_next"), data, [BLUE, TEXT])
+    (data / "run.yaml").write_text(to_yaml(config))
+    assert cli.main(["data", str(data / "run.yaml"), "--examples", "1"]) == 0
+    shown = capsys.readouterr().out
+    found, _ = built(config)
+    (batch,) = build.batches_of(config, found)(0)[:1]
+    tokens, learned_tokens = int(batch["attention_mask"].sum()), int((batch["labels"] != -100).sum())
+    assert f"2 examples, {tokens} tokens, {learned_tokens} of them targets" in shown
+    images = int((batch["input_ids"][0] == config_image_token(config)).sum())
+    assert f"<|user|>what is this<image> x {images} <|assistant|>⟦blue<|eos|>⟧" in shown
+    (data / "eval.jsonl").write_text(json.dumps(BLUE))
+    assert cli.main(["data", str(data / "run.yaml"), "--data.eval", str(data / "eval.jsonl")]) == 2
+    assert "data.eval: rows with images cannot be measured on" in capsys.readouterr().err
+
+
+def config_image_token(config: Config) -> int:
+    return int(build.given_tokenizer(config).image_token_id)
 
 
 # -- a whole run --------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from torch import Tensor
 from megatrain.data.bad_rows import BadRowError, BadRows
 from megatrain.data.chat_template import ChatTemplate, NotDerivableError, Span
 from megatrain.data.encode import target_tokens
-from megatrain.data.examples import NO_TARGET
+from megatrain.data.examples import NO_TARGET, Examples
 from megatrain.data.formats import Chat, Layout, sample_of
 from megatrain.data.image_files import ImageReference, open_image, reference_to
 from megatrain.data.row_source import Source
@@ -191,6 +191,14 @@ class ImageRows:
     def batch(self, places: Sequence[Place]) -> dict[str, Tensor]:
         rows = rows_at(places, self.count, shuffle=self._shuffle, seed=self._seed)
         return self._encoder.batch([self.examples[row] for row in rows])
+
+    def without_pixels(self) -> Examples:
+        """All examples with the tokens of their images, in their order; each is processed once more for it."""
+        made = [self._encoder.batch([example]) for example in self.examples]
+        tokens = np.concatenate([one["input_ids"][0].numpy() for one in made])
+        targets = np.concatenate([one["labels"][0].numpy() != NO_TARGET for one in made])
+        offsets = np.cumsum([0, *(one["input_ids"].shape[1] for one in made)])
+        return Examples(tokens, targets, offsets, sum(len(example.text.encode()) for example in self.examples))
 
 
 # -- where images belong ---------------------------------------------------------------------------------

@@ -28,6 +28,14 @@ def names_images(mixture: Mixture) -> bool:
     return mixture.kind == "chat" and any(has_images(source) for source in mixture.sources)
 
 
+def refuse_to_measure(mixture: Mixture) -> None:
+    """Raise ConfigError where rows of data.eval have images."""
+    if names_images(mixture):
+        raise ConfigError(
+            f"{mixture.key}: rows with images cannot be measured on; leave {mixture.key} out, or give rows of text"
+        )
+
+
 def prepare_images(config: Config, mixture: Mixture, tokenizer: Any) -> ImageData:
     """All rows, each looked at once. Raises ConfigError where there is no example, and where rows or settings are
     wrong."""
