@@ -182,6 +182,14 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="let a model write text", allow_abbrev=False)
     generate.add_argument("folder", type=_path, metavar="FOLDER", help="a run's folder or a transformers folder")
     generate.add_argument("--prompt", required=True, type=_text, help="text to go on from")
+    generate.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        type=_path,
+        metavar="FILE",
+        help="an image, may be repeated: the prompt is then what a user says about it, and what is printed the answer",
+    )
     generate.add_argument("--max-new-tokens", type=_at_least(1), default=200, metavar="N")
     generate.add_argument("--seed", type=_at_least(0), default=0, metavar="S")
     generate.add_argument("--temperature", type=_temperature, default=0.8, help="0: always the likeliest token")
@@ -418,6 +426,7 @@ def _generate(known: argparse.Namespace) -> int:
     texts = generate(
         _model_of(known.folder, best=known.best, verify=not known.no_verify),
         [known.prompt],
+        images=known.image,
         max_new_tokens=known.max_new_tokens,
         seed=known.seed,
         temperature=known.temperature,

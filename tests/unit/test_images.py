@@ -13,8 +13,10 @@ import pytest
 import torch
 from PIL import Image
 from tiny_vision import FAMILIES, save_tiny
+from transformers import GenerationMixin
 
-from megatrain.config import Config, parse_config
+from megatrain import cli
+from megatrain.config import Config, parse_config, to_yaml
 from megatrain.data.batches import batch_sha256
 from megatrain.data.image_files import MOST_PIXELS, ImageReference, open_image
 from megatrain.data.images import ImageRows
@@ -275,6 +277,13 @@ def test_long_examples_are_left_out_whole(models: Any, data: Path) -> None:
     assert any("1 examples are left out, which have more tokens than data.seq_len" in line for line in found.said)
 
 
+def test_where_no_row_is_left_it_is_said_why(models: Any, data: Path) -> None:
+    rows = [image_row("gone.png"), RED, image_row("gone.png")]
+    with pytest.raises(ConfigError) as refused:
+        built(config_of(models("llava_next"), data, rows, data={"bad_rows": "skip", "seq_len": 8}))
+    assert str(refused.value).endswith("rows.jsonl: bad rows: 2, rows with more than data.seq_len tokens: 1")
+
+
 def test_what_cannot_be_done_with_images_is_said(models: Any, data: Path, tmp_path: Path) -> None:
     (data / "eval.jsonl").write_text(json.dumps(BLUE))
     with pytest.raises(ConfigError, match=r"data.eval: rows with images cannot be measured"):
@@ -286,6 +295,86 @@ def test_what_cannot_be_done_with_images_is_said(models: Any, data: Path, tmp_pa
     (blind / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ConfigError, match=r"model.path: .*blind.* has none of processor_config.json"):
         built(config_of(blind, data, [BLUE]))
+
+
+# -- asking about one ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_question_is_what_training_begins_an_example_with(family: str, models: Any, data: Path) -> None:
+    """The same tokens and pixels, up to the answer."""
+    config = config_of(models(family), data, [BLUE], train={"tokens_per_step": 256}, engine={"micro_batch": 1})
+    found, _ = built(config)
+    assert isinstance(found.rows, ImageRows)
+    (trained,) = build.batches_of(config, found)(0)
+    asked = found.rows._encoder.question("what is this<image>", [ImageReference("blue", path=data / "blue.jpg")])
+    before = int((trained["labels"][0] != -100).nonzero()[0])
+    assert asked["input_ids"][0].tolist() == trained["input_ids"][0, :before].tolist()
+    assert torch.equal(asked["pixel_values"], trained["pixel_values"])
+    first = found.rows._encoder.question("what is this", [ImageReference("blue", path=data / "blue.jpg")])
+    assert first["input_ids"].shape == asked["input_ids"].shape
+    assert first["input_ids"].tolist() != asked["input_ids"].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_question_is_put_to_the_model(
+    family: str, models: Any, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, _ = built(config_of(models(family), data, [BLUE], train={"tokens_per_step": 512}))
+    assert isinstance(found.rows, ImageRows)
+    references = [ImageReference(name, path=data / name) for name in ("red.png", "blue.jpg")]
+    asked = found.rows._encoder.question("<image> or <image>?", references)
+    given: dict[str, Any] = {}
+    generate = GenerationMixin.generate
+    monkeypatch.setattr(GenerationMixin, "generate", lambda self, **all: given.update(all) or generate(self, **all))
+    images = [word for name in ("red.png", "blue.jpg") for word in ("--image", str(data / name))]
+    command = ["generate", str(models(family)), "--prompt", "<image> or <image>?", *images, "--max-new-tokens", "5"]
+    assert cli.main(command) == 0
+    assert "pixel_values" in asked and all(torch.equal(given[name], value) for name, value in asked.items())
+    said = capsys.readouterr().out
+    assert said.strip() and " or " not in said  # the answer alone
+
+
+def test_what_cannot_be_asked_is_said(models: Any, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(*words: str) -> str:
+        assert cli.main(["generate", *words]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    model, image = str(models("llava_next")), ["--image", str(data / "red.png")]
+    line = refused(model, "--prompt", "<image><image>", *image)
+    assert line == "megatrain: --image: the prompt has 1 images and 2 places for them"
+    line = refused(model, "--prompt", "a", "--image", str(data / "gone.png"))
+    assert line.endswith(f"has image '{data / 'gone.png'}', which cannot be read: No such file or directory")
+    tokenizer = build.given_tokenizer(config_of(models("llava_next"), data, [BLUE]))
+    tokenizer.save_pretrained(data / "blind")
+    (data / "blind" / "config.json").write_text('{"model_type": "llama"}')
+    assert "images need a model that sees" in refused(str(data / "blind"), "--prompt", "a", *image)
+
+
+# -- looking at them ----------------------------------------------------------------------------------------------
+
+
+def test_the_data_command_shows_what_the_processor_makes(
+    models: Any, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(models("llava_next"), data, [BLUE, TEXT])
+    (data / "run.yaml").write_text(to_yaml(config))
+    assert cli.main(["data", str(data / "run.yaml"), "--examples", "1"]) == 0
+    shown = capsys.readouterr().out
+    found, _ = built(config)
+    (batch,) = build.batches_of(config, found)(0)[:1]
+    tokens, learned_tokens = int(batch["attention_mask"].sum()), int((batch["labels"] != -100).sum())
+    assert f"2 examples, {tokens} tokens, {learned_tokens} of them targets" in shown
+    images = int((batch["input_ids"][0] == config_image_token(config)).sum())
+    assert f"<|user|>what is this<image> x {images} <|assistant|>⟦blue<|eos|>⟧" in shown
+    (data / "eval.jsonl").write_text(json.dumps(BLUE))
+    assert cli.main(["data", str(data / "run.yaml"), "--data.eval", str(data / "eval.jsonl")]) == 2
+    assert "data.eval: rows with images cannot be measured on" in capsys.readouterr().err
+
+
+def config_image_token(config: Config) -> int:
+    return int(build.given_tokenizer(config).image_token_id)
 
 
 # -- a whole run --------------------------------------------------------------------------------------------------

@@ -424,6 +424,17 @@ def test_the_command_shows_texts_too(chat_folder: Path, tmp_path: Path, capsys: 
     assert "⟦<|eos|>hello world" in shown and "of them targets (100.0%)" in shown
 
 
+def test_the_command_shows_documents_that_are_not_joined(
+    chat_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    path = write(tmp_path / "a.jsonl", [{"text": "hello"}, {"text": "world " * 20}])
+    file.write_text(json.dumps(settings(chat_folder, path)))
+    assert cli.main(["data", str(file), "--data.packing", "none"]) == 0
+    shown = capsys.readouterr().out
+    assert "\n⟦hello<|eos|>⟧\n" in shown and "data.train: 2 examples" in shown
+
+
 def test_colours_mark_targets_on_a_terminal(chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps(settings(chat_folder, write(tmp_path / "a.jsonl", [chat(0)]))))

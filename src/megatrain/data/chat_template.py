@@ -81,6 +81,10 @@ class ChatTemplate:
         spans = [(start, self._with_end_token(whole, end)) for start, end in spans]
         return Rendered(whole, spans, bool(spans) and whole[: spans[-1][1]].endswith(self.special))
 
+    def asking(self, chat: Chat) -> str:
+        """The conversation as the model is given it to say what comes next. Raises BadRowError."""
+        return _render(self, chat.messages, chat.tools, ask=True)[0]
+
     def _with_end_token(self, whole: str, end: int) -> int:
         """Past the end-of-text token that follows directly: the model is to write it, too."""
         eos = self.names.get("eos_token")

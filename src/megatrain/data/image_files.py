@@ -68,9 +68,9 @@ def open_image(reference: ImageReference) -> Any:
         raise BadRowError(f"has {reference.name}, which is damaged: {error}") from None
 
 
-def require_pillow() -> None:
-    """Raise ConfigError where there is no Pillow."""
+def require_pillow(key: str) -> None:
+    """Raise ConfigError, naming `key`, where there is no Pillow."""
     try:
         import PIL  # noqa: F401
     except ImportError:
-        raise ConfigError("data.train: rows with images need Pillow; pip install 'megatrain[images]'") from None
+        raise ConfigError(f"{key}: images need Pillow; pip install 'megatrain[images]'") from None

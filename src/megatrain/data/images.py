@@ -21,7 +21,7 @@ from torch import Tensor
 from megatrain.data.bad_rows import BadRowError, BadRows
 from megatrain.data.chat_template import ChatTemplate, NotDerivableError, Span
 from megatrain.data.encode import target_tokens
-from megatrain.data.examples import NO_TARGET
+from megatrain.data.examples import NO_TARGET, Examples
 from megatrain.data.formats import Chat, Layout, sample_of
 from megatrain.data.image_files import ImageReference, open_image, reference_to
 from megatrain.data.row_source import Source
@@ -120,6 +120,12 @@ class ImageEncoder:
         rendered = self.template.render(_in_parts(chat, len(images)), everything=self.everything)
         return ImageExample(where, rendered.text, tuple(rendered.spans), images)
 
+    def question(self, text: str, images: Sequence[ImageReference]) -> dict[str, Tensor]:
+        """What the model takes where a user says `text` about `images` and it is to answer. Raises BadRowError."""
+        asked = self.template.asking(_in_parts(Chat([{"role": "user", "content": text}]), len(images)))
+        made, _ = self._processed([ImageExample("the prompt", asked, (), tuple(images))])
+        return _tensors(made)
+
     def batch(self, examples: Sequence[ImageExample]) -> dict[str, Tensor]:
         """What the model takes: tokens filled up on the right, labels, and the images of all rows as its family wants
         them. Raises ConfigError where an image cannot be read any more."""
@@ -128,7 +134,7 @@ class ImageEncoder:
         except BadRowError as error:
             places = ", ".join(example.where for example in examples)
             raise ConfigError(f"data.train: one of {places} {error}; it could be read when the run began") from None
-        return {name: value for name, value in made.items() if isinstance(value, Tensor)} | {"labels": labels}
+        return _tensors(made) | {"labels": labels}
 
     def _processed(self, examples: Sequence[ImageExample]) -> tuple[dict[str, Any], Tensor]:
         """(what the processor makes of the examples together, labels)."""
@@ -158,6 +164,10 @@ class ImageEncoder:
         return made, torch.where(torch.from_numpy(targets), made["input_ids"], NO_TARGET)
 
 
+def _tensors(made: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: value for name, value in made.items() if isinstance(value, Tensor)}
+
+
 def _targets(offsets: NDArray[np.int64], spans: Sequence[Span], replaced: Sequence[Any]) -> NDArray[np.bool_]:
     """Tokens inside `spans` of the text before images' tokens were put in, and of no image."""
 
@@ -181,6 +191,14 @@ class ImageRows:
     def batch(self, places: Sequence[Place]) -> dict[str, Tensor]:
         rows = rows_at(places, self.count, shuffle=self._shuffle, seed=self._seed)
         return self._encoder.batch([self.examples[row] for row in rows])
+
+    def without_pixels(self) -> Examples:
+        """All examples with the tokens of their images, in their order; each is processed once more for it."""
+        made = [self._encoder.batch([example]) for example in self.examples]
+        tokens = np.concatenate([one["input_ids"][0].numpy() for one in made])
+        targets = np.concatenate([one["labels"][0].numpy() != NO_TARGET for one in made])
+        offsets = np.cumsum([0, *(one["input_ids"].shape[1] for one in made)])
+        return Examples(tokens, targets, offsets, sum(len(example.text.encode()) for example in self.examples))
 
 
 # -- where images belong ---------------------------------------------------------------------------------

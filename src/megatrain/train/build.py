@@ -25,7 +25,7 @@ from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS, load_tokenizer, train_b
 from megatrain.errors import ConfigError, IntegrityError
 from megatrain.optim.int8_moments import BLOCK
 from megatrain.optim.schedules import learning_rate
-from megatrain.train.image_data import names_images, prepare_images
+from megatrain.train.image_data import names_images, prepare_images, refuse_to_measure
 from megatrain.train.model_settings import ModelSettings, Vocabulary
 from megatrain.train.packing import rows_of
 from megatrain.train.param_groups import make_optimizer
@@ -147,10 +147,7 @@ def _with_held_out(config: Config, data: Data, mixture: Mixture, tokenizer: Any)
         if stream.utf8_bytes == 0:
             raise _no_text(mixture)
         return replace(data, held_out=stream)
-    if names_images(mixture):
-        raise ConfigError(
-            "data.eval: rows with images cannot be measured on; leave data.eval out, or give rows of text"
-        )
+    refuse_to_measure(mixture)
     rows = prepare_rows(config, mixture, tokenizer)
     held_out = rows.examples
     if isinstance(held_out, PreferenceExamples):  # of pairs, how likely what was chosen is

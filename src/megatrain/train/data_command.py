@@ -1,6 +1,7 @@
 """`megatrain data`: the first examples as the model sees them, and all of them in numbers."""
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,14 +13,18 @@ from megatrain.config import Config, override, parse_config
 from megatrain.data.examples import Examples, PreferenceExamples
 from megatrain.data.mixture import Mixture
 from megatrain.data.packing import tokenize
+from megatrain.data.rows import documents_as_examples
 from megatrain.data.statistics import Statistics, pieces_of, statistics_of
 from megatrain.errors import ConfigError
 from megatrain.train.build import find_corpora, given_tokenizer, trained_tokenizer
+from megatrain.train.image_data import names_images, prepare_images, refuse_to_measure
 from megatrain.train.row_data import prepare_rows
 from megatrain.yaml_file import read_yaml
 
 _LONGEST_SHOWN = 6000  # characters of an example
 _OPEN, _CLOSE = "⟦", "⟧"
+
+_REPEATED = re.compile(r"(<[^<>\s]+>)\1{7,}")  # an image is a token many times over
 
 Piece = tuple[str, bool]
 
@@ -39,6 +44,7 @@ def data_command(
     tokenizer = given_tokenizer(config) or trained_tokenizer(config, corpora)
     found = {"train": _look(config, corpora.train, tokenizer, examples)}
     if corpora.eval is not None:
+        refuse_to_measure(corpora.eval)
         found["eval"] = _look(config, corpora.eval, tokenizer, examples)
     out = out or sys.stdout
     if as_json:
@@ -51,9 +57,14 @@ def data_command(
 def _look(config: Config, mixture: Mixture, tokenizer: Any, count: int) -> dict[str, Any]:
     """What is to be said of a mixture, as plain values."""
     seq_len = config.data.seq_len
+    examples: Examples | PreferenceExamples
+    sources: list[dict[str, Any]] = []
+    said: Sequence[str] = []
     if mixture.kind == "text":
-        examples: Examples | PreferenceExamples = _of_text(mixture, tokenizer, seq_len)
-        sources, said = [], []
+        examples = _of_text(mixture, tokenizer, seq_len, joined=_joined(config, mixture))
+    elif names_images(mixture):
+        found = prepare_images(config, mixture, tokenizer)
+        examples, said = found.rows.without_pixels(), found.said
     else:
         rows = prepare_rows(config, mixture, tokenizer)
         examples, said = rows.examples, rows.said
@@ -76,9 +87,16 @@ def _look(config: Config, mixture: Mixture, tokenizer: Any, count: int) -> dict[
     }
 
 
-def _of_text(mixture: Mixture, tokenizer: Any, seq_len: int) -> Examples:
-    """Joined texts as the sequences that they are trained in, every token of them a target."""
+def _joined(config: Config, mixture: Mixture) -> bool:
+    """Whether a text is given to the model joined to others: held-out texts always are."""
+    return mixture.key == "data.eval" or config.data.packing in ("auto", "joined")
+
+
+def _of_text(mixture: Mixture, tokenizer: Any, seq_len: int, *, joined: bool) -> Examples:
+    """Texts as the sequences that they are trained in, or as documents; every token of them a target."""
     stream = tokenize(mixture.documents(), tokenizer)
+    if not joined:
+        return documents_as_examples(stream, tokenizer.eos_token_id, seq_len)
     count = len(stream.sequences(seq_len))
     if count == 0:
         raise ConfigError(
@@ -149,7 +167,7 @@ def _print_pieces(pieces: Sequence[Piece], console: Any, *, coloured: bool) -> N
 
     shown, left = Text(), _LONGEST_SHOWN
     for text, target in pieces:
-        part = _visible(text[:left])
+        part = _visible(_REPEATED.sub(_counted, text)[:left])
         if coloured:
             shown.append(part, style="green" if target else "dim")
         else:
@@ -159,6 +177,10 @@ def _print_pieces(pieces: Sequence[Piece], console: Any, *, coloured: bool) -> N
             shown.append(" ...")
             break
     console.print(shown)
+
+
+def _counted(found: re.Match[str]) -> str:
+    return f"{found[1]} x {len(found[0]) // len(found[1]):,} "
 
 
 def _visible(text: str) -> str:

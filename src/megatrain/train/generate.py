@@ -2,45 +2,98 @@
 
 import logging
 import reprlib
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megatrain.data.tokenizer import load_tokenizer
 from megatrain.errors import ConfigError
 from megatrain.sizes import format_bytes
 from megatrain.train.run_folder import model_folder
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _WEIGHTS_SHARE = 0.8  # of a GPU's free memory; the rest is for keys, values and activations
 _log = logging.getLogger(__name__)
 
 
 def generate(
-    folder: str, prompts: list[str], *, max_new_tokens: int = 200, seed: int = 0, temperature: float = 0.8
+    folder: str,
+    prompts: list[str],
+    *,
+    images: Sequence[str] = (),
+    max_new_tokens: int = 200,
+    seed: int = 0,
+    temperature: float = 0.8,
 ) -> list[str]:
     """Each prompt with the text that the model in `folder` continues it with, drawn anew from `seed`.
 
-    `temperature` 0 always takes the likeliest token. Raises ConfigError where there is no model or tokenizer.
+    With `images`, files, each prompt is what a user says about them through the model's chat template, `<image>` in it
+    the place of one (else they come first), and what is returned is the answer alone. `temperature` 0 always takes the
+    likeliest token. Raises ConfigError where there is no model, tokenizer or processor.
     """
     from megatrain.model.loading import load_config, load_pretrained
 
     source = model_folder(folder)
     load_config(source)  # no model is a clearer error than no tokenizer, and cheap to find
     tokenizer = load_tokenizer(source, key="tokenizer")
+    questions = _questions(source, tokenizer, prompts, images) if images else None
     model = _placed(load_pretrained(source)).eval()
     positions = learned_positions(model)
     texts = []
-    for prompt in prompts:
+    for number, prompt in enumerate(prompts):
         # in training a document follows the end of the one before
-        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
+        inputs = questions[number] if questions else as_inputs(_ids(tokenizer, prompt) or [tokenizer.eos_token_id])
         if positions is not None:
-            check_length(len(ids), max_new_tokens, positions, key="max-new-tokens")
-        text = go_on(model, tokenizer, ids, max_new_tokens=max_new_tokens, seed=seed, temperature=temperature)
-        texts.append(prompt + text)
+            check_length(inputs["input_ids"].shape[1], max_new_tokens, positions, key="max-new-tokens")
+        text = go_on(model, tokenizer, inputs, max_new_tokens=max_new_tokens, seed=seed, temperature=temperature)
+        texts.append(text if questions else prompt + text)
     return texts
 
 
-def go_on(model: Any, tokenizer: Any, ids: list[int], *, max_new_tokens: int, seed: int, temperature: float) -> str:
-    """What `model`, in evaluation mode, writes after the tokens `ids`, drawn from torch's generators, which `seed`
-    begins anew. Raises ConfigError where its generation settings name what is no token."""
+def _ids(tokenizer: Any, prompt: str) -> list[int]:
+    return list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+
+
+def _questions(source: str, tokenizer: Any, prompts: list[str], images: Sequence[str]) -> list[dict[str, "Tensor"]]:
+    """What the model takes for each prompt about all of `images`. Raises ConfigError."""
+    from megatrain.data.bad_rows import BadRowError
+    from megatrain.data.image_files import ImageReference, require_pillow
+    from megatrain.data.images import ImageEncoder
+    from megatrain.train.processor import load_processor, template_of
+    from megatrain.train.row_data import chat_template
+
+    key = "--image"
+    require_pillow(key)
+    processor = load_processor(source, tokenizer, key=key)
+    encoder = ImageEncoder(processor, template_of(processor, chat_template(tokenizer), chosen=False), everything=False)
+    references = [ImageReference(f"image {name!r}", path=Path(name).expanduser()) for name in images]
+    try:
+        return [encoder.question(prompt, references) for prompt in prompts]
+    except BadRowError as error:
+        raise ConfigError(f"{key}: the prompt {error}") from None
+
+
+def as_inputs(ids: list[int]) -> dict[str, "Tensor"]:
+    """What a model of texts takes for the tokens `ids`."""
+    import torch
+
+    tokens = torch.tensor([ids])
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def go_on(
+    model: Any,
+    tokenizer: Any,
+    inputs: Mapping[str, "Tensor"],
+    *,
+    max_new_tokens: int,
+    seed: int,
+    temperature: float,
+) -> str:
+    """What `model`, in evaluation mode, writes after the one row of `inputs`, drawn from torch's generators, which
+    `seed` begins anew. Raises ConfigError where its generation settings name what is no token."""
     import torch
     from transformers import GenerationConfig
 
@@ -49,16 +102,19 @@ def go_on(model: Any, tokenizer: Any, ids: list[int], *, max_new_tokens: int, se
         settings |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 0.95}
     # the model's own, too: transformers takes from it whatever is left open here
     own, model.generation_config = model.generation_config, GenerationConfig(**settings)
-    tokens = torch.tensor([ids], device=model.device)
+    placed = {name: _as_the_model_has_it(value, model) for name, value in inputs.items()}
     torch.manual_seed(seed)
     try:
         with torch.no_grad():
-            made = model.generate(
-                tokens, attention_mask=torch.ones_like(tokens), generation_config=model.generation_config
-            )
+            made = model.generate(**placed, generation_config=model.generation_config)
     finally:
         model.generation_config = own
-    return str(tokenizer.decode(made[0, len(ids) :], skip_special_tokens=True))
+    return str(tokenizer.decode(made[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def _as_the_model_has_it(value: "Tensor", model: Any) -> "Tensor":
+    """Pixels in the model's precision, too."""
+    return value.to(model.device, model.dtype if value.is_floating_point() else None)
 
 
 def _generation_settings(model: Any, tokenizer: Any) -> dict[str, Any]:

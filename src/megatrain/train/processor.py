@@ -19,7 +19,7 @@ def load_processor(source: str, tokenizer: Any, *, key: str = "model.path") -> A
     from megatrain.model.loading import check_config, one_line
 
     if not _files_of(source):
-        raise ConfigError(f"{key}: {source!r} has none of {', '.join(_FILES)}; rows with images need a model that sees")
+        raise ConfigError(f"{key}: {source!r} has none of {', '.join(_FILES)}; images need a model that sees")
     try:
         check_config(source)
         processor = AutoProcessor.from_pretrained(os.path.expanduser(source), backend="pil", trust_remote_code=False)
@@ -29,7 +29,7 @@ def load_processor(source: str, tokenizer: Any, *, key: str = "model.path") -> A
         needs = "; pip install torchvision" if "torchvision" in str(error).lower() else ""
         raise ConfigError(f"{key}: no processor for images in {source!r}: {one_line(error)}{needs}") from None
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
-        raise ConfigError(f"{key}: {source!r} has no processor for images; rows with images need a model that sees")
+        raise ConfigError(f"{key}: {source!r} has no processor for images; images need a model that sees")
     if len(tokenizer) != len(processor.tokenizer):
         raise ConfigError(
             f"model.tokenizer: it has {len(tokenizer)} tokens and the processor's has {len(processor.tokenizer)}; rows "

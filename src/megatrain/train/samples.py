@@ -10,7 +10,7 @@ from megatrain.config import EvalConfig
 from megatrain.data.examples import NO_TARGET, Examples
 from megatrain.data.packing import TokenStream
 from megatrain.errors import ConfigError
-from megatrain.train.generate import check_length, go_on, learned_positions
+from megatrain.train.generate import as_inputs, check_length, go_on, learned_positions
 from megatrain.train.interrupt import StopOnInterrupt
 
 _PROMPT_TOKENS = 32  # of a text of data.eval, or half of it where it is short
@@ -104,7 +104,7 @@ class Sampler:
             text = go_on(
                 self._model,
                 self._tokenizer,
-                prompt.tokens,
+                as_inputs(prompt.tokens),
                 max_new_tokens=self._settings.max_new_tokens,
                 seed=self._seed,
                 temperature=self._settings.temperature,
