@@ -354,12 +354,23 @@ def _train(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     config = load_config(known.config, overrides)
     from megatrain.train.run import run
 
+    _leave_no_core_dump()
     result = run(
         config, profile_steps=known.profile, resume=known.resume, force=known.force, verify=not known.no_verify
     )
     _report(result)
     print(f"run folder: {result.folder}")
     return _ended(result.lost)
+
+
+def _leave_no_core_dump() -> None:
+    """A crash writes no file with activations, texts and keys; the weights' own memory is in no dump in any case."""
+    if os.environ.get("MEGATRAIN_DEBUG"):
+        return
+    with contextlib.suppress(ImportError, OSError, ValueError):  # not every system has such a limit
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
 
 def _demo(known: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from test_cli import run, settings  # noqa: F401 (a fixture)
 
+from megatrain import cli
 from megatrain.private_files import make_private_folder, private
 
 GROUP_AND_OTHERS = 0o077
@@ -65,3 +66,20 @@ def test_a_run_keeps_its_account_to_itself_and_shares_its_model(
     assert mode(folder) == mode(folder / "model") == 0o777 & ~umask
     shared = [path for path in (folder / "model").iterdir() if path.suffix in (".safetensors", ".json")]
     assert shared and {mode(path) for path in shared} == {0o666 & ~umask}
+
+
+def test_a_run_that_crashes_writes_no_core_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_CORE)
+    try:
+        if before[1] == 0:
+            pytest.skip("none may be written here at all")
+        resource.setrlimit(resource.RLIMIT_CORE, (4096, before[1]))
+        monkeypatch.setenv("MEGATRAIN_DEBUG", "1")
+        cli._leave_no_core_dump()
+        assert resource.getrlimit(resource.RLIMIT_CORE)[0] == 4096
+        monkeypatch.delenv("MEGATRAIN_DEBUG")
+        cli._leave_no_core_dump()
+        assert resource.getrlimit(resource.RLIMIT_CORE)[0] == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_CORE, before)
