@@ -3,12 +3,12 @@ trained on; what is written on purpose is not."""
 
 import copy
 from collections.abc import Callable
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from some_of import some_of
 from test_cli import TINY, run
 from test_engine_random import tiny_llama
 from test_engine_toys import WIDTH, Net, Output, batches_of, free_step, make_batch, make_engine
@@ -90,11 +90,11 @@ def train_until_found(engine: mt.Engine, damage: Callable[[], None], match: str,
 
 
 CLIPS = {"global": {}, "none": {"clip_norm": None}, "tight": {"clip_norm": 0.01}}
-KINDS = list(product(("fp32", "int8"), ("cpu", "lagged"), ("fp32", "bf16"), CLIPS))
-SOME = [pytest.param(*kind, marks=[] if n % 5 == 1 else pytest.mark.long) for n, kind in enumerate(KINDS)]
 
 
-@pytest.mark.parametrize(("moments", "name", "precision", "clip"), SOME)  # of each setting every value
+@pytest.mark.parametrize(
+    ("moments", "name", "precision", "clip"), some_of(5, ("fp32", "int8"), ("cpu", "lagged"), ("fp32", "bf16"), CLIPS)
+)
 def test_the_same_training(name: str, precision: str, clip: str, moments: str) -> None:
     settings = {"precision": precision, "optimizer": mt.AdamW(lr=1e-2, moments=moments), **CLIPS[clip]}
     expected = trained(steps=4, device=device_of(name, precision), **settings)
@@ -496,11 +496,10 @@ def test_all_units_on_the_device() -> None:
 # -- what is written on purpose ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("resident", [0, 3])
-@pytest.mark.parametrize("moments", ["fp32", "int8"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("name", ["cpu", "lagged"])
+@pytest.mark.parametrize(
+    ("name", "level", "precision", "moments", "resident"),
+    some_of(3, ("cpu", "lagged"), LEVELS, ("fp32", "bf16"), ("fp32", "int8"), (0, 3)),
+)
 def test_writes_are_no_damage(name: str, level: str, precision: str, moments: str, resident: int) -> None:
     """In place, by load_state_dict, of optimizer state; before a step, a forward of one's own loop, an evaluation. And
     checksums follow: each run ends as one without them."""

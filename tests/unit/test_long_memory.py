@@ -38,6 +38,7 @@ def test_a_long_step_takes_what_is_planned() -> None:
     assert parts["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-6)
 
 
+@pytest.mark.long
 def test_a_long_step_in_a_window_takes_what_is_planned() -> None:
     """The mask of sequence x sequence alone would take as much."""
     found = step(12_288, 256, "1024", 512)

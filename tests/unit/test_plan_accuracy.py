@@ -83,7 +83,11 @@ def test_witnesses_are_planned() -> None:
 
 @pytest.mark.parametrize(
     ("device", "precision", "layers"),
-    [("cpu", "bf16", 4), pytest.param("cpu", "fp32", 4, marks=pytest.mark.long), ("lagged", "fp32", 4)],
+    [
+        pytest.param("cpu", "bf16", 4, marks=pytest.mark.long),
+        pytest.param("cpu", "fp32", 4, marks=pytest.mark.long),
+        ("lagged", "fp32", 4),
+    ],
 )
 def test_peaks_of_a_run(tmp_path: Path, device: str, precision: str, layers: int) -> None:
     """The command's own comparison, in a process of its own. Four micro-batches: their threads share one heap."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from some_of import some_of
 from test_engine_random import tiny_llama
 from test_engine_toys import Net, batches_of, make_batch, make_engine
 from torch import nn
@@ -44,10 +45,9 @@ def assert_same(one: Any, other: Any) -> None:
         assert all(torch.equal(state[name], value) for name, value in other[3][number].items())
 
 
-@pytest.mark.parametrize("resident", [2, 6])
-@pytest.mark.parametrize("clip", CLIPS)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("moments", ["fp32", "int8"])
+@pytest.mark.parametrize(
+    ("resident", "clip", "precision", "moments"), some_of(3, (2, 6), CLIPS, ("fp32", "bf16"), ("fp32", "int8"))
+)
 def test_the_same_training(resident: int, clip: str, precision: str, moments: str) -> None:
     settings = {"precision": precision, "optimizer": mt.AdamW(lr=1e-2, moments=moments), **CLIPS[clip]}
     assert_same(trained(**settings, resident_units=resident), trained(**settings))

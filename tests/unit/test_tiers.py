@@ -6,13 +6,13 @@ import json
 import os
 import re
 from importlib import metadata
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from some_of import some_of
 from test_arena import linux_only, vm_flags
 from test_cli import run
 from test_engine_toys import WIDTH, Block, Net, assert_trains_like_plain, batches_of, make_batch, make_engine
@@ -94,11 +94,11 @@ def assert_same(one: Any, other: Any) -> None:
 
 
 CLIPS = {"global": {}, "unit": {"clip_scope": "unit"}, "none": {"clip_norm": None}}
-KINDS = list(product(("fp32", "int8"), ("cpu", "lagged"), ("fp32", "bf16"), CLIPS))
-SOME = [pytest.param(*kind, marks=[] if n % 5 == 1 else pytest.mark.long) for n, kind in enumerate(KINDS)]
 
 
-@pytest.mark.parametrize(("moments", "name", "precision", "clip"), SOME)  # of each setting every value
+@pytest.mark.parametrize(
+    ("moments", "name", "precision", "clip"), some_of(5, ("fp32", "int8"), ("cpu", "lagged"), ("fp32", "bf16"), CLIPS)
+)
 def test_state_on_disk_changes_no_bit(tmp_path: Path, name: str, precision: str, clip: str, moments: str) -> None:
     """All of it there, half of it, none of it."""
     settings = {"precision": precision, "optimizer": mt.AdamW(lr=1e-2, moments=moments), **CLIPS[clip]}
