@@ -475,10 +475,11 @@ def test_tokens_per_step_that_follow_from_the_micro_batch_are_data(tmp_path: Pat
     assert cli.main(["train", settings, "--train.tokens_per_step=32", "--engine.micro_batch=1", *more]) == cli.DONE
 
 
-def test_a_signed_run_goes_on(run: Path, finished: Path) -> None:
+def test_a_signed_run_goes_on(run: Path, finished: Path, capsys: Output) -> None:
     (run / "model.sig").write_text("of the run as it was")
     longer = ["--train.steps", "6", "--output", str(run), "--resume", "auto"]
     assert cli.main(["train", str(finished / "settings.yaml"), *longer]) == cli.DONE
+    assert "model.sig is of the run as it was" in capsys.readouterr().err
 
 
 def test_changed_weights_are_not_exported_nor_trained_on(
@@ -495,3 +496,8 @@ def test_changed_weights_are_not_exported_nor_trained_on(
         assert cli.main(["train", *settings, *given]) == cli.WRONG
         assert "--no-verify takes it as it is" in capsys.readouterr().err and not (tmp_path / "next").exists()
     assert cli.main(["export", str(run), str(tmp_path / "out"), "--no-verify"]) == cli.DONE
+
+
+def test_a_signature_inside_a_checkpoints_model_is_no_change_of_it(run: Path, tmp_path: Path) -> None:
+    (checkpoint(run, 5) / "model" / "model.sig").write_text("a signature")
+    assert cli.main(["export", str(checkpoint(run, 5)), str(tmp_path / "out")]) == cli.DONE

@@ -1,5 +1,6 @@
 """A run's folder on disk: made when training is sure to start, and never over another run's."""
 
+import logging
 import os
 import shutil
 import tempfile
@@ -24,6 +25,7 @@ _OWN_FILES = _OF_LOGGERS | {
     *(_SETTINGS, "metrics.jsonl", "samples.jsonl", _MODEL, "plan.json", "trace.json", CHECKPOINTS),
     *(LEDGER_NAME, SIGNATURE_NAME, REPORT_NAME, partial_name(_SETTINGS)),
 }
+_log = logging.getLogger(__name__)
 
 
 def model_folder(path: str) -> str:
@@ -72,6 +74,10 @@ class RunFolder:
         if resume and (foreign := _foreign(content)):
             others = ", ".join(sorted(foreign)[:3])
             raise ConfigError(f"output: {output!r} holds more than a run ({others}); give another folder or remove it")
+        if resume and SIGNATURE_NAME in content:
+            _log.warning(
+                "output: %s is of the run as it was, and will not fit what it becomes; sign it anew", SIGNATURE_NAME
+            )
         if content and not resume:
             if not replace:
                 raise ConfigError(f"output: {output!r} already holds files; give another folder or remove it")

@@ -6,10 +6,10 @@ from enum import Enum, auto
 from pathlib import Path
 
 from megatrain.errors import IntegrityError
-from megatrain.trust.compare import Difference
-from megatrain.trust.hashing import hash_files
+from megatrain.trust.compare import Difference, compare
+from megatrain.trust.hashing import hash_files, list_content
 from megatrain.trust.ledger import LEDGER_NAME, Entry, History, Ledger, head_recorded, read_ledger
-from megatrain.trust.manifest import MANIFEST_NAME, Manifest, differences, read_manifest
+from megatrain.trust.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, read_manifest
 
 _CHECKPOINTS, _MODEL = "checkpoints", "model"
 
@@ -67,8 +67,9 @@ def model_differences(entries: list[Entry], model: Path) -> Iterator[Difference]
         return  # the run goes on, and leaves another one
     if not expected and model.is_dir():
         yield Difference("ledger", _MODEL, "an `end` of the run in the ledger that names its files", "none")
+    records = hash_files(model / name for name in expected)
     for name, sha256 in sorted(expected.items()):
-        record = hash_files([model / name])[model / name]
+        record = records[model / name]
         found = f"unreadable ({record.strerror})" if isinstance(record, OSError) else f"sha256 {record.sha256}"
         if found != f"sha256 {sha256}":
             yield Difference("ledger", f"{_MODEL}/{name}", f"sha256 {sha256} (by the ledger)", found)
@@ -96,8 +97,11 @@ def require_recorded_model(model: Path) -> None:
     if model.name != _MODEL:
         return
     if os.path.lexists(above / MANIFEST_NAME):
-        manifest = read_manifest(above)
-        found = next((d for d in differences(above, manifest) if d.name.startswith(f"{_MODEL}/")), None)
+        recorded = read_manifest(above).files  # of which the training state, several times as large, is not read
+        names = {name: name.removeprefix(f"{_MODEL}/") for name in recorded if name.startswith(f"{_MODEL}/")}
+        content = list_content(model)
+        content.files.pop(SIGNATURE_NAME, None)
+        found = next(iter(compare(model, content, {names[name]: recorded[name] for name in names})), None)
     elif os.path.lexists(above / LEDGER_NAME):
         found = next(model_differences(read_ledger(above / LEDGER_NAME).entries, model), None)
     else:
