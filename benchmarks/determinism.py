@@ -19,9 +19,9 @@ import harness  # noqa: F401 (first: it prepares the environment)
 import torch
 from harness.machine import describe_machine
 from harness.models import MODELS, TINY_MODELS, Model, shape_of
-from harness.rates import count_step
 from harness.results import Results
-from rivals.contest import Outcome, run_rounds, speed_ratio
+from rivals.beside import record_beside
+from rivals.contest import Outcome, run_rounds
 from rivals.interface import Settings
 from rivals.systems import OURS
 from rivals.worker import Task
@@ -56,25 +56,7 @@ def tasks_of(size: Size, options: argparse.Namespace) -> dict[str, Task]:
 def measure(results: Results, size: Size, options: argparse.Namespace) -> dict[str, Outcome]:
     tasks = tasks_of(size, options)
     outcomes = run_rounds(tasks, options.rounds, options.budget, print)
-    off, work = outcomes[OFF], count_step(size.model, tasks[OFF].lengths)
-    setting = (
-        f"{work.parameters / 1e6:.0f}M, {size.sequences} x {size.seq_len} tokens, {options.precision} on"
-        f" {options.device.partition(':')[0]}"
-    )
-    print(f"\n{setting}; beside {OFF}")
-    for name, outcome in outcomes.items():
-        case = f"{setting}: {name}"
-        if not outcome.rounds or not off.rounds:
-            why = outcome.failure or "no round was run"
-            results.not_measured(PART, case, why)
-            print(f"  {name:<4} not measured: {why}")
-            continue
-        ratio = speed_ratio(outcome, off)
-        results.record(PART, case, seconds_per_step=(outcome.seconds, "s"), speed_of_off=(ratio, ""))
-        equal = "same losses" if outcome.losses == off.losses else "other losses"
-        results.note(PART, case, "losses", equal)
-        spread = f"{ratio.p50:.3f}x ({ratio.p20:.3f}-{ratio.p80:.3f})"
-        print(f"  {name:<4} {outcome.seconds.p50:8.3f} s/step  {spread}  {equal}")
+    record_beside(results, PART, outcomes, tasks[OFF], OFF)
     return outcomes
 
 

@@ -25,9 +25,9 @@ import torch
 from harness.machine import describe_machine
 from harness.models import MODELS, TINY_MODELS, Model, shape_of
 from harness.percentiles import Spread
-from harness.rates import count_step
 from harness.results import Results
-from rivals.contest import Outcome, run_rounds, speed_ratio
+from rivals.beside import record_beside
+from rivals.contest import Outcome, run_rounds
 from rivals.interface import Settings
 from rivals.systems import OURS
 from rivals.worker import Task
@@ -77,25 +77,7 @@ def measure_levels(results: Results, size: Size, options: argparse.Namespace) ->
     for sequences, seq_len in size.lengths:
         tasks = tasks_of(size, sequences, seq_len, options)
         outcomes = run_rounds(tasks, options.rounds, options.budget / len(size.lengths), print)
-        off, work = outcomes[OFF], count_step(size.model, tasks[OFF].lengths)
-        setting = (
-            f"{work.parameters / 1e6:.0f}M, {sequences} x {seq_len} tokens, {options.precision} on"
-            f" {options.device.partition(':')[0]}"
-        )
-        print(f"\n{setting}; beside {OFF}")
-        for level, outcome in outcomes.items():
-            case = f"{setting}: {level}"
-            if not outcome.rounds or not off.rounds:
-                why = outcome.failure or "no round was run"
-                results.not_measured(PART, case, why)
-                print(f"  {level:<8} not measured: {why}")
-                continue
-            ratio = speed_ratio(outcome, off)
-            results.record(PART, case, seconds_per_step=(outcome.seconds, "s"), speed_of_off=(ratio, ""))
-            equal = "same losses" if outcome.losses == off.losses else "other losses"
-            results.note(PART, case, "losses", equal)
-            spread = f"{ratio.p50:.3f}x ({ratio.p20:.3f}-{ratio.p80:.3f})"
-            print(f"  {level:<8} {outcome.seconds.p50:8.3f} s/step  {spread}  {equal}")
+        record_beside(results, PART, outcomes, tasks[OFF], OFF)
     return outcomes
 
 
