@@ -417,8 +417,19 @@ def _own_command() -> str:
     return shlex.quote(str(script))
 
 
+def _trained(result: "RunResult") -> str:
+    from megatrain.checkpoint.folders import list_checkpoints
+    from megatrain.train.run_folder import CHECKPOINTS
+
+    done, total = result.loop.steps, result.total_steps
+    if done == total or not result.loop.interrupted:
+        return f"trained {done:,} steps"
+    goes_on = "; the same command with --resume auto goes on" if list_checkpoints(result.folder / CHECKPOINTS) else ""
+    return f"trained {done:,} of {total:,} steps{goes_on}"
+
+
 def _report(result: "RunResult") -> None:
-    print(f"trained {result.loop.steps:,} steps")
+    print(_trained(result))
     for name, one in result.evaluations.items():
         told = "held-out text" if len(result.evaluations) == 1 else f"held-out text {name}"
         over = f"over {one.target_tokens:,} tokens"

@@ -31,7 +31,7 @@ from megatrain.train.evaluate import eval_set, evaluate
 from megatrain.train.folder_lock import FolderLock
 from megatrain.train.generate import _placed
 from megatrain.train.interrupt import StopOnInterrupt
-from megatrain.train.loop import LoopResult, train
+from megatrain.train.loop import LoopResult, NoEvaluations, train
 from megatrain.train.metrics import MetricsFile
 from megatrain.train.model_settings import Vocabulary, read_model_settings
 from megatrain.train.param_groups import make_optimizer
@@ -88,7 +88,9 @@ class StandIn:
         )
 
 
-def run_loop(engine: StandIn, folder: Path, steps: int = 5, log_every: int = 1) -> tuple[LoopResult, list[Any], str]:
+def run_loop(
+    engine: StandIn, folder: Path, steps: int = 5, log_every: int = 1, evaluations: NoEvaluations | None = None
+) -> tuple[LoopResult, list[Any], str]:
     shown = io.StringIO()
     with StopOnInterrupt() as stop, MetricsFile(folder / "metrics.jsonl") as metrics:
         result = train(
@@ -100,6 +102,7 @@ def run_loop(engine: StandIn, folder: Path, steps: int = 5, log_every: int = 1) 
             progress=LineProgress(steps, shown, clock=lambda: 0.0),
             stop=stop,
             log_every=log_every,
+            evaluations=evaluations,
         )
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return result, lines, shown.getvalue()
@@ -172,6 +175,17 @@ def test_a_timeline_that_cannot_be_written_costs_nothing_else(tmp_path: Path, ca
 def test_fewer_lines_with_log_every_but_always_the_last(tmp_path: Path) -> None:
     _, lines, _ = run_loop(StandIn(), tmp_path, steps=5, log_every=2)
     assert [line["step"] for line in lines] == [2, 4, 5]
+
+
+def test_the_last_line_is_there_where_an_evaluation_ends_the_run(tmp_path: Path) -> None:
+    class Enough(NoEvaluations):
+        enough = False
+
+        def after_step(self, done: int, *, last: bool) -> None:
+            self.enough = done == 4
+
+    _, lines, _ = run_loop(StandIn(), tmp_path, steps=7, log_every=3, evaluations=Enough())
+    assert [line["step"] for line in lines] == [3, 4]
 
 
 def test_first_interrupt_finishes_the_step(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

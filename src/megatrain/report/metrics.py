@@ -31,6 +31,12 @@ class Metrics:
     def last_step(self) -> int:
         return int(self.lines[-1]["step"]) if self.lines else 0
 
+    def up_to(self, step: int) -> "Metrics":
+        return Metrics(
+            [line for line in self.lines if line["step"] <= step],
+            [line for line in self.evaluations if line["step"] <= step],
+        )
+
     def series(self, key: str, name: str = "") -> Series:
         for one in {"step", key} - self._columns.keys():
             self._columns[one] = np.array([number(line.get(one)) for line in self.lines], dtype=np.float64)

@@ -54,7 +54,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left: its folder, how training went, the last measures on data.eval by set, where there are some.
+    """What a run left: its folder, how training went of the steps that were meant, the last measures on data.eval by
+    set, where there are some.
 
     `interrupted`: by Ctrl-C, in training or in what follows it. `lost`: why what training ended with is no checkpoint
     although it should be one. `best`: the checkpoint that is there with the lowest loss on data.eval, and that loss.
@@ -62,6 +63,7 @@ class RunResult:
 
     folder: Path
     loop: LoopResult
+    total_steps: int
     evaluations: dict[str, Evaluation]
     interrupted: bool
     lost: str | None = None
@@ -118,7 +120,7 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
         loggers = Loggers(config.train.log_to, folder.path, config, first_step)
         journal = stack.enter_context(Journal(folder, ledger, loggers, progress))
         held_out.tell = journal.evaluated
-        _write_plan(folder, made.plan)
+        _write_plan(folder, made.plan, data.steps)
         engine.model.train()
         trained = UnderLoss(engine, loss_of(config))
         watched = WatchedEngine(trained)
@@ -159,7 +161,7 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
             raise
         _say_profile(profiled)
         outcome = watched.outcome(made.plan)
-        _write_plan(folder, made.plan, outcome)
+        _write_plan(folder, made.plan, data.steps, outcome)
         for line in (*outcome_lines(outcome), *filter(None, [checkpoints.summary()])):
             _say(line)
         if config.checkpoint.at_end:
@@ -174,7 +176,7 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
     _write_report(folder)
     folder.finish(complete=not result.interrupted)
     best = checkpoints.best(folder.checkpoints)
-    return RunResult(folder.path, result, evaluations, stop.requested, checkpoints.lost, best)
+    return RunResult(folder.path, result, data.steps, evaluations, stop.requested, checkpoints.lost, best)
 
 
 def _make_engine(made: Prepared, resumed: Resumed | None) -> "Engine":
@@ -237,10 +239,12 @@ def _open_folder(config: Config, *, replace: bool, resume: str | None) -> RunFol
     return RunFolder(str(config.output), replace=replace, resume=own)
 
 
-def _write_plan(folder: RunFolder, plan: Plan, outcome: dict[str, dict[str, float]] | None = None) -> None:
+def _write_plan(
+    folder: RunFolder, plan: Plan, total_steps: int, outcome: dict[str, dict[str, float]] | None = None
+) -> None:
     """No run fails for want of it."""
     try:
-        write_plan(folder.plan, plan, outcome)
+        write_plan(folder.plan, plan, total_steps, outcome)
     except OSError as error:
         _log.warning("output: cannot write %r: %s", str(folder.plan), error.strerror)
 
