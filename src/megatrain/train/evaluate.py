@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,7 +15,11 @@ from torch import Tensor
 from megatrain.data.examples import Examples
 from megatrain.data.packing import TokenStream
 from megatrain.data.rows import SeparateRows
+from megatrain.engine.targets import count_targets
 from megatrain.train.interrupt import StopOnInterrupt
+
+if TYPE_CHECKING:
+    from megatrain.engine.engine import Engine
 
 _IGNORED = -100
 Batch = dict[str, Tensor]
@@ -87,9 +91,10 @@ def _example_set(examples: Examples, seq_len: int, micro_batch: int, max_tokens:
 
 
 def evaluate(
-    model: Any, batches: Iterable[Batch], *, utf8_bytes: int | None = None, stop: StopOnInterrupt | None = None
+    engine: "Engine", batches: Iterable[Batch], *, utf8_bytes: int | None = None, stop: StopOnInterrupt | None = None
 ) -> Evaluation | None:
-    """The loss over all targets of `batches`, for a model in evaluation mode (see `undisturbed`).
+    """The loss over all targets of `batches`, for a model in evaluation mode (see `undisturbed`). Logits exist for as
+    many tokens at a time as in training.
 
     None where `stop` is requested before the end: the measure of a part would not be that of the whole.
     """
@@ -97,24 +102,10 @@ def evaluate(
     for batch in batches:
         if stop is not None and stop.requested:
             return None
-        batch_nats, count = _summed_loss(model, batch)
-        nats, targets = nats + batch_nats, targets + count
+        nats -= float(engine.log_probabilities(batch).double().sum())  # 0 where there is no target
+        targets += count_targets(batch["labels"], engine.shifts_labels)
     loss = nats / targets if targets else math.nan
     return Evaluation(loss, targets, utf8_bytes, time.perf_counter() - started)
-
-
-def _summed_loss(model: Any, batch: Batch) -> tuple[float, int]:
-    """(cross-entropy in nats, summed over targets; their number); one sequence at a time, to hold fp32 logits of no
-    more."""
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    with torch.no_grad():
-        logits = model(**inputs, use_cache=False).logits
-        labels = batch["labels"].to(logits.device)
-        nats = [
-            torch.nn.functional.cross_entropy(scores[:-1].float(), wanted[1:], ignore_index=_IGNORED, reduction="sum")
-            for scores, wanted in zip(logits, labels, strict=True)
-        ]
-    return sum(loss.item() for loss in nats), int((batch["labels"][:, 1:] != _IGNORED).sum())
 
 
 def _windows(tokens: np.ndarray, seq_len: int, micro_batch: int) -> Iterator[Batch]:

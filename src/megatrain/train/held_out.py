@@ -176,7 +176,7 @@ class HeldOut:
         with undisturbed(engine.model, engine.device.torch_device):
             results: dict[str, Evaluation] = {}
             for name, one in self._sets.items():
-                found = evaluate(engine.model, one.batches(), utf8_bytes=one.utf8_bytes, stop=self._stop)
+                found = evaluate(engine, one.batches(), utf8_bytes=one.utf8_bytes, stop=self._stop)
                 if found is None:
                     return
                 results[name] = found
