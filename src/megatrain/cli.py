@@ -429,11 +429,15 @@ def _trained(result: "RunResult") -> str:
 
 
 def _report(result: "RunResult") -> None:
+    from megatrain.train.journal import described
+
     print(_trained(result))
     for name, one in result.evaluations.items():
         told = "held-out text" if len(result.evaluations) == 1 else f"held-out text {name}"
         over = f"over {one.target_tokens:,} tokens"
-        if one.bits_per_byte is None:
+        if one.pairs is not None:
+            print(f"{told}: {described(one)}")
+        elif one.bits_per_byte is None:
             print(f"{told}: loss {one.loss:.3f}, perplexity {one.perplexity:,.2f} {over}")
         else:
             whole = f"loss {one.loss:.3f} {over}, {one.utf8_bytes:,} bytes not trained on"

@@ -188,9 +188,11 @@ def test_a_run_on_pairs_of_answers(tmp_path: Path) -> None:
     (run / "config.yaml").write_text(CONFIG.replace("steps: 40", "steps: 40, method: dpo"))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rewards = {f"rewards/{name}": 0.25 for name in ("chosen", "rejected", "margins", "accuracies")}
-    write_lines(run / "metrics.jsonl", [line | (rewards if "loss" in line else {}) for line in lines])
+    held_out = {"step": 40, "eval": {"loss": 0.5, "pairs": 3, **rewards}}
+    write_lines(run / "metrics.jsonl", [*(line | rewards for line in lines if "loss" in line), held_out])
     page = text_of(run)
     assert "per pair of answers" in page and "nats per target token" not in page
+    assert [one.name for one in read_run(run).metrics.evaluated("rewards/accuracies")] == ["eval"]
     assert "Rewards" in page and "Pairs whose chosen answer gained more" in page
 
 

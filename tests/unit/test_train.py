@@ -310,7 +310,7 @@ def test_evaluation_counts_every_byte_once() -> None:
     for length in range(2, 14):  # windows that fit exactly, and that do not
         stream = TokenStream(np.arange(length, dtype=np.uint16), utf8_bytes=2 * (length - 1))
         one = eval_set(stream, seq_len=5, micro_batch=2)
-        found = evaluate(Uniform(), one.batches(), utf8_bytes=one.utf8_bytes)
+        found = evaluate(Uniform(), one)
         assert found is not None and found.target_tokens == length - 1
         assert found.loss == pytest.approx(math.log(16))
         assert found.bits_per_byte == pytest.approx(2.0)  # 4 bits per token of 2 bytes

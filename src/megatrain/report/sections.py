@@ -190,10 +190,12 @@ def preferences(run: Run) -> Html:
     right = metrics.series("rewards/accuracies", "right way round")
     if not len(right.finite.steps):
         return Html("")
+    held_out = metrics.evaluated("rewards/accuracies")
+    shares = [Line(right, 1), *(Line(series, 2 + n, "marked") for n, series in enumerate(held_out))]
     about = "beta times what log-probabilities of answers have gained over those of the first weights"
     return _side_by_side(
         line_chart("Rewards", about, [Line(series, n) for n, series in enumerate(rewards)]),
-        line_chart("Pairs whose chosen answer gained more", "share", [Line(right, 1)], from_zero=True),
+        line_chart("Pairs whose chosen answer gained more", "share", shares, from_zero=True),
     )
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from megatrain.checkpoint.folders import list_checkpoints
 from megatrain.config import Config, check_warmup
 from megatrain.data.batches import StepBatches
-from megatrain.data.examples import Examples, PreferenceExamples
+from megatrain.data.examples import HeldOutData, PreferenceExamples
 from megatrain.data.mixture import Mixture
-from megatrain.data.packing import TokenStream, tokenize
+from megatrain.data.packing import tokenize
 from megatrain.data.pairs import PairRows, Reference
 from megatrain.data.rows import Rows
 from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS, load_tokenizer, train_bpe
@@ -59,7 +59,7 @@ class Data:
     rows: Rows | None
     steps: int
     train_bytes: int
-    held_out: TokenStream | Examples | None
+    held_out: HeldOutData
     pairs: PreferenceExamples | None = None
     said: tuple[str, ...] = ()
 
@@ -142,6 +142,11 @@ def build_data(config: Config, corpora: Corpora, tokenizer: Any, model_config: A
 
 
 def _with_held_out(config: Config, data: Data, mixture: Mixture, tokenizer: Any) -> Data:
+    if data.pairs is not None and mixture.kind != "preference":
+        raise ConfigError(
+            f"data.eval: has rows of kind {mixture.kind}, which the loss of train.method dpo cannot be measured on; "
+            "expected pairs of answers, as data.train has"
+        )
     if mixture.kind == "text":
         stream = tokenize(mixture.documents(), tokenizer)
         if stream.utf8_bytes == 0:
@@ -150,7 +155,7 @@ def _with_held_out(config: Config, data: Data, mixture: Mixture, tokenizer: Any)
     refuse_to_measure(mixture)
     rows = prepare_rows(config, mixture, tokenizer)
     held_out = rows.examples
-    if isinstance(held_out, PreferenceExamples):  # of pairs, how likely what was chosen is
+    if isinstance(held_out, PreferenceExamples) and data.pairs is None:  # how likely what was chosen is
         held_out = held_out.chosen
     return replace(data, held_out=held_out, said=(*data.said, *rows.said))
 
