@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatrain.config import Config, to_yaml
 from megatrain.planner.plan import Plan
+from megatrain.report.numbers import several
 from megatrain.sizes import format_bytes
 from megatrain.train import build
 from megatrain.train.method import with_method
@@ -18,6 +19,9 @@ from megatrain.trust.facts import run_facts
 if TYPE_CHECKING:
     from megatrain.optim.adamw import AdamW
     from megatrain.train.planning import RunPlanner
+
+
+_MUCH_ROUNDED = 0.05
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,8 @@ def prepare(config: Config, folder: RunFolder, resumed: Resumed | None, *, force
     data = build.build_data(config, corpora, tokenizer, settings.config)
     for line in (*data.said, _in_numbers(config, data, tokenizer), *([] if data.rows is None else [data.rows.kind])):
         _say(line)
+    if (rounded := _rounding(config, data)) is not None:
+        _say(f"warning: {rounded}")
     plan = planner.plan()  # with the data in memory
     facts = run_facts(to_yaml(config), corpora.train.files, planner.device.name)
     if resumed is not None:
@@ -64,7 +70,22 @@ def _in_numbers(config: Config, data: build.Data, tokenizer: Any) -> str:
     passes = data.steps * build.passes_per_step(config, data)
     return (
         f"{data.tokens:,} tokens of {format_bytes(data.train_bytes)} text, vocabulary of {len(tokenizer):,}; "
-        f"{data.steps:,} steps of {config.tokens_per_step:,} tokens, {passes:.3g} passes"
+        f"{several(data.steps, 'step')} of {config.tokens_per_step:,} tokens, {passes:.3g} passes"
+    )
+
+
+def _rounding(config: Config, data: build.Data) -> str | None:
+    """Where whole steps are much more, or less, than the passes that are wanted; None where they are about those."""
+    wanted = config.train.epochs
+    if wanted is None or config.planned_steps is not None:
+        return None
+    passes = data.steps * build.passes_per_step(config, data)
+    if abs(passes / wanted - 1) <= _MUCH_ROUNDED:
+        return None
+    return (
+        f"train.epochs: {wanted:g} comes to {wanted / build.passes_per_step(config, data):.2f} steps of "
+        f"{config.tokens_per_step:,} tokens; {several(data.steps, 'whole one')} will be taken, {passes:.2f} passes. "
+        "A lower train.tokens_per_step comes closer"
     )
 
 
