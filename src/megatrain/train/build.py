@@ -21,6 +21,7 @@ from megatrain.data.mixture import Mixture
 from megatrain.data.packing import tokenize
 from megatrain.data.pairs import PairRows, Reference
 from megatrain.data.rows import Rows
+from megatrain.data.splits import shared_file
 from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS, load_tokenizer, train_bpe
 from megatrain.errors import ConfigError, IntegrityError
 from megatrain.optim.int8_moments import BLOCK
@@ -79,9 +80,9 @@ def find_corpora(config: Config) -> Corpora:
     if data.eval is None:
         return Corpora(train, None)
     held_out = Mixture(data.eval, split="eval", key="data.eval", **common)
-    shared = sorted(set(train.files) & set(held_out.files))
+    shared = shared_file(train.parts, held_out.parts)
     if shared:
-        _log.warning("data.eval: %s is in data.train too; what is measured on it is not held out", shared[0])
+        _log.warning("data.eval: %s is in data.train too; what is measured on it is not held out", shared)
     return Corpora(train, held_out)
 
 
