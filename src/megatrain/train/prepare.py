@@ -13,6 +13,7 @@ from megatrain.train.method import with_method
 from megatrain.train.model_settings import ModelSettings, Vocabulary, check_fit, read_model_settings
 from megatrain.train.resume import Resumed, check_data
 from megatrain.train.run_folder import RunFolder
+from megatrain.train.samples import Prompt, read_prompts
 from megatrain.train.trial import try_out
 from megatrain.trust.facts import run_facts
 
@@ -27,7 +28,7 @@ _MUCH_ROUNDED = 0.05
 @dataclass(frozen=True)
 class Prepared:
     """`source`: the settings with the model that training begins with, which is a checkpoint's where it goes on.
-    `beside`: what is saved with the model. `facts`: of every manifest, and the ledger."""
+    `beside`: what is saved with the model. `prompts`: of samples. `facts`: of every manifest, and the ledger."""
 
     config: Config
     source: Config
@@ -36,6 +37,7 @@ class Prepared:
     tokenizer: Any
     beside: Any
     data: build.Data
+    prompts: list[Prompt]
     plan: Plan
     facts: dict[str, Any]
 
@@ -58,12 +60,13 @@ def prepare(config: Config, folder: RunFolder, resumed: Resumed | None, *, force
         _say(line)
     if (rounded := _rounding(config, data)) is not None:
         _say(f"warning: {rounded}")
+    prompts = read_prompts(config.eval, tokenizer, data.held_out, settings.config)
     plan = planner.plan()  # with the data in memory
     facts = run_facts(to_yaml(config), corpora.train.files, planner.device.name)
     if resumed is not None:
         check_data(resumed, facts, force=force)
     beside = build.saved_beside(source, tokenizer)
-    return Prepared(config, source, settings, optimizer, tokenizer, beside, data, plan, facts)
+    return Prepared(config, source, settings, optimizer, tokenizer, beside, data, prompts, plan, facts)
 
 
 def _in_numbers(config: Config, data: build.Data, tokenizer: Any) -> str:
