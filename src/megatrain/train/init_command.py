@@ -17,6 +17,7 @@ import yaml
 from megatrain.config import override, parse_config
 from megatrain.errors import CapacityError, ConfigError
 from megatrain.planner.plan import Plan
+from megatrain.report.numbers import count
 from megatrain.sizes import format_bytes, format_seconds
 from megatrain.train.build import find_corpora
 from megatrain.train.data_amount import tokens_per_epoch
@@ -223,7 +224,8 @@ def _text(wish: Wish, found: _Found) -> str:
 def _heading(plan: Plan) -> Iterator[str]:
     """The plan in a few lines."""
     workload, hardware = plan.workload, plan.hardware
-    yield f"# {workload.name}: {workload.parameters / 1e9:.3g} B parameters, {workload.precision}, on {hardware.name}."
+    parameters = count(workload.parameters)
+    yield f"# {workload.name}: {parameters} parameters, {workload.precision}, on {hardware.name}."
     for tier, held in plan.ledger.items():
         shown = ", ".join(
             f"{name} {format_bytes(n)}" for name, n in sorted(held.items(), key=lambda item: -item[1])[:4]
