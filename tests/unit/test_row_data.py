@@ -363,7 +363,7 @@ def test_examples_are_measured_by_their_targets(chat_folder: Path, tmp_path: Pat
         seen: list[int] = []
         head = engine.model.get_output_embeddings()
         head.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits.shape[:-1].numel()))
-        found = evaluate(engine, measured.batches(), utf8_bytes=measured.utf8_bytes)
+        found = evaluate(engine, measured)
     assert seen and max(seen) == 5  # logits of no more tokens than in training
     assert found is not None and found.utf8_bytes == examples.utf8_bytes
     nats = 0.0
