@@ -85,6 +85,10 @@ class ChatTemplate:
         """The conversation as the model is given it to say what comes next. Raises BadRowError."""
         return _render(self, chat.messages, chat.tools, ask=True)[0]
 
+    def end_of_turn(self) -> str | None:
+        """The special token that follows an answer; None where there is none."""
+        return _end_of_turn(self)
+
     def _with_end_token(self, whole: str, end: int) -> int:
         """Past the end-of-text token that follows directly: the model is to write it, too."""
         eos = self.names.get("eos_token")
