@@ -18,9 +18,9 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from megatrain.data.folder_claim import claim_folder, release_folder
 from megatrain.errors import ConfigError
 from megatrain.files import make_folders, remove_tree, rename
-from megatrain.folder_claim import claim_folder, release_folder
 from megatrain.private_files import make_private_folder, private
 
 _FACTS = "facts.json"
