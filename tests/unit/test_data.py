@@ -3,6 +3,7 @@
 import gzip
 import json
 import sysconfig
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from megatrain.data import packing
+from megatrain.data import text_encoder
 from megatrain.data.bad_rows import BadRows
 from megatrain.data.batches import StepBatches
-from megatrain.data.packing import tokenize
+from megatrain.data.mixture import Mixture
+from megatrain.data.packing import TokenStream
 from megatrain.data.rows import JoinedRows
 from megatrain.data.sources import Corpus, stdlib_files
+from megatrain.data.text_tokens import tokenise_texts
+from megatrain.data.token_files import TokenCache
 from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS, load_tokenizer, train_bpe
 from megatrain.errors import ConfigError
 
@@ -185,6 +189,16 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 # -- packing ----------------------------------------------------------------------------------------------
 
 
+def tokenize(texts: list[str], tokenizer: Any) -> TokenStream:
+    """What texts become, a file of them each."""
+    with tempfile.TemporaryDirectory() as folder:
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (Path(folder) / "a.jsonl").write_text(lines)
+        mixture = Mixture([str(Path(folder) / "a.jsonl")], split="train", key="data.train")
+        sources = mixture.sources
+        return tokenise_texts(sources, tokenizer, bad_rows="fail", workers=1, cache_of=lambda _: TokenCache(None))
+
+
 def test_documents_are_joined_with_end_of_text(bpe: Any) -> None:
     stream = tokenize(TEXTS[:2], bpe)
     first, second = (bpe(text, add_special_tokens=False)["input_ids"] for text in TEXTS[:2])
@@ -214,7 +228,7 @@ def test_a_tokenizer_that_reads_special_tokens_in_text_goes_on_doing_so(bpe: Any
 
 
 def test_a_long_document_is_tokenized_in_parts_that_join(bpe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "_CHARACTERS_PER_CALL", 50)
+    monkeypatch.setattr(text_encoder, "_CHARACTERS_PER_PIECE", 50)
     text = "".join(TEXTS) + "x" * 120
     stream = tokenize([text, "y"], bpe)
     assert stream.tokens.tolist().count(1) == 3

@@ -159,8 +159,8 @@ class Losses:
         self._losses = iter(losses)
         monkeypatch.setattr("megatrain.train.held_out.evaluate", self.evaluate)
 
-    def evaluate(self, model: Any, batches: Any, *, utf8_bytes: int | None, stop: StopOnInterrupt) -> Any:
-        return None if stop.requested else Evaluation(next(self._losses), 10, utf8_bytes)
+    def evaluate(self, engine: Any, one: EvalSet, stop: StopOnInterrupt) -> Any:
+        return None if stop.requested else Evaluation(next(self._losses), 10, one.utf8_bytes)
 
 
 class Still:

@@ -18,7 +18,6 @@ from megatrain.config import Config, check_warmup
 from megatrain.data.batches import StepBatches
 from megatrain.data.examples import HeldOutData, PreferenceExamples
 from megatrain.data.mixture import Mixture
-from megatrain.data.packing import tokenize
 from megatrain.data.pairs import PairRows, Reference
 from megatrain.data.rows import Rows
 from megatrain.data.splits import shared_file
@@ -31,7 +30,7 @@ from megatrain.train.model_settings import ModelSettings, Vocabulary
 from megatrain.train.packing import rows_of
 from megatrain.train.param_groups import make_optimizer
 from megatrain.train.processor import with_processor_files
-from megatrain.train.row_data import enough_of, give_chat_template, prepare_rows
+from megatrain.train.row_data import give_chat_template, prepare_rows, prepare_texts
 from megatrain.train.run_folder import RunFolder, model_folder
 from megatrain.trust.encryption import read_key
 
@@ -149,7 +148,7 @@ def _with_held_out(config: Config, data: Data, mixture: Mixture, tokenizer: Any)
             "expected pairs of answers, as data.train has"
         )
     if mixture.kind == "text":
-        stream = tokenize(mixture.documents(), tokenizer)
+        stream = prepare_texts(config, mixture, tokenizer)
         if stream.utf8_bytes == 0:
             raise _no_text(mixture)
         return replace(data, held_out=stream)
@@ -162,8 +161,7 @@ def _with_held_out(config: Config, data: Data, mixture: Mixture, tokenizer: Any)
 
 
 def _text_data(config: Config, texts: Mixture, tokenizer: Any, model_config: Any) -> Data:
-    enough = enough_of(config) if all(source.streaming for source in texts.sources) else None
-    stream = tokenize(texts.documents(), tokenizer, enough=None if enough is None else enough.tokens + 1)
+    stream = prepare_texts(config, texts, tokenizer)
     if stream.utf8_bytes == 0:
         raise _no_text(texts)
     rows = rows_of(config, stream, model_config, tokenizer.eos_token_id)
