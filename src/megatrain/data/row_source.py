@@ -11,7 +11,7 @@ from typing import Any
 
 from megatrain.data.bad_rows import BadRows, names_of
 from megatrain.data.dataset_info import read_entry
-from megatrain.data.formats import FORMATS, Layout, detect
+from megatrain.data.formats import FIELDS, FORMATS, Layout, chosen_format, detect
 from megatrain.data.row_files import Row, csv_rows, json_rows, jsonl_rows, table_rows
 from megatrain.data.sources import JSONL_SUFFIXES, STDLIB, Corpus, Split
 from megatrain.errors import ConfigError
@@ -42,8 +42,8 @@ class Rows:
 class Source:
     """An entry, found and its format known. `corpus`: of plain text, else None; `rows`: of anything else.
 
-    `weight`: how many times an epoch has each example; `samples`: how many examples it has instead.
-    `detected`: the format was found by looking at the rows.
+    `weight`: how many times an epoch has each example; `samples`: how many of its examples these are, None for all.
+    `detected`: the format was found by looking at the rows, which could be in `others`, too.
     """
 
     described: str
@@ -54,6 +54,7 @@ class Source:
     samples: int | None = None
     streaming: bool = False
     detected: bool = False
+    others: tuple[str, ...] = ()
     key: str = field(default="data.train")
 
     @property
@@ -86,15 +87,21 @@ class Source:
                 yield sample.text
 
 
-def open_source(spec: str | Mapping[str, Any], *, key: str, split: Split, form: str, text_field: str) -> Source:
-    """The source of an entry; `form` and `text_field` count where it names none. Raises ConfigError."""
+def open_source(
+    spec: str | Mapping[str, Any], *, key: str, split: Split, form: str, text_field: str, method: str = "auto"
+) -> Source:
+    """The source of an entry; `form` and `text_field` count where it names none, `method` (of train.method) where its
+    rows could be in several formats. Raises ConfigError."""
     given: dict[str, Any] = {"path": spec} if isinstance(spec, str) else dict(spec)
     tags: dict[str, str] = {}
     samples = None
+    unread: tuple[str, ...] = ()
+    columns = dict(given.get("columns") or {})
     if given.get("dataset_info") is not None:
         entry = read_entry(Path(os.path.expanduser(given["dataset_info"])), given["path"], key)
         given, tags, samples = {**entry.spec, **_others(given)}, entry.tags, entry.samples
-    columns = dict(given.get("columns") or {})
+        columns = {**entry.spec["columns"], **columns}
+        unread = tuple(part for part in FIELDS if part not in (*columns, "text"))
     columns.setdefault("text", given.get("text_field") or text_field)
     form = given.get("format") or form
     common: dict[str, Any] = {
@@ -106,18 +113,19 @@ def open_source(spec: str | Mapping[str, Any], *, key: str, split: Split, form: 
     }
     rows = _rows(given, key, split)
     if rows is None:
+        common["detected"] = form == "auto"
         return Source(
             layout=Layout("text", columns), corpus=_corpus(given, key, split, form, columns["text"]), **common
         )
     _check_columns(rows, given, columns, key)
-    detected = form == "auto"
-    if detected:
-        form = _detected(rows, columns, given["path"], key)
+    if form == "auto":
+        form, others = _detected(rows, columns, given["path"], key, method)
+        common |= {"detected": True, "others": others}
     jsonl = all(path.suffix.lower() in JSONL_SUFFIXES for path in rows.files) and rows.files
     if form == "text" and jsonl:
         corpus = _corpus(given, key, split, form, columns["text"])
         return Source(layout=Layout("text", columns), corpus=corpus, **common)
-    return Source(layout=Layout(form, columns, tags), rows=rows, detected=detected, **common)
+    return Source(layout=Layout(form, columns, tags, unread), rows=rows, **common)
 
 
 def _others(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -285,18 +293,21 @@ def _check_columns(rows: Rows, given: Mapping[str, Any], columns: Mapping[str, s
             )
 
 
-def _detected(rows: Rows, columns: Mapping[str, str], described: str, key: str) -> str:
-    """The one format that the first rows can be in."""
+def _detected(
+    rows: Rows, columns: Mapping[str, str], described: str, key: str, method: str
+) -> tuple[str, tuple[str, ...]]:
+    """The format that the first rows are in, and the others that they could be in."""
     first = [row for row in islice(rows.read(), _PEEKED) if row.wrong is None]
     found: set[str] = set().union(*(detect(row.fields, columns) for row in first)) if first else set()
-    if len(found) == 1:
-        return found.pop()
+    chosen = chosen_format(found, method)
+    if chosen is not None:
+        return chosen, tuple(form for form in FORMATS if form in found and form != chosen)
     fields = names_of(list({name for row in first for name in row.fields}))
     if found:
         choices = ", ".join(form for form in FORMATS if form in found)
         raise ConfigError(f"{key}: {described!r} could be {choices} (fields: {fields}); say which, with format: NAME")
     if rows.columns is None and all(path.suffix.lower() in JSONL_SUFFIXES for path in rows.files):
-        return "text"  # whose own error names the first line that has none
+        return "text", ()  # whose own error names the first line that has none
     raise ConfigError(
         f"{key}: {described!r} is in no format that its fields tell ({fields}); say which, with format: "
         f"{'|'.join(FORMATS)}, and columns: {{part: name}} where names differ"
