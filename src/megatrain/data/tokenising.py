@@ -25,7 +25,7 @@ from megatrain.data.row_source import Source
 from megatrain.data.token_files import Arrays, Entry, TokenCache, hash_of
 from megatrain.errors import ConfigError, MegaTrainError
 
-_CODE = 1  # raise it where the same rows become other tokens than before: what is cached is made anew
+_CODE = 2  # raise it where the same rows become other tokens than before: what is cached is made anew
 _ROWS_PER_BLOCK = 128
 _SMALL_BYTES = 4 << 20  # starting processes takes longer than encoding this much
 _MOST_WORKERS = 16
@@ -34,7 +34,8 @@ _MOST_WORKERS = 16
 @dataclass
 class Counts:
     """What became of a source's rows: `examples` were kept, of them `truncated` are cut at seq_len; `left_out` had no
-    target within it; `skipped` were bad, the first of them in `first_bad`; `unended` end with no special token."""
+    target within it; `skipped` were bad, the first of them in `first_bad`. `unended` answers end with no special token.
+    """
 
     rows: int = 0
     examples: int = 0
