@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from megatrain.data.bad_rows import BadRows, say_skipped
 from megatrain.data.examples import Examples, PreferenceExamples
 from megatrain.data.row_source import Source, open_source
-from megatrain.data.sources import Corpus, Split
+from megatrain.data.sources import Split
+from megatrain.data.splits import Part
 from megatrain.data.tokenising import Tokenised
 from megatrain.errors import ConfigError
 
@@ -39,6 +40,7 @@ class Mixture:
             open_source(spec, key=key, split=split, form=form, text_field=text_field, method=method) for spec in specs
         ]
         self.described = ", ".join(source.described for source in self.sources)
+        self.parts: list[Part] = [part for source in self.sources for part in source.parts]
         self.files: list[Path] = [path for source in self.sources for path in source.files]
         self._said: set[str] = set()
         _check_kinds(self.sources, key)
@@ -67,11 +69,6 @@ class Mixture:
             if source.described not in self._said:
                 self._said.add(source.described)
                 say_skipped(self.key, source.described, bad.count, bad.first)
-
-    @property
-    def corpus(self) -> Corpus | None:
-        """The only source's plain text."""
-        return self.sources[0].corpus if len(self.sources) == 1 else None
 
 
 def _kind(source: Source) -> str:

@@ -99,9 +99,7 @@ def is_small(source: Source) -> bool:
 
 
 def _facts(source: Source, settings: EncoderSettings, bad_rows: str) -> list[Any]:
-    assert source.rows is not None
-    kinds = [path.suffix.lower() for path in source.files]
-    return [_CODE, asdict(settings), bad_rows, kinds, source.rows.identity, source.described if not kinds else ""]
+    return [_CODE, asdict(settings), bad_rows, source.identity]
 
 
 def _fill(
@@ -115,7 +113,7 @@ def _fill(
 ) -> None:
     columns = [_Columns(entry, "", settings), *([_Columns(entry, "rejected_", settings)] if _pairs(settings) else [])]
     assert source.rows is not None
-    with RowProgress(f"tokenising {source.described}", source.rows.count) as progress:
+    with RowProgress(f"tokenising {source.described}", source.count) as progress:
         for rows, block in _encoded(_blocks(source.rows.read()), settings, _processes(source, workers)):
             _check(rows, block, bad, source)
             for column, one in zip(columns, (block, block.rejected), strict=False):

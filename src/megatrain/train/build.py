@@ -16,11 +16,12 @@ from torch import Tensor
 from megatrain.checkpoint.folders import list_checkpoints
 from megatrain.config import Config, check_warmup
 from megatrain.data.batches import StepBatches
-from megatrain.data.examples import Examples, PreferenceExamples
+from megatrain.data.examples import HeldOutData, PreferenceExamples
 from megatrain.data.mixture import Mixture
-from megatrain.data.packing import TokenStream, tokenize
+from megatrain.data.packing import tokenize
 from megatrain.data.pairs import PairRows, Reference
 from megatrain.data.rows import Rows
+from megatrain.data.splits import shared_file
 from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS, load_tokenizer, train_bpe
 from megatrain.errors import ConfigError, IntegrityError
 from megatrain.optim.int8_moments import BLOCK
@@ -59,7 +60,7 @@ class Data:
     rows: Rows | None
     steps: int
     train_bytes: int
-    held_out: TokenStream | Examples | None
+    held_out: HeldOutData
     pairs: PreferenceExamples | None = None
     said: tuple[str, ...] = ()
 
@@ -80,9 +81,9 @@ def find_corpora(config: Config) -> Corpora:
     if data.eval is None:
         return Corpora(train, None)
     held_out = Mixture(data.eval, split="eval", key="data.eval", **common)
-    shared = sorted(set(train.files) & set(held_out.files))
+    shared = shared_file(train.parts, held_out.parts)
     if shared:
-        _log.warning("data.eval: %s is in data.train too; what is measured on it is not held out", shared[0])
+        _log.warning("data.eval: %s is in data.train too; what is measured on it is not held out", shared)
     return Corpora(train, held_out)
 
 
@@ -143,6 +144,11 @@ def build_data(config: Config, corpora: Corpora, tokenizer: Any, model_config: A
 
 
 def _with_held_out(config: Config, data: Data, mixture: Mixture, tokenizer: Any) -> Data:
+    if data.pairs is not None and mixture.kind != "preference":
+        raise ConfigError(
+            f"data.eval: has rows of kind {mixture.kind}, which the loss of train.method dpo cannot be measured on; "
+            "expected pairs of answers, as data.train has"
+        )
     if mixture.kind == "text":
         stream = tokenize(mixture.documents(), tokenizer)
         if stream.utf8_bytes == 0:
@@ -151,7 +157,7 @@ def _with_held_out(config: Config, data: Data, mixture: Mixture, tokenizer: Any)
     refuse_to_measure(mixture)
     rows = prepare_rows(config, mixture, tokenizer)
     held_out = rows.examples
-    if isinstance(held_out, PreferenceExamples):  # of pairs, how likely what was chosen is
+    if isinstance(held_out, PreferenceExamples) and data.pairs is None:  # how likely what was chosen is
         held_out = held_out.chosen
     return replace(data, held_out=held_out, said=(*data.said, *rows.said))
 
