@@ -115,8 +115,8 @@ def test_csv_and_tsv_have_a_place_for_each_row(tmp_path: Path) -> None:
         ("a.json", b'[{"question": "x"}]', "data.train: '{path}' is in no format that its fields tell (question); say"),
         (
             "a.json",
-            b'[{"text": "x", "instruction": "q", "output": "a"}]',
-            "data.train: '{path}' could be text, alpaca (fields: instruction, output, text); say which, with",
+            b'[{"prompt": "x", "completion": "y", "instruction": "q", "output": "a"}]',
+            "data.train: '{path}' could be alpaca, prompt-completion (fields: completion, instruction, output, prompt)",
         ),
     ],
 )
@@ -392,11 +392,30 @@ def test_texts_stay_texts(tmp_path: Path) -> None:
     (tmp_path / "mixed" / "b.jsonl").write_text('{"text": "two"}\n')
     (tmp_path / "mixed" / "c.csv").write_text("text\nthree\n")
     mixture = Mixture([str(tmp_path / "mixed")], split="train", key="data.train")
-    assert list(mixture.documents()) == ["one", "two"] and mixture.kind == "text" and not mixture.detected
+    assert list(mixture.documents()) == ["one", "two"] and mixture.kind == "text"
+    assert mixture.detected == [f"data.train: {tmp_path / 'mixed'} is in format text"]
     mixture = Mixture([str(tmp_path / "mixed" / "c.csv")], split="train", key="data.train")
     assert list(mixture.documents()) == ["three"] and mixture.detected
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}\n')
+    for form, said in (("auto", [f"data.train: {tmp_path / 'b.jsonl'} is in format text"]), ("text", [])):
+        assert Mixture([str(tmp_path / "b.jsonl")], split="train", key="data.train", form=form).detected == said
     with pytest.raises(ConfigError, match="is plain text, which has no format alpaca; give format: text"):
         opened({"path": str(tmp_path / "mixed"), "format": "alpaca"})
+
+
+def test_well_known_layouts_of_several_formats_are_told_by_the_method(tmp_path: Path) -> None:
+    ultrafeedback = {"prompt": "q", "messages": QA, "chosen": QA, "rejected": [QA[0], {**QA[1], "content": "b"}]}
+    stanford = {"instruction": "q", "input": "", "output": "a", "text": "Below is q a"}
+    (tmp_path / "u.jsonl").write_text(json.dumps({**ultrafeedback, "prompt_id": "1", "score_chosen": 8.0}))
+    (tmp_path / "s.jsonl").write_text(json.dumps(stanford))
+
+    def detected(name: str, method: str) -> str:
+        (said,) = Mixture([str(tmp_path / name)], split="train", key="data.train", method=method).detected
+        return said.removeprefix(f"data.train: {tmp_path / name} is in format ")
+
+    assert detected("u.jsonl", "dpo") == "preference (it could be messages, too, which format says)"
+    assert detected("u.jsonl", "auto") == "messages (it could be preference, too, which format says)"
+    assert detected("s.jsonl", "sft") == "alpaca (it could be text, too, which format says)"
 
 
 def test_a_hub_id_that_cannot_be_reached_is_one_line() -> None:
@@ -414,6 +433,8 @@ def test_llama_factorys_dataset_info_is_read(tmp_path: Path) -> None:
     info = tmp_path / "dataset_info.json"
     share = [{"who": "me", "said": "q"}, {"who": "it", "said": "a"}]
     (tmp_path / "alpaca.json").write_text(json.dumps([{"instruction": "q", "input": "", "output": "a", "q": 1}]))
+    more = {"instruction": "q", "input": "i", "output": "a", "system": "s", "history": [["q", "a"]]}
+    (tmp_path / "more.json").write_text(json.dumps([more]))
     (tmp_path / "share.jsonl").write_text(json.dumps({"chat": share}))
     (tmp_path / "openai.jsonl").write_text(json.dumps({"messages": QA}))
     (tmp_path / "pairs.json").write_text(json.dumps([{"instruction": "q", "yes": "a", "no": "b"}]))
@@ -427,6 +448,11 @@ def test_llama_factorys_dataset_info_is_read(tmp_path: Path) -> None:
             "file_name": "pairs.json",
             "ranking": True,
             "columns": {"prompt": "instruction", "chosen": "yes", "rejected": "no"},
+        },
+        "plain": {"file_name": "more.json", "columns": {"prompt": "instruction", "response": "output"}},
+        "all": {
+            "file_name": "more.json",
+            "columns": {"prompt": "instruction", "query": "input", "system": "system", "history": "history"},
         },
         "text": {"file_name": "text.json", "columns": {"prompt": "content"}},
         "images": {"file_name": "text.json", "columns": {"images": "content"}},
@@ -448,9 +474,16 @@ def test_llama_factorys_dataset_info_is_read(tmp_path: Path) -> None:
     assert sample("alpaca") == sample("share") == sample("openai") == Chat(QA)
     assert sample("pairs") == Pair(Chat(QA, first=1), Chat(other, first=1))
     assert sample("text") == Text("t")
+    assert sample("plain") == Chat(QA)  # what it does not name is not read
+    assert sample("all") == Chat([{"role": "system", "content": "s"}, *QA, {"role": "user", "content": "q\ni"}, QA[1]])
+    named = opened({"path": "plain", "dataset_info": str(info), "columns": {"system": "system"}})
+    assert "system" not in named.layout.unread and "input" in named.layout.unread
     assert opened({"path": "alpaca", "dataset_info": str(info)}).samples == 3
     for name, message in [
-        ("none", r"has no dataset 'none'; it has: alpaca, images, odd, openai, pairs, script, share, text$"),
+        (
+            "none",
+            r"has no dataset 'none'; it has: all, alpaca, images, odd, openai, pairs, plain, script, share, text$",
+        ),
         ("images", r"columns.images is not supported; its rows are not text alone$"),
         ("script", r"names no file_name and no hf_hub_url"),
         ("odd", r"formatting 'odd' is not known; expected alpaca, sharegpt or openai$"),

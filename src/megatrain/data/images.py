@@ -8,7 +8,7 @@ pixels of a whole data set are never held.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatrain.data.bad_rows import BadRowError, BadRows
-from megatrain.data.chat_template import ChatTemplate, NotDerivableError, Span
+from megatrain.data.chat_template import ChatTemplate, NotDerivableError
 from megatrain.data.encode import target_tokens
 from megatrain.data.examples import NO_TARGET, Examples
 from megatrain.data.formats import Chat, Layout, sample_of
 from megatrain.data.image_files import ImageReference, open_image, reference_to
+from megatrain.data.jinja_chat import Span
 from megatrain.data.row_source import Source
 from megatrain.data.rows import Place, rows_at
 from megatrain.errors import ConfigError
@@ -237,7 +238,9 @@ def _in_parts(chat: Chat, images: int) -> Chat:
     marks = sum(str(message["content"]).count(_MARK) for message in chat.messages)
     messages = [dict(message) for message in chat.messages]
     if images and not marks:
-        first = next(message for message in messages if message["role"] == "user")
+        first = next((message for message in messages if message["role"] == "user"), None)
+        if first is None:
+            raise BadRowError("has images and no message of a user to put them in")
         first["content"], marks = _MARK * images + first["content"], images
     if marks != images:
         raise BadRowError(f"has {images} images and {marks} places for them")
@@ -245,7 +248,7 @@ def _in_parts(chat: Chat, images: int) -> Chat:
         if message["role"] == "assistant" and _MARK in message["content"]:
             raise BadRowError(f"has an image in message {number}, which the assistant says")
         message["content"] = list(_parts(message["content"]))
-    return Chat(messages, chat.tools, chat.first)
+    return replace(chat, messages=messages)
 
 
 def _parts(text: str) -> Iterator[dict[str, str]]:

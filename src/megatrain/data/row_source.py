@@ -12,7 +12,7 @@ from typing import Any
 from megatrain.data.bad_rows import BadRowError, BadRows, names_of
 from megatrain.data.data_files import matching, refuse_other_compression, suffix_of
 from megatrain.data.dataset_info import read_entry
-from megatrain.data.formats import FORMATS, Layout, Text, detect, sample_of
+from megatrain.data.formats import FIELDS, FORMATS, Layout, Text, chosen_format, detect, sample_of
 from megatrain.data.row_files import Row, csv_rows, json_rows, jsonl_lines, jsonl_rows, table_rows
 from megatrain.data.sources import JSONL_SUFFIXES, STDLIB, Corpus, Split
 from megatrain.data.splits import WHOLE, Part, parts_of
@@ -50,8 +50,8 @@ class Source:
 
     `parts`: of its local files, that it has rows of.
 
-    `weight`: how many times an epoch has each example; `samples`: how many examples it has instead.
-    `detected`: the format was found by looking at the rows.
+    `weight`: how many times an epoch has each example; `samples`: how many of its examples these are, None for all.
+    `detected`: the format was found by looking at the rows, which could be in `others`, too.
     """
 
     described: str
@@ -63,6 +63,7 @@ class Source:
     samples: int | None = None
     streaming: bool = False
     detected: bool = False
+    others: tuple[str, ...] = ()
     key: str = field(default="data.train")
 
     @property
@@ -101,15 +102,21 @@ class Source:
                 yield sample.text
 
 
-def open_source(spec: str | Mapping[str, Any], *, key: str, split: Split, form: str, text_field: str) -> Source:
-    """The source of an entry; `form` and `text_field` count where it names none. Raises ConfigError."""
+def open_source(
+    spec: str | Mapping[str, Any], *, key: str, split: Split, form: str, text_field: str, method: str = "auto"
+) -> Source:
+    """The source of an entry; `form` and `text_field` count where it names none, `method` (of train.method) where its
+    rows could be in several formats. Raises ConfigError."""
     given: dict[str, Any] = {"path": spec} if isinstance(spec, str) else dict(spec)
     tags: dict[str, str] = {}
     samples = None
+    unread: tuple[str, ...] = ()
+    columns = dict(given.get("columns") or {})
     if given.get("dataset_info") is not None:
         entry = read_entry(Path(os.path.expanduser(given["dataset_info"])), given["path"], key)
         given, tags, samples = {**entry.spec, **_others(given)}, entry.tags, entry.samples
-    columns = dict(given.get("columns") or {})
+        columns = {**entry.spec["columns"], **columns}
+        unread = tuple(part for part in FIELDS if part not in (*columns, "text"))
     columns.setdefault("text", given.get("text_field") or text_field)
     form = given.get("format") or form
     common: dict[str, Any] = {
@@ -119,16 +126,16 @@ def open_source(spec: str | Mapping[str, Any], *, key: str, split: Split, form: 
         "streaming": given.get("streaming", False),
         "key": key,
     }
+    common["detected"] = form == "auto"
     paths = matching(given["path"], key)
     rows = _rows(given, paths, key, split)
     if rows is not None:
         _check_columns(rows, given, columns, key)
-        detected = form == "auto"
-        if detected:
-            form = _detected(rows, columns, given["path"], key)
+        if form == "auto":
+            form, common["others"] = _detected(rows, columns, given["path"], key, method)
         jsonl = all(suffix_of(path) in JSONL_SUFFIXES for path in rows.files) and rows.files
         if form != "text" or not jsonl:
-            return Source(layout=Layout(form, columns, tags), parts=rows.parts, rows=rows, detected=detected, **common)
+            return Source(layout=Layout(form, columns, tags, unread), parts=rows.parts, rows=rows, **common)
         paths = list(rows.files)
     if form not in ("auto", "text"):
         raise ConfigError(f"{key}: {given['path']!r} is plain text, which has no format {form}; give format: text")
@@ -352,21 +359,24 @@ def _check_columns(rows: Rows, given: Mapping[str, Any], columns: Mapping[str, s
             )
 
 
-def _detected(rows: Rows, columns: Mapping[str, str], described: str, key: str) -> str:
-    """The one format that the first rows can be in."""
+def _detected(
+    rows: Rows, columns: Mapping[str, str], described: str, key: str, method: str
+) -> tuple[str, tuple[str, ...]]:
+    """The format that the first rows are in, and the others that they could be in."""
     peeked = list(islice(rows.read(), _PEEKED))
     first = [row for row in peeked if row.wrong is None]
     if not first and peeked:
         raise ConfigError(f"{key}: {peeked[0].where} {peeked[0].wrong}")
     found: set[str] = set().union(*(detect(row.fields, columns) for row in first)) if first else set()
-    if len(found) == 1:
-        return found.pop()
+    chosen = chosen_format(found, method)
+    if chosen is not None:
+        return chosen, tuple(form for form in FORMATS if form in found and form != chosen)
     fields = names_of(list({name for row in first for name in row.fields}))
     if found:
         choices = ", ".join(form for form in FORMATS if form in found)
         raise ConfigError(f"{key}: {described!r} could be {choices} (fields: {fields}); say which, with format: NAME")
     if rows.columns is None and all(suffix_of(path) in JSONL_SUFFIXES for path in rows.files):
-        return "text"  # whose own error names the first line that has none
+        return "text", ()  # whose own error names the first line that has none
     raise ConfigError(
         f"{key}: {described!r} is in no format that its fields tell ({fields}); say which, with format: "
         f"{'|'.join(FORMATS)}, and columns: {{part: name}} where names differ"

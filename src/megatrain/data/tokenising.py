@@ -21,14 +21,15 @@ from megatrain.data.token_files import Arrays, Entry, TokenCache, hash_of
 from megatrain.data.workers import encoded, processes_for
 from megatrain.errors import ConfigError
 
-_CODE = 1  # raise it where the same rows become other tokens than before: what is cached is made anew
+_CODE = 2  # raise it where the same rows become other tokens than before: what is cached is made anew
 _ROWS_PER_BLOCK = 128
 
 
 @dataclass
 class Counts:
     """What became of a source's rows: `examples` were kept, of them `truncated` are cut at seq_len; `left_out` had no
-    target within it; `skipped` were bad, the first of them in `first_bad`; `unended` end with no special token."""
+    target within it; `skipped` were bad, the first of them in `first_bad`. `unended` answers end with no special token.
+    """
 
     rows: int = 0
     examples: int = 0

@@ -75,6 +75,7 @@ def find_corpora(config: Config) -> Corpora:
     """Find the sources of data.train and data.eval. Raises ConfigError where one does not exist."""
     data = config.data
     common: dict[str, Any] = {"form": data.format, "text_field": data.text_field, "bad_rows": data.bad_rows}
+    common["method"] = config.train.method
     train = Mixture(data.train or (), split="train", key="data.train", **common)
     if data.eval is None:
         return Corpora(train, None)

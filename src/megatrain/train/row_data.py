@@ -131,13 +131,12 @@ def _template_text(setting: str) -> str:
 
 
 def chat_template(tokenizer: Any) -> ChatTemplate | None:
-    """The tokenizer's own; of several, that which is called default."""
-    text = tokenizer.chat_template
-    if isinstance(text, Mapping):
-        text = text.get("default")
+    """The tokenizer's own; of several, that which is called default, and tool_use where a row describes tools."""
+    own = tokenizer.chat_template
+    text, with_tools = (own.get("default"), own.get("tool_use")) if isinstance(own, Mapping) else (own, None)
     if not isinstance(text, str):
         return None
     names = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     special |= set(tokenizer.all_special_tokens)
-    return ChatTemplate(text, names, tuple(sorted(special, key=lambda token: (-len(token), token))))
+    return ChatTemplate(text, names, tuple(sorted(special, key=lambda token: (-len(token), token))), with_tools)
