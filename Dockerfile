@@ -27,8 +27,8 @@ ENV PATH=/opt/megatrain/bin:$PATH
 RUN python3 -m venv "$VIRTUAL_ENV"
 
 # Every dependency by version and hash. A layer of its own: sources change more often.
-COPY requirements.lock /build/
-RUN pip install --no-cache-dir --require-hashes --only-binary :all: -r /build/requirements.lock
+COPY requirements-extras.lock /build/
+RUN pip install --no-cache-dir --require-hashes --only-binary :all: -r /build/requirements-extras.lock
 
 COPY pyproject.toml README.md LICENSE /build/
 COPY src /build/src

@@ -3,7 +3,8 @@
 # make reproduce   measure what this machine can (up to 30 minutes) and rewrite docs/results.md
 #
 # For releases, with the network (docs/releasing.md); none of them is a part of make test:
-# make lock        every dependency by version and hash: requirements.lock (lock-cpu: torch without CUDA, a second file)
+# make lock        every dependency by version and hash: requirements.lock, and requirements-extras.lock for the container
+# make lock-cpu    requirements-cpu.lock: torch without CUDA
 # make audit-dependencies   known vulnerabilities of what is locked and of the test tools
 # make sbom        a bill of materials (CycloneDX) in build/
 #
@@ -20,6 +21,7 @@ TOOLS := build/tools
 TOOL_PACKAGES := uv==0.13.9 pip-audit==2.10.1 cyclonedx-bom==7.5.0
 LOCK := $(TOOLS)/bin/uv pip compile pyproject.toml --constraints constraints.txt --universal --generate-hashes \
 	--no-config --quiet
+EXTRAS := encryption images sign tensorboard trainers wandb
 AUDIT := $(TOOLS)/bin/pip-audit --strict --disable-pip --progress-spinner off
 
 .PHONY: demo test test-long reproduce check install install-dev lock lock-cpu audit-dependencies sbom clean
@@ -67,6 +69,7 @@ $(STAMP)-dev: $(STAMP)
 
 lock: $(TOOLS)/.installed
 	@$(LOCK) --custom-compile-command "make lock" --output-file requirements.lock
+	@$(LOCK) $(EXTRAS:%=--extra %) --custom-compile-command "make lock" --output-file requirements-extras.lock
 
 lock-cpu: $(TOOLS)/.installed
 	@$(LOCK) --torch-backend cpu --emit-index-url --custom-compile-command "make lock-cpu" \
@@ -74,7 +77,7 @@ lock-cpu: $(TOOLS)/.installed
 
 # --strict: a package that cannot be looked up is a failure, not one without vulnerabilities
 audit-dependencies: $(TOOLS)/.installed
-	@$(AUDIT) --requirement requirements.lock
+	@$(AUDIT) --requirement requirements-extras.lock
 	@$(AUDIT) --no-deps --requirement constraints.txt
 
 sbom: $(TOOLS)/.installed

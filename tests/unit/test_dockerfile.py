@@ -27,7 +27,9 @@ def test_every_line_is_an_instruction() -> None:
 def test_the_base_is_named_exactly_with_the_cuda_of_the_lock() -> None:
     (base,) = of("FROM")
     version = re.fullmatch(r"nvidia/cuda:(\d+\.\d+)\.\d+-base-ubuntu24\.04", base)
-    runtime = re.search(r"^nvidia-cuda-runtime==(\d+\.\d+)\.", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    runtime = re.search(
+        r"^nvidia-cuda-runtime==(\d+\.\d+)\.", (ROOT / "requirements-extras.lock").read_text(), re.MULTILINE
+    )
     assert version is not None and runtime is not None and version[1] == runtime[1]
     assert "latest" not in " ".join(rest for _, rest in instructions())
 
@@ -42,7 +44,7 @@ def test_what_runs_is_not_root() -> None:
 def test_dependencies_come_by_hash_and_the_package_without_any() -> None:
     installs = [rest for rest in of("RUN") if "pip install" in rest]
     assert len(installs) == 2
-    assert "--require-hashes" in installs[0] and "requirements.lock" in installs[0]
+    assert "--require-hashes" in installs[0] and "requirements-extras.lock" in installs[0]
     assert "--no-deps --no-build-isolation" in installs[1]
 
 

@@ -4,6 +4,7 @@ import re
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
@@ -16,15 +17,19 @@ def pinned(file: str) -> dict[str, str]:
     return {re.sub(r"[-_.]+", "-", match[1]).lower(): match[2] for match in found if match}
 
 
-def test_the_lock_has_every_dependency_as_tested_with_hashes() -> None:
+@pytest.mark.parametrize("name", ["requirements.lock", "requirements-extras.lock"])
+def test_the_lock_has_every_dependency_as_tested_with_hashes(name: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = {re.split(r"[<>=\[]", dependency)[0] for dependency in project["dependencies"]}
-    lock, constraints = pinned("requirements.lock"), pinned("constraints.txt")
+    found = re.search(r"^EXTRAS := (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    extras = found[1].split() if found and name == "requirements-extras.lock" else []
+    wanted = [*project["dependencies"], *(one for extra in extras for one in project["optional-dependencies"][extra])]
+    asked = {re.split(r"[<>=\[]", dependency)[0] for dependency in wanted}
+    lock, constraints = pinned(name), pinned("constraints.txt")
     assert asked <= set(lock)
     assert {name: lock[name] for name in lock.keys() & constraints} == {
         n: constraints[n] for n in lock.keys() & constraints
     }
-    entries = re.split(r"\n(?=\w)", (ROOT / "requirements.lock").read_text())[1:]
+    entries = re.split(r"\n(?=\w)", (ROOT / name).read_text())[1:]
     assert len(entries) == len(lock) and all("--hash=sha256:" in entry for entry in entries)
 
 

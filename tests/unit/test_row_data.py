@@ -431,7 +431,7 @@ def test_the_command_shows_texts_too(chat_folder: Path, tmp_path: Path, capsys: 
     assert cli.main(["data", str(file), "--examples", "1", "--data.seq_len", "32"]) == 0
     shown = capsys.readouterr().out
     assert "<|eos|>⟦hello world" in shown  # nothing stands before the first token of a sequence
-    (told,) = [line for line in shown.splitlines() if line.startswith("data.train: ")]
+    told = next(line for line in shown.splitlines() if line.startswith("data.train: ") and " tokens" in line)
     sequences = int(told.split()[1])
     assert f"{sequences * 32:,} tokens, {sequences * 31:,} of them targets" in told and "packs" not in shown
     assert cli.main(["data", str(file), "--data.eval", str(tmp_path / "a.txt"), "--data.seq_len", "32", "--json"]) == 0
