@@ -9,7 +9,7 @@ import pytest
 from tokenizers import pre_tokenizers, processors
 
 from megatrain.data.bad_rows import BadRowError
-from megatrain.data.chat_template import ChatTemplate, NotDerivableError, without
+from megatrain.data.chat_template import ChatTemplate, NotDerivableError, joined, without
 from megatrain.data.encode import Encoder, encoder_settings
 from megatrain.data.formats import Chat, Layout
 from megatrain.data.tokenizer import train_bpe
@@ -296,6 +296,9 @@ def test_roles_come_in_any_order_that_the_template_writes(
     template: str, messages: list[dict[str, Any]], stretches: list[str]
 ) -> None:
     end = "<|eot_id|>" if template == LLAMA3 else "<|im_end|>"
+    if template == AFTER_QUESTIONS:  # where it does not ask, the model is to begin its turn, too
+        unasked = messages[1:2] == [_HELLO] or (messages[-1:] == [_HELLO] and len(messages) == 3)
+        stretches = ["<|im_start|>assistant\n" + one if one == "good day" and unasked else one for one in stretches]
     if template == THINKING:
         stretches = [*stretches[:-1], "<think>\n\n</think>\n\n" + stretches[-1]]
         if messages[-1] != _HELLO or len(messages) > 3:
@@ -376,6 +379,37 @@ def test_bytes_are_those_of_the_targets() -> None:
     length = len(encoded(made, CHAT[:2]).tokens)
     assert encoded(made, CHAT[:2], seq_len=length - 2).utf8_bytes == len("wörld 𝄞".encode())
     assert 0 < encoded(made, CHAT[:2], seq_len=length - 7).utf8_bytes < len("wörld 𝄞".encode())
+
+
+def test_spans_that_touch_are_one_answer() -> None:
+    """The end of a turn may be marked for itself, and with the line end after it."""
+    split = GENERATION.replace(
+        "{{ m.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}",
+        "{{ m.content }}{% endgeneration %}{% generation %}{{ '<|im_end|>\n' }}{% endgeneration %}",
+    )
+    block = encoded(tokenizer(split), CHAT)
+    assert block.unended == 0 and stretches_of(tokenizer(split), block)[0] == "wörld 𝄞<|im_end|>\n"
+    assert joined([(0, 1), (1, 3), (4, 5), (5, 6), (6, 7)]) == [(0, 3), (4, 7)]
+
+
+def test_an_order_that_hides_whose_words_are_whose_makes_a_bad_row() -> None:
+    """Not the end of the run, which a template that hides them always is."""
+    merging = (
+        "{% for m in messages %}{% if loop.previtem is not defined or loop.previtem.role != m.role %}"
+        "{{ '<|im_start|>' + m.role + '\n' }}{% endif %}{{ m.content }}"
+        "{% if loop.nextitem is not defined or loop.nextitem.role != m.role %}{{ '<|im_end|>\n' }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    block = encoded(tokenizer(merging), [*CHAT[:2], _HELLO])
+    assert block.fatal is None and block.bad[0][1].startswith("has an order of roles in which the chat template hides")
+    assert learned(tokenizer(merging), [CHAT[0], *CHAT[:2]]) == ["wörld 𝄞<|im_end|>"]
+
+
+def test_weights_go_with_a_template_that_ends_every_conversation() -> None:
+    made = tokenizer(MARKED_PARTS + "{{ eos_token }}")
+    messages = [dict(message) for message in CHAT]
+    messages[1]["weight"] = 0
+    assert stretches_of(made, encoded(made, messages)) == ["fine, thanks "]
 
 
 def test_spans_have_holes() -> None:

@@ -32,17 +32,15 @@ class Words:
 
     eos_token_id = pad_token_id = 0
     chat_template: str | None = None
+    special_tokens_map: dict[str, str] = {}  # noqa: RUF012
+    added_tokens_decoder: dict[int, Any] = {}  # noqa: RUF012
+    all_special_tokens = ()
 
     def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
         return {"input_ids": [int(word) for word in text.split()]}
 
     def decode(self, tokens: Any, skip_special_tokens: bool = False) -> str:
         return " ".join(str(int(token)) for token in tokens)
-
-    def apply_chat_template(self, messages: Any, add_generation_prompt: bool, tokenize: bool) -> str:
-        if messages[0]["role"] != "user":
-            raise TypeError("only users begin")
-        return " ".join(message["content"] for message in messages) + " 9"
 
 
 def tiny_stream() -> TokenStream:
@@ -336,11 +334,14 @@ def test_prompts_are_texts_and_chats() -> None:
 
     with pytest.raises(mt.ConfigError, match=r"^eval.prompts\[1\]: is a chat, and the tokenizer has no chat template"):
         read(["1 2", chat])
-    words.chat_template = "{{ messages }}"
-    assert read(["1 2", chat]) == [Prompt("1 2", [1, 2]), Prompt("5 6 9", [5, 6, 9])]
-    with pytest.raises(
-        mt.ConfigError, match=r"^eval.prompts\[0\]: the tokenizer's chat template does not take it: only"
-    ):
+    said = "{{ messages | map(attribute='content') | join(' ') }} 9"
+    in_parts = said.replace("'content'", "'content.0.text'")  # as a model's that sees: a string has no parts
+    for words.chat_template in (said, in_parts):
+        assert read(["1 2", chat]) == [Prompt("1 2", [1, 2]), Prompt("5 6 9", [5, 6, 9])]
+    words.chat_template = "{{ raise_exception('only users begin') }}"
+    with pytest.raises(mt.ConfigError, match=r"^eval.prompts\[0\]: is refused by the chat template: only users begin$"):
+        read([chat])
+    with pytest.raises(mt.ConfigError, match=r"^eval.prompts\[0\]: has role 'x' in message 1; expected one of system"):
         read([[{"role": "x", "content": "5"}]])
 
 

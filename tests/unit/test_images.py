@@ -132,6 +132,28 @@ def test_what_the_assistant_says_is_learned(family: str, models: Any, data: Path
     ]
 
 
+def test_rows_of_text_alone_keep_their_words(models: Any, data: Path) -> None:
+    """They go through the tokenizer and not the processor, by the same template, which reads parts."""
+    found, tokenizer = built(config_of(models("llava_next"), data, [TEXT, TEXT], data={"packing": "none"}))
+    (batch, *_) = build.batches_of(config_of(models("llava_next"), data, [TEXT, TEXT]), found)(0)
+    assert "pixel_values" not in batch and learned(batch, tokenizer)[0] == "it is.<|eos|>"
+    assert tokenizer.decode(batch["input_ids"][0]).startswith("<|user|>is it red?<|assistant|>it is.<|eos|>")
+
+
+def test_images_need_a_message_of_a_user(models: Any, data: Path) -> None:
+    row = {"messages": [{"role": "assistant", "content": "hello"}], "images": ["red.png"]}
+    with pytest.raises(ConfigError, match="has images and no message of a user to put them in"):
+        built(config_of(models("llava_next"), data, [BLUE, row]))
+
+
+def test_an_answer_of_weight_0_is_not_learned_beside_images(models: Any, data: Path) -> None:
+    user, first, second, last = RED["messages"]
+    row = {**RED, "messages": [user, {**first, "weight": 0}, second, last]}
+    config = config_of(models("llava_next"), data, [row], train={"tokens_per_step": 512})
+    found, tokenizer = built(config)
+    assert learned(build.batches_of(config, found)(0)[0], tokenizer)[0] == "it is blue<|eos|>"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_images_are_never_learned(family: str, models: Any, data: Path) -> None:
     config = config_of(models(family), data, [BLUE], data={"train_on": "all"}, train={"tokens_per_step": 512})

@@ -216,6 +216,30 @@ def test_an_epoch_has_of_each_source_what_its_weight_says(chat_folder: Path, tmp
     assert listed(prepared(parse_config(other)).examples) != mixed
 
 
+def test_a_weight_counts_the_samples_of_a_source(chat_folder: Path, tmp_path: Path) -> None:
+    """LLaMA-Factory's num_samples, of which a weight gives more or fewer."""
+    path = write(tmp_path / "a.jsonl", [chat(number) for number in range(5)])
+    columns, tags = {"messages": "messages"}, {"role_tag": "role", "content_tag": "content"}
+    entry = {"file_name": "a.jsonl", "formatting": "sharegpt", "num_samples": 2, "columns": columns, "tags": tags}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": entry}))
+
+    def mixed(**more: Any) -> tuple[list[Any], list[str]]:
+        source = {"path": "mine", "dataset_info": str(tmp_path / "dataset_info.json"), **more}
+        found = rows_of(chat_folder, [source])
+        return listed(found.examples), found.said[:1]
+
+    drawn, said = mixed()
+    assert len(drawn) == 2 and said == [f"{path}: 5 examples of 5 rows, 2 in an epoch (num_samples 2)"]
+    thrice, said = mixed(weight=3)
+    assert thrice == drawn * 3 and said == [f"{path}: 5 examples of 5 rows, 6 in an epoch (num_samples 2, weight 3)"]
+    half, _ = mixed(weight=0.5)
+    assert len(half) == 1 and half[0] in drawn
+    text = {"file_name": "a.jsonl", "num_samples": 2, "columns": {"prompt": "text"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": text}))
+    with pytest.raises(ConfigError, match=r"^data.train: num_samples 2 of '.*a.jsonl' is wrong; expected none: joined"):
+        mixed()
+
+
 def test_pairs_stay_pairs(chat_folder: Path, tmp_path: Path) -> None:
     turns = [chat(0)["messages"][:1], chat(1)["messages"][:1]]
     rows = [

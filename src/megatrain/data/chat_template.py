@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import pairwise
 
 from megatrain.data.bad_rows import BadRowError
 from megatrain.data.formats import Chat
@@ -102,15 +103,23 @@ class ChatTemplate:
             excepted = self._spans(chat, whole, marked, chat.unlearned) if chat.unlearned else []
             return Rendered(whole, without([(0, len(whole))], excepted))
         spans = self._spans(chat, whole, marked, chat.answers)
-        unended = sum(not whole[:end].endswith(self.special) for _, end in spans)
+        unended = sum(not whole[:end].rstrip().endswith(self.special) for _, end in joined(spans))
         return Rendered(whole, spans, unended)
 
     def _spans(self, chat: Chat, whole: str, marked: Sequence[Span], turns: Sequence[int]) -> list[Span]:
         """What the assistant says in `turns`, each with the end-of-text token that follows it directly: the model is
         to write it, too."""
         eos = self.names.get("eos_token")
-        masked = self.has_generation_mask
-        spans = self._masked(chat, whole, marked, turns) if masked else self._derived(chat, whole, turns)
+        try:
+            masked = self.has_generation_mask
+            spans = self._masked(chat, whole, marked, turns) if masked else self._derived(chat, whole, turns)
+        except NotDerivableError as error:
+            if _in_common_order(chat) or _manner(self) is None:
+                raise
+            # the template is fine with other rows
+            raise BadRowError(
+                f"has an order of roles in which the chat template hides whose words are whose: {error}"
+            ) from None
         return [(start, end + len(eos) if eos and whole.startswith(eos, end) else end) for start, end in spans]
 
     def _masked(self, chat: Chat, whole: str, marked: Sequence[Span], turns: Sequence[int]) -> list[Span]:
@@ -121,6 +130,8 @@ class ChatTemplate:
             if message["role"] != "assistant" or (wanted and wanted[-1] == (place in turns)):
                 continue
             before = self._written(chat.messages[:place], chat)[0] if wanted else ""
+            if not whole.startswith(before):  # some templates end every conversation with end-of-text
+                before = before.removesuffix(self.names.get("eos_token", ""))
             if not whole.startswith(before):
                 raise NotDerivableError(f"message {place + 1} changes how those before it are written")
             begins.append(len(before))
@@ -144,23 +155,17 @@ class ChatTemplate:
             reason = f"before message {place + 1} it asks for an answer in other words than it keeps"
         except BadRowError as error:
             asked, reason = None, f"it does not write the conversation up to message {place}: {error}"
-        manner = _manner(self)
-        fits = asked is not None and whole.startswith(asked)
-        if asked is not None and fits and (manner is None or asked.endswith(manner.asks)):
+        if asked is not None and whole.startswith(asked):
             return len(asked)
-        # in this order of messages it does not ask for an answer, or in no words that it keeps
-        start = self._start_by_mark(chat, place, whole, manner) if manner is not None and manner.asks else None
-        if asked is not None and fits:
-            return max(start or 0, len(asked))
-        if start is not None:
-            return start
-        if manner is None:
+        manner = _manner(self)
+        start = None if manner is None or not manner.asks else self._start_by_mark(chat, place, whole, manner)
+        if start is None:
             raise NotDerivableError(reason)
-        raise BadRowError(f"has a message whose beginning cannot be told from the chat template: {reason}")
+        return start
 
     def _start_by_mark(self, chat: Chat, place: int, whole: str, manner: "_Manner") -> int | None:
-        """After the words by which the template asks for an answer elsewhere, right before a mark in place of the
-        message."""
+        """Where the conversation up to the message cannot be written by itself: after the words by which the template
+        asks elsewhere, right before a mark in place of the message."""
         messages = list(chat.messages)
         messages[place] = {**messages[place], "content": _MARK}
         try:
@@ -234,6 +239,32 @@ def _manner_of(text: str, names: tuple[tuple[str, str], ...], special: tuple[str
     end = next((token for token in special if after.rstrip() == token), None)
     asks = asked[len(question) :] if asked.startswith(question) else ""
     return _Manner(asks, lead, end)
+
+
+_MAY_FOLLOW = {
+    "": {"system", "developer", "user"},
+    "system": {"user"},
+    "developer": {"user"},
+    "user": {"assistant"},
+    "assistant": {"user", "tool"},
+    "tool": {"tool", "assistant", "user"},
+}
+
+
+def _in_common_order(chat: Chat) -> bool:
+    """Whether roles take turns, which every template has been made for."""
+    roles = ["", *(message["role"] for message in chat.messages)]
+    return all(role in _MAY_FOLLOW[before] for before, role in pairwise(roles))
+
+
+def joined(spans: Sequence[Span]) -> list[Span]:
+    """Spans that touch as one."""
+    found: list[Span] = []
+    for start, end in spans:
+        if found and found[-1][1] == start:
+            start = found.pop()[0]
+        found.append((start, end))
+    return found
 
 
 def without(spans: Sequence[Span], holes: Sequence[Span]) -> list[Span]:

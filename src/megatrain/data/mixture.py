@@ -81,8 +81,13 @@ def _check_kinds(sources: Sequence[Source], key: str) -> None:
     if len(kinds) > 1:
         several = " and ".join(f"{described!r} ({kind})" for kind, described in kinds.items())
         raise ConfigError(f"{key}: {several} cannot be in one mixture; give sources of one kind")
-    for source in sources:
-        if kinds.keys() == {"text"} and (source.weight != round(source.weight) or source.weight < 1 or source.samples):
+    for source in sources if kinds.keys() == {"text"} else ():
+        if source.samples is not None:
+            raise ConfigError(
+                f"{key}: num_samples {source.samples} of {source.described!r} is wrong; expected none: joined texts "
+                "have no examples to leave out"
+            )
+        if source.weight != round(source.weight) or source.weight < 1:
             raise ConfigError(
                 f"{key}: weight {source.weight} of {source.described!r} is wrong; expected a whole number from 1: "
                 "joined texts have no examples to leave out"

@@ -8,11 +8,15 @@ from typing import Any
 import numpy as np
 
 from megatrain.config import EvalConfig
+from megatrain.data.bad_rows import BadRowError
 from megatrain.data.examples import NO_TARGET, Examples, HeldOutData, PreferenceExamples
+from megatrain.data.formats import Chat
+from megatrain.data.messages import OPENAI, messages_of
 from megatrain.data.packing import TokenStream
 from megatrain.errors import ConfigError
 from megatrain.train.generate import as_inputs, check_length, go_on
 from megatrain.train.interrupt import StopOnInterrupt
+from megatrain.train.row_data import chat_template
 
 _PROMPT_TOKENS = 32  # of a text of data.eval, or half of it where it is short
 
@@ -57,12 +61,13 @@ def read_prompts(settings: EvalConfig, tokenizer: Any, held_out: HeldOutData, mo
 def _prompt(prompt: Any, key: str, tokenizer: Any) -> Prompt:
     if isinstance(prompt, str):
         return Prompt(prompt, list(tokenizer(prompt, add_special_tokens=False)["input_ids"]))
-    if not getattr(tokenizer, "chat_template", None):
+    template = chat_template(tokenizer)
+    if template is None:
         raise ConfigError(f"{key}: is a chat, and the tokenizer has no chat template; give a text")
     try:
-        text = str(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
-    except Exception as error:  # templates refuse what they do not know by exceptions of their own
-        raise ConfigError(f"{key}: the tokenizer's chat template does not take it: {error}".splitlines()[0]) from None
+        text = template.asking(Chat(messages_of(prompt, OPENAI)))
+    except BadRowError as error:
+        raise ConfigError(f"{key}: {error}") from None
     return Prompt(text, list(tokenizer(text, add_special_tokens=False)["input_ids"]))
 
 
