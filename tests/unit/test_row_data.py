@@ -17,8 +17,10 @@ import megatrain as mt
 from megatrain import cli
 from megatrain.config import Config, parse_config
 from megatrain.data import tokenising
-from megatrain.data.examples import Examples, PreferenceExamples
-from megatrain.data.rows import PackedRows
+from megatrain.data.batches import StepBatches
+from megatrain.data.examples import Drawn, Examples, PreferenceExamples
+from megatrain.data.pairs import REFERENCE, PairRows
+from megatrain.data.rows import PackedRows, SeparateRows
 from megatrain.data.tokenizer import load_tokenizer, train_bpe
 from megatrain.errors import ConfigError
 from megatrain.model.loading import initialise
@@ -238,6 +240,67 @@ def test_a_weight_counts_the_samples_of_a_source(chat_folder: Path, tmp_path: Pa
     (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": text}))
     with pytest.raises(ConfigError, match=r"^data.train: num_samples 2 of '.*a.jsonl' is wrong; expected none: joined"):
         mixed()
+
+
+@pytest.mark.parametrize("packing", ["none", "best_fit"])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_each_epoch_has_another_part_of_a_source(
+    chat_folder: Path, tmp_path: Path, packing: str, shuffle: bool
+) -> None:
+    """Of 10 examples 4 in an epoch: after three epochs, which have 12, all have been seen."""
+    words = [{"prompt": f"q{number}", "completion": "a" * (9 + number % 3)} for number in range(10)]
+    first = write(tmp_path / "a.jsonl", words)
+    second = write(tmp_path / "b.jsonl", [{"prompt": f"other{number}", "completion": "b"} for number in range(3)])
+    sources = [{"path": str(first), "weight": 0.4}, {"path": str(second)}]
+    config = parse_config(settings(chat_folder, sources, packing=packing, shuffle=shuffle))
+    tokenizer = build.given_tokenizer(config)
+    found = prepare_rows(config, build.find_corpora(config).train, tokenizer, every_epoch=True).examples
+    assert isinstance(found, Drawn) and len(found) == 13
+    epochs = [found.of_epoch(epoch).tolist() for epoch in range(5)]
+    assert all(len(set(one)) == 7 and {10, 11, 12} <= set(one) for one in epochs)
+    assert {number for one in epochs[:3] for number in one} == set(range(13))
+    same = rows_of(chat_folder, sources).examples
+    assert isinstance(same, Examples)
+    assert [found.tokens_of(one).tolist() for one in epochs[0]] == [same.tokens_of(n).tolist() for n in range(7)]
+    assert [found.labels_of(one).tolist() for one in epochs[0]] == listed(same)
+    # what steps are given: the examples of the epochs, one after the other, wherever they begin
+    kind: Any = PackedRows if packing == "best_fit" else SeparateRows
+    rows, of_first = (kind(one, 64, shuffle=shuffle, seed=3) for one in (found, same))
+    places = [rows.place(n) if packing == "best_fit" else divmod(n, rows.count) for n in range(4 * rows.count)]
+    again = kind(found, 64, shuffle=shuffle, seed=3)  # which is asked for a late one first
+    for number, (epoch, row) in reversed(list(enumerate(places))):
+        if packing == "best_fit":
+            assert again.place(number) == (epoch, row)
+        assert torch.equal(again.batch([(epoch, row)])["input_ids"], rows.batch([(epoch, row)])["input_ids"])
+    of_step = StepBatches(rows, micro_batch=1, rows_per_step=2).of_step
+    for step in range(len(places) // 2):
+        for batch, place in zip(of_step(step), places[2 * step :], strict=False):
+            assert torch.equal(batch["labels"], rows.batch([place])["labels"])
+    for epoch in range(3):
+        batches = [rows.batch([place]) for place in places if place[0] == epoch]
+        labels = [label for batch in batches for label in batch["labels"].flatten().tolist() if label >= 0]
+        expected = [label for one in epochs[epoch] for label in found.labels_of(one).tolist() if label >= 0]
+        assert sorted(labels) == sorted(expected)
+        if epoch == 0:
+            for place in [place for place in places if place[0] == 0]:
+                assert torch.equal(rows.batch([place])["input_ids"], of_first.batch([place])["input_ids"])
+
+
+def test_each_epoch_has_another_part_of_pairs(chat_folder: Path, tmp_path: Path) -> None:
+    lines = [{"prompt": f"q{number}", "chosen": "y" * (number + 1), "rejected": "no"} for number in range(9)]
+    sources = [{"path": str(write(tmp_path / "a.jsonl", lines)), "weight": 0.34}]
+    config = parse_config(settings(chat_folder, sources))
+    corpora, tokenizer = build.find_corpora(config).train, build.given_tokenizer(config)
+    pairs = prepare_rows(config, corpora, tokenizer, every_epoch=True).examples
+    assert isinstance(pairs, PreferenceExamples) and len(pairs) == 9
+    rows = PairRows(pairs, np.arange(18, dtype=np.float32).reshape(9, 2), shuffle=True, seed=3)
+    assert rows.count == 3
+    found = [rows.batch([(epoch, row)]) for epoch in range(3) for row in range(3)]
+    assert sorted(float(one[REFERENCE][0]) for one in found) == [float(2 * number) for number in range(9)]
+    for one in found:  # each with its own reference
+        number = int(one[REFERENCE][0]) // 2
+        length = len(pairs.chosen.tokens_of(number))
+        assert one["input_ids"][0, :length].tolist() == pairs.chosen.tokens_of(number).tolist()
 
 
 def test_pairs_stay_pairs(chat_folder: Path, tmp_path: Path) -> None:

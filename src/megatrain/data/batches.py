@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megatrain.data.examples import NO_TARGET
-from megatrain.data.rows import PADDING, Rows
+from megatrain.data.rows import PADDING, PackedRows, Place, Rows
 
 
 class StepBatches:
@@ -25,11 +25,14 @@ class StepBatches:
     def of_step(self, step: int) -> list[dict[str, Tensor]]:
         """What the model is given in a step, from 0: of `micro_batch` rows each."""
         first = step * self.rows_per_step
-        places = [divmod(position, self.rows.count) for position in range(first, first + self.rows_per_step)]
+        places = [self._place(position) for position in range(first, first + self.rows_per_step)]
         return [
             self.rows.batch(places[start : start + self.micro_batch])
             for start in range(0, len(places), self.micro_batch)
         ]
+
+    def _place(self, position: int) -> Place:
+        return self.rows.place(position) if isinstance(self.rows, PackedRows) else divmod(position, self.rows.count)
 
 
 def batch_sha256(batches: Sequence[Mapping[str, Tensor]]) -> str:

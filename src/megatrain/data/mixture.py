@@ -1,8 +1,9 @@
 """All sources of data.train or of data.eval, and how many of the examples of each an epoch has.
 
 A source of weight 1 has each of its examples once in an epoch, of weight 2 twice, of weight 0.5 half of them, drawn
-from the seed: n examples come to round(weight * n) in all. Of a source with num_samples, these are its examples, drawn
-from the seed. The mixture is one set of examples; batches shuffle it.
+from the seed: n examples come to round(weight * n) in all. Another epoch has another half, and goes on where the one
+before ended, so that none is seen again before all have been seen. Of a source with num_samples, these are its
+examples, drawn from the seed, in every epoch. Batches shuffle the examples of an epoch.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatrain.data.bad_rows import BadRows, say_skipped
-from megatrain.data.examples import Examples, PreferenceExamples
+from megatrain.data.examples import Drawn, Examples, PreferenceExamples, of_one_epoch
 from megatrain.data.row_source import Source, open_source
 from megatrain.data.sources import Split
 from megatrain.data.splits import Part
@@ -94,24 +95,51 @@ def _check_kinds(sources: Sequence[Source], key: str) -> None:
             )
 
 
-def copies_of(count: int, source: Source, seed: int, number: int) -> NDArray[np.int64]:
+def copies_of(count: int, source: Source, seed: int, number: int, epoch: int = 0) -> NDArray[np.int64]:
     """Which of a source's `count` examples an epoch has, in order; `number`: the source's place in the mixture."""
-    every = np.arange(count, dtype=np.int64)
-    if source.samples is None:
-        return _repeated(every, round(source.weight * count), [seed, number])
-    drawn = _repeated(every, source.samples, [seed, number])
-    return _repeated(drawn, round(source.weight * len(drawn)), [seed, number, 1])
+    seeds, every = [seed, number], np.arange(count, dtype=np.int64)
+    if source.samples is not None:
+        again, more = divmod(source.samples, count) if count else (0, 0)
+        every = np.concatenate([np.tile(every, again), np.sort(_permutation(seeds, count)[:more])])
+        seeds = [*seeds, 1]
+    whole, rest = _repeats(count, source)
+    order = _permutation(seeds, len(every))
+    part = np.sort(order[np.arange(epoch * rest, (epoch + 1) * rest) % max(1, len(every))])
+    return np.concatenate([np.tile(every, whole), every[part]])
 
 
-def _repeated(rows: NDArray[np.int64], wanted: int, seed: list[int]) -> NDArray[np.int64]:
-    """`wanted` of the rows: all as often as they go into it, the rest drawn."""
-    whole, rest = divmod(wanted, len(rows)) if len(rows) else (0, 0)
-    part = np.sort(np.random.Generator(np.random.PCG64(seed)).permutation(len(rows))[:rest])
-    return np.concatenate([np.tile(rows, whole), rows[part]])
+def _permutation(seeds: list[int], count: int) -> NDArray[np.int64]:
+    return np.random.Generator(np.random.PCG64(seeds)).permutation(count)
+
+
+def _repeats(count: int, source: Source) -> tuple[int, int]:
+    """(how often an epoch has all of a source's examples, how many of them once more)."""
+    there = count if source.samples is None or not count else source.samples
+    return divmod(round(source.weight * there), there) if there else (0, 0)
+
+
+def drawn(sources: Sequence[Tokenised], seed: int) -> Examples | Drawn | PreferenceExamples:
+    """The examples of all epochs; the same as those of the first, where each has the same."""
+    if not any(_repeats(len(one.examples), one.source)[1] for one in sources):
+        return mixed(sources, seed)
+    counts = [len(one.examples) for one in sources]
+    starts = np.cumsum([0, *counts])[:-1].tolist()
+
+    def choose(epoch: int) -> NDArray[np.int64]:
+        of_each = enumerate(zip(counts, sources, strict=True))
+        chosen = [copies_of(count, one.source, seed, n, epoch) for n, (count, one) in of_each]
+        return np.concatenate([start + numbers for start, numbers in zip(starts, chosen, strict=True)])
+
+    parts = [one.examples for one in sources]
+    pairs = [part for part in parts if isinstance(part, PreferenceExamples)]
+    if len(pairs) == len(parts):
+        chosen, rejected = ([getattr(pair, side) for pair in pairs] for side in ("chosen", "rejected"))
+        return PreferenceExamples(Drawn(chosen, choose), Drawn(rejected, choose))
+    return Drawn([part for part in parts if isinstance(part, Examples)], choose)
 
 
 def mixed(sources: Sequence[Tokenised], seed: int) -> Examples | PreferenceExamples:
-    """The examples of an epoch: those of each source, as its weight says, one source after the other."""
+    """The examples of the first epoch: those of each source, as its weight says, one source after the other."""
     chosen = [copies_of(len(one.examples), one.source, seed, number) for number, one in enumerate(sources)]
     if len(sources) == 1 and len(chosen[0]) == len(sources[0].examples) and sources[0].source.weight == 1:
         return sources[0].examples
@@ -119,7 +147,8 @@ def mixed(sources: Sequence[Tokenised], seed: int) -> Examples | PreferenceExamp
     if all(isinstance(part, PreferenceExamples) for part in parts):
         pairs = [part for part in parts if isinstance(part, PreferenceExamples)]
         return PreferenceExamples(
-            _joined([pair.chosen for pair in pairs], chosen), _joined([pair.rejected for pair in pairs], chosen)
+            _joined([of_one_epoch(pair.chosen) for pair in pairs], chosen),
+            _joined([of_one_epoch(pair.rejected) for pair in pairs], chosen),
         )
     return _joined([part for part in parts if isinstance(part, Examples)], chosen)
 

@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatrain.data.examples import NO_TARGET, PreferenceExamples
-from megatrain.data.rows import PADDING, Place, rows_at
+from megatrain.data.examples import NO_TARGET, PreferenceExamples, numbers_in
+from megatrain.data.rows import PADDING, Place, examples_at
 
 REFERENCE = "reference_log_probabilities"  # as megatrain.losses has it
 Reference = NDArray[np.float32]  # [pairs, 2]: log-probabilities of the chosen and the rejected answer
@@ -19,14 +19,20 @@ class PairRows:
     each rejected. `reference` goes with each of them, under the name that `losses.DPO` knows."""
 
     def __init__(self, pairs: PreferenceExamples, reference: Reference, *, shuffle: bool, seed: int) -> None:
-        self.count, self.tokens = len(pairs), len(pairs.chosen.tokens) + len(pairs.rejected.tokens)
+        self.count, self.tokens = epoch_of(pairs)
         self.kind = f"{self.count:,} pairs of answers"
         self._pairs, self._reference = pairs, torch.from_numpy(reference)
         self._shuffle, self._seed = shuffle, seed
 
     def batch(self, places: Sequence[Place]) -> dict[str, Tensor]:
-        several = rows_at(places, self.count, shuffle=self._shuffle, seed=self._seed)
+        several = examples_at(self._pairs.chosen, places, self.count, shuffle=self._shuffle, seed=self._seed)
         return {**pair_rows(self._pairs, several), REFERENCE: self._reference[several].flatten()}
+
+
+def epoch_of(pairs: PreferenceExamples) -> tuple[int, int]:
+    """(pairs, tokens) of an epoch, the first."""
+    numbers = numbers_in(pairs.chosen, 0)
+    return len(numbers), int((pairs.chosen.lengths[numbers] + pairs.rejected.lengths[numbers]).sum())
 
 
 def pair_rows(pairs: PreferenceExamples, several: Sequence[int]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 An epoch has `count` rows; which row is at which place of it is a pure function of seed and epoch.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Protocol
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from megatrain.data import best_fit
 from megatrain.data.best_fit import Packing
-from megatrain.data.examples import NO_TARGET, Examples
+from megatrain.data.examples import NO_TARGET, Drawn, Examples, numbers_in
 from megatrain.data.packing import Tokens, TokenStream
 
 PADDING = 0  # the token that fills rows up; its label is NO_TARGET
@@ -53,16 +54,20 @@ class PackedRows:
 
     position_ids begin anew with each example, which is how a model knows them apart. The first token of an example is
     nobody's target: no example predicts the next. What is left of a row is padding, a document of its own.
+
+    Where each epoch has other examples, it has rows of its own, maybe a few more or less: `count` is that of the first.
     """
 
-    def __init__(self, examples: Examples, seq_len: int, *, shuffle: bool, seed: int) -> None:
+    def __init__(self, examples: Examples | Drawn, seq_len: int, *, shuffle: bool, seed: int) -> None:
         self._examples, self._seq_len, self._shuffle, self._seed = examples, seq_len, shuffle, seed
         self._lengths = np.minimum(examples.lengths, seq_len)
-        self._packing = best_fit.in_order(best_fit.pack(self._lengths, seq_len))
-        self.count, self.tokens = len(self._packing), int(self._lengths.sum())
+        first = numbers_in(examples, 0)
+        self._packing = best_fit.in_order(best_fit.pack(self._lengths[first], seq_len))
+        self.count, self.tokens = len(self._packing), int(self._lengths[first].sum())
+        self._begins = [0, self.count]  # of each epoch that was asked for, and of the next, in the row of all epochs
         self.fill = self.tokens / (self.count * seq_len)
         full = f"{self.fill:.1%} full"
-        self.kind = f"{len(examples):,} examples, best-fit packed into {self.count:,} rows, {full}"
+        self.kind = f"{len(first):,} examples, best-fit packed into {self.count:,} rows, {full}"
         self._of_epoch = lru_cache(maxsize=2)(self._packing_of_epoch)  # a step may span two epochs
 
     def batch(self, places: Sequence[Place]) -> dict[str, Tensor]:
@@ -70,10 +75,25 @@ class PackedRows:
         ids, labels, positions = (torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
         return {"input_ids": ids, "labels": labels, "position_ids": positions}
 
+    def place(self, position: int) -> Place:
+        """Of a row in the row of all epochs."""
+        if not isinstance(self._examples, Drawn):
+            return divmod(position, self.count)
+        while self._begins[-1] <= position:
+            self._begins.append(self._begins[-1] + len(self._of_epoch(len(self._begins) - 1)))
+        epoch = bisect_right(self._begins, position) - 1
+        return epoch, position - self._begins[epoch]
+
     def _packing_of_epoch(self, epoch: int) -> Packing:
-        if not self._shuffle:
-            return self._packing
-        return best_fit.shuffled(self._packing, self._lengths, self._seed, epoch)
+        packing, lengths = self._packing, self._lengths
+        if isinstance(self._examples, Drawn):
+            lengths = lengths[self._examples.of_epoch(epoch)]
+            packing = best_fit.in_order(best_fit.pack(lengths, self._seq_len))
+        if self._shuffle:
+            packing = best_fit.shuffled(packing, lengths, self._seed, epoch)
+        if isinstance(self._examples, Drawn):
+            packing = Packing(self._examples.of_epoch(epoch)[packing.examples], packing.starts)
+        return packing
 
     def _row(self, examples: NDArray[np.int64]) -> tuple[_Ids, _Ids, _Ids]:
         ids = np.full(self._seq_len, PADDING, np.int64)
@@ -97,14 +117,17 @@ class SeparateRows:
     the same, to a model that counts padding in something else, such as the load of its experts.
     """
 
-    def __init__(self, examples: Examples, seq_len: int, *, shuffle: bool, seed: int, masked: bool = False) -> None:
+    def __init__(
+        self, examples: Examples | Drawn, seq_len: int, *, shuffle: bool, seed: int, masked: bool = False
+    ) -> None:
         self._examples, self._shuffle, self._seed, self._masked = examples, shuffle, seed, masked
         self._lengths = np.minimum(examples.lengths, seq_len)
-        self.count, self.tokens = len(examples), int(self._lengths.sum())
+        first = numbers_in(examples, 0)
+        self.count, self.tokens = len(first), int(self._lengths[first].sum())
         self.kind = f"{self.count:,} examples, one to a row"
 
     def batch(self, places: Sequence[Place]) -> dict[str, Tensor]:
-        rows = rows_at(places, self.count, shuffle=self._shuffle, seed=self._seed)
+        rows = examples_at(self._examples, places, self.count, shuffle=self._shuffle, seed=self._seed)
         lengths = self._lengths[rows]
         ids = np.full((len(rows), lengths.max()), PADDING, np.int64)
         labels = np.full_like(ids, NO_TARGET)
@@ -128,6 +151,16 @@ def documents_as_examples(stream: TokenStream, end: int, seq_len: int) -> Exampl
     sizes[np.cumsum(pieces) - 1] = lengths - (pieces - 1) * seq_len
     offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
     return Examples(tokens[: offsets[-1]], np.ones(offsets[-1], np.bool_), offsets, stream.utf8_bytes)
+
+
+def examples_at(
+    examples: Examples | Drawn, places: Sequence[Place], count: int, *, shuffle: bool, seed: int
+) -> list[int]:
+    """Which examples are at these places of epochs of `count` each."""
+    rows = rows_at(places, count, shuffle=shuffle, seed=seed)
+    if not isinstance(examples, Drawn):
+        return rows
+    return [int(examples.of_epoch(epoch)[row]) for (epoch, _), row in zip(places, rows, strict=True)]
 
 
 def rows_at(places: Sequence[Place], count: int, *, shuffle: bool, seed: int) -> list[int]:

@@ -16,9 +16,9 @@ from torch import Tensor
 from megatrain.checkpoint.folders import list_checkpoints
 from megatrain.config import Config, check_warmup
 from megatrain.data.batches import StepBatches
-from megatrain.data.examples import HeldOutData, PreferenceExamples
+from megatrain.data.examples import HeldOutData, PreferenceExamples, of_one_epoch
 from megatrain.data.mixture import Mixture
-from megatrain.data.pairs import PairRows, Reference
+from megatrain.data.pairs import PairRows, Reference, epoch_of
 from megatrain.data.rows import Rows
 from megatrain.data.splits import shared_file
 from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS, load_tokenizer, train_bpe
@@ -67,7 +67,7 @@ class Data:
     def tokens(self) -> int:
         """Tokens to train on in an epoch."""
         if self.pairs is not None:
-            return len(self.pairs.chosen.tokens) + len(self.pairs.rejected.tokens)
+            return epoch_of(self.pairs)[1]
         return 0 if self.rows is None else self.rows.tokens
 
 
@@ -131,10 +131,10 @@ def build_data(config: Config, corpora: Corpora, tokenizer: Any, model_config: A
         images = prepare_images(config, corpora.train, tokenizer)
         data = Data(images.rows, total_steps(config, images.rows.count), images.utf8_bytes, None, None, images.said)
     else:
-        found = prepare_rows(config, corpora.train, tokenizer)
+        found = prepare_rows(config, corpora.train, tokenizer, every_epoch=True)
         utf8_bytes, said = sum(one.counts.utf8_bytes for one in found.sources), tuple(found.said)
         if isinstance(found.examples, PreferenceExamples):
-            steps = total_steps(config, len(found.examples))
+            steps = total_steps(config, epoch_of(found.examples)[0])
             data = Data(None, steps, utf8_bytes, None, found.examples, said)
         else:
             rows = rows_of(config, found.examples, model_config, tokenizer.eos_token_id)
@@ -156,8 +156,10 @@ def _with_held_out(config: Config, data: Data, mixture: Mixture, tokenizer: Any)
     refuse_to_measure(mixture)
     rows = prepare_rows(config, mixture, tokenizer)
     held_out = rows.examples
-    if isinstance(held_out, PreferenceExamples) and data.pairs is None:  # how likely what was chosen is
-        held_out = held_out.chosen
+    if not isinstance(held_out, PreferenceExamples):
+        held_out = of_one_epoch(held_out)
+    elif data.pairs is None:  # how likely what was chosen is
+        held_out = of_one_epoch(held_out.chosen)
     return replace(data, held_out=held_out, said=(*data.said, *rows.said))
 
 
@@ -173,7 +175,7 @@ def passes_per_step(config: Config, data: Data) -> float:
     """Of the data that a step takes, in epochs."""
     sequences = config.tokens_per_step / config.data.seq_len
     if data.pairs is not None:
-        return sequences / 2 / len(data.pairs)
+        return sequences / 2 / epoch_of(data.pairs)[0]
     assert data.rows is not None
     return sequences / data.rows.count
 

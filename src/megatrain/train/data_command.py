@@ -11,7 +11,7 @@ import numpy as np
 
 from megatrain.config import Config, override, parse_config
 from megatrain.data import best_fit
-from megatrain.data.examples import Examples, PreferenceExamples
+from megatrain.data.examples import Drawn, Examples, PreferenceExamples, of_one_epoch
 from megatrain.data.mixture import Mixture
 from megatrain.data.rows import documents_as_examples
 from megatrain.data.statistics import Statistics, pieces_of, statistics_of
@@ -71,6 +71,7 @@ def _look(config: Config, mixture: Mixture, tokenizer: Any, count: int) -> dict[
         examples, said = found.rows.without_pixels(), found.said
     else:
         rows = prepare_rows(config, mixture, tokenizer)
+        assert not isinstance(rows.examples, Drawn)  # but those of the first epoch
         examples, said = rows.examples, rows.said
         packed = _packed(config, mixture, examples)
         sources = [
@@ -135,7 +136,7 @@ def _cuts_of(examples: Examples, end: int) -> int:
 
 def _numbers(examples: Examples | PreferenceExamples, seq_len: int, vocabulary: int) -> dict[str, Any]:
     if isinstance(examples, PreferenceExamples):
-        both = {"chosen": examples.chosen, "rejected": examples.rejected}
+        both = {"chosen": of_one_epoch(examples.chosen), "rejected": of_one_epoch(examples.rejected)}
         return {name: _numbers(one, seq_len, vocabulary) for name, one in both.items()}
     found: Statistics = statistics_of(examples, seq_len, vocabulary)
     return asdict(found)
@@ -143,7 +144,7 @@ def _numbers(examples: Examples | PreferenceExamples, seq_len: int, vocabulary: 
 
 def _shown(examples: Examples | PreferenceExamples, number: int, tokenizer: Any) -> dict[str, Any]:
     if isinstance(examples, PreferenceExamples):
-        both = {"chosen": examples.chosen, "rejected": examples.rejected}
+        both = {"chosen": of_one_epoch(examples.chosen), "rejected": of_one_epoch(examples.rejected)}
         return {name: _shown(one, number, tokenizer) for name, one in both.items()}
     tokens, labels = examples.tokens_of(number), examples.labels_of(number)
     pieces = [{"text": text, "target": target} for text, target in pieces_of(tokens, labels, tokenizer)]

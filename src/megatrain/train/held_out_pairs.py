@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from megatrain.data.examples import Examples, PreferenceExamples
+from megatrain.data.examples import Examples, PreferenceExamples, of_one_epoch
 from megatrain.data.pairs import REFERENCE, Reference, pair_rows
 from megatrain.losses import TokenLoss
 from megatrain.train.evaluate import Batch, EvalSet
@@ -21,7 +21,7 @@ def first_pairs(pairs: PreferenceExamples, max_tokens: int | None) -> Preference
         return pairs
     ends = np.cumsum(pairs.chosen.lengths + pairs.rejected.lengths)
     count = max(1, int(np.searchsorted(ends, max_tokens, side="right")))
-    return PreferenceExamples(_first(pairs.chosen, count), _first(pairs.rejected, count))
+    return PreferenceExamples(*(_first(of_one_epoch(side), count) for side in (pairs.chosen, pairs.rejected)))
 
 
 def _first(examples: Examples, count: int) -> Examples:

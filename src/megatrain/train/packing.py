@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 from megatrain.config import Config
-from megatrain.data.examples import Examples
+from megatrain.data.examples import Drawn, Examples
 from megatrain.data.packing import TokenStream
 from megatrain.data.rows import JoinedRows, PackedRows, Rows, SeparateRows, documents_as_examples
 from megatrain.errors import ConfigError
@@ -14,7 +14,7 @@ from megatrain.model.shared_rows import judge_shared_rows
 _log = logging.getLogger(__name__)
 
 
-def rows_of(config: Config, content: TokenStream | Examples, model_config: Any, end: int) -> Rows:
+def rows_of(config: Config, content: TokenStream | Examples | Drawn, model_config: Any, end: int) -> Rows:
     """The rows that the model is trained on. `end`: the end-of-text token.
 
     Raises ConfigError where data.packing does not suit the model or the data, or there is not one row.
@@ -30,7 +30,7 @@ def rows_of(config: Config, content: TokenStream | Examples, model_config: Any, 
                 "give more text or a smaller data.seq_len"
             )
         return JoinedRows(sequences, shuffle=shuffle, seed=seed)
-    examples = content if isinstance(content, Examples) else documents_as_examples(content, end, seq_len)
+    examples = content if isinstance(content, Examples | Drawn) else documents_as_examples(content, end, seq_len)
     if len(examples) == 0:
         raise ConfigError("data.train: no examples; give at least one")
     longer = int((examples.lengths > seq_len).sum())
@@ -46,12 +46,12 @@ def rows_of(config: Config, content: TokenStream | Examples, model_config: Any, 
     return SeparateRows(examples, seq_len, shuffle=shuffle, seed=seed, masked=counts_padding)
 
 
-def _resolved(config: Config, content: TokenStream | Examples, model_config: Any) -> str:
+def _resolved(config: Config, content: TokenStream | Examples | Drawn, model_config: Any) -> str:
     """data.packing, with auto decided."""
     packing = config.data.packing
     if packing == "auto" and isinstance(content, TokenStream):
         return "joined"
-    if packing == "joined" and isinstance(content, Examples):
+    if packing == "joined" and isinstance(content, Examples | Drawn):
         raise ConfigError("data.packing: joined is wrong; examples are not joined: expected best_fit, none or auto")
     if packing not in ("auto", "best_fit"):
         return packing

@@ -66,8 +66,10 @@ def pairs_sha256(pairs: PreferenceExamples) -> str:
     """Of their tokens and targets."""
     digest = hashlib.sha256()
     for side in (pairs.chosen, pairs.rejected):
-        for part in (side.tokens, side.targets, side.offsets):
-            digest.update(np.ascontiguousarray(part).tobytes())
+        digest.update(np.ascontiguousarray(side.lengths).tobytes())
+        for number in range(len(side)):
+            digest.update(side.tokens_of(number).tobytes())
+            digest.update(side.labels_of(number).tobytes())
     return digest.hexdigest()
 
 

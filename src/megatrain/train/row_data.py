@@ -10,9 +10,9 @@ from typing import Any
 from megatrain.config import Config
 from megatrain.data.chat_template import ChatTemplate, TemplateSyntaxError
 from megatrain.data.encode import EncoderSettings, encoder_settings
-from megatrain.data.examples import Examples, PreferenceExamples
+from megatrain.data.examples import Drawn, Examples, PreferenceExamples
 from megatrain.data.formats import Layout
-from megatrain.data.mixture import Mixture, copies_of, mixed, say_counts
+from megatrain.data.mixture import Mixture, copies_of, drawn, mixed, say_counts
 from megatrain.data.packing import TokenStream
 from megatrain.data.row_source import Source
 from megatrain.data.text_tokens import tokenise_texts
@@ -26,21 +26,22 @@ _TEMPLATE = "data.chat_template"
 
 @dataclass(frozen=True)
 class RowData:
-    """An epoch's examples, and what they come from."""
+    """Examples, those of the first epoch or of all of them, and what they come from."""
 
-    examples: Examples | PreferenceExamples
+    examples: Examples | Drawn | PreferenceExamples
     sources: list[Tokenised]
     said: list[str]
 
 
-def prepare_rows(config: Config, mixture: Mixture, tokenizer: Any) -> RowData:
-    """The examples of all sources. Raises ConfigError where there is none, and where rows or settings are wrong."""
+def prepare_rows(config: Config, mixture: Mixture, tokenizer: Any, *, every_epoch: bool = False) -> RowData:
+    """The examples of all sources, of the first epoch or of `every_epoch`. Raises ConfigError where there is none, and
+    where rows or settings are wrong."""
     sources = [_tokenised(config, source, tokenizer) for source in mixture.sources]
     said = []
     for number, one in enumerate(sources):
         in_epoch = len(copies_of(len(one.examples), one.source, config.train.seed, number))
         said += say_counts(one, in_epoch, mixture.key)
-    examples = mixed(sources, config.train.seed)
+    examples = (drawn if every_epoch else mixed)(sources, config.train.seed)
     if len(examples) == 0:
         raise ConfigError(f"{mixture.key}: no example in {mixture.described} has a target; give data that has")
     return RowData(examples, sources, said)

@@ -9,7 +9,7 @@ import numpy as np
 
 from megatrain.config import EvalConfig
 from megatrain.data.bad_rows import BadRowError
-from megatrain.data.examples import NO_TARGET, Examples, HeldOutData, PreferenceExamples
+from megatrain.data.examples import NO_TARGET, Examples, HeldOutData, PreferenceExamples, of_one_epoch
 from megatrain.data.formats import Chat
 from megatrain.data.messages import OPENAI, messages_of
 from megatrain.data.packing import TokenStream
@@ -48,7 +48,7 @@ def read_prompts(settings: EvalConfig, tokenizer: Any, held_out: HeldOutData, mo
             check_length(1, settings.max_new_tokens, positions, key="eval.max_new_tokens")
         most = positions - settings.max_new_tokens + 1
         if isinstance(held_out, PreferenceExamples):
-            held_out = held_out.chosen
+            held_out = of_one_epoch(held_out.chosen)
         if isinstance(held_out, Examples):
             return _before_targets(wanted, tokenizer, held_out, most)
         return _beginnings(wanted, tokenizer, held_out, most) if held_out is not None else []
