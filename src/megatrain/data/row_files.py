@@ -18,11 +18,12 @@ _LONGEST_CSV_FIELD = 1 << 30
 
 @dataclass(frozen=True)
 class Row:
-    """A row's place, such as 'a.csv line 3', and its fields, or what is wrong with it."""
+    """A row's place, such as 'a.csv line 3', and its fields, or what is wrong with it; its file, where it is known."""
 
     where: str
     fields: Mapping[str, Any]
     wrong: str | None = None
+    file: Path | None = None
 
 
 def jsonl_rows(path: Path, key: str) -> Iterator[Row]:
@@ -31,7 +32,7 @@ def jsonl_rows(path: Path, key: str) -> Iterator[Row]:
         for number, line in enumerate(lines, start=1):
             text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if text.strip():
-                yield _line(f"{path} line {number}", text)
+                yield _line(path, number, text)
 
 
 def json_rows(path: Path, key: str) -> Iterator[Row]:
@@ -59,7 +60,7 @@ def json_rows(path: Path, key: str) -> Iterator[Row]:
                 f"{key}: {where} is not JSON; expected a list of objects, or an object in each line"
             ) from None
         line += text.count("\n", start, place)
-        yield _object(where, value)
+        yield _object(where, value, path)
 
 
 def _next(text: str, place: int, passed: str) -> int:
@@ -82,7 +83,7 @@ def csv_rows(path: Path, key: str) -> Iterator[Row]:
                 None if len(fields) == len(names) else f"has {len(fields)} columns; the first line names {len(names)}"
             )
             if fields:
-                yield Row(f"{path} line {line}", dict(zip(names, fields, strict=False)), wrong)
+                yield Row(f"{path} line {line}", dict(zip(names, fields, strict=False)), wrong, path)
 
 
 def _csv_lines(rows: Any, path: Path, key: str) -> Iterator[tuple[int, list[str]]]:
@@ -111,15 +112,18 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _line(where: str, text: bytes) -> Row:
+def _line(path: Path, number: int, text: bytes) -> Row:
+    where = f"{path} line {number}"
     try:
-        return _object(where, json.loads(text))
+        return _object(where, json.loads(text), path)
     except (ValueError, RecursionError):  # bad JSON, bad UTF-8 and a thousand brackets alike
         return Row(where, {}, "is not JSON; a .jsonl file has one JSON object per line")
 
 
-def _object(where: str, value: Any) -> Row:
-    return Row(where, value) if isinstance(value, dict) else Row(where, {}, f"is {kind_of(value)}; expected an object")
+def _object(where: str, value: Any, path: Path) -> Row:
+    if not isinstance(value, dict):
+        return Row(where, {}, f"is {kind_of(value)}; expected an object")
+    return Row(where, value, file=path)
 
 
 @contextlib.contextmanager

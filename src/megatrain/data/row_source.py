@@ -12,6 +12,8 @@ from typing import Any
 from megatrain.data.bad_rows import BadRows, names_of
 from megatrain.data.dataset_info import read_entry
 from megatrain.data.formats import FORMATS, Layout, detect
+from megatrain.data.image_fields import rows_of_text
+from megatrain.data.image_files import SUFFIXES as IMAGE_SUFFIXES
 from megatrain.data.row_files import Row, csv_rows, json_rows, jsonl_rows, table_rows
 from megatrain.data.sources import JSONL_SUFFIXES, STDLIB, Corpus, Split
 from megatrain.errors import ConfigError
@@ -29,13 +31,15 @@ _PEEKED = 16
 
 @dataclass(frozen=True)
 class Rows:
-    """Where rows are. `files` are local; `identity` stands for the contents of what is not."""
+    """Where rows are. `files` are local; `identity` stands for the contents of what is not; `features`: what `datasets`
+    says of the columns, None where it does not know."""
 
     files: tuple[Path, ...]
     read: Callable[[], Iterator[Row]]
     columns: tuple[str, ...] | None = None  # where all rows have the same
     count: int | None = None
     identity: str = ""
+    features: Any = None
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ class Source:
     """An entry, found and its format known. `corpus`: of plain text, else None; `rows`: of anything else.
 
     `weight`: how many times an epoch has each example; `samples`: how many examples it has instead.
-    `detected`: the format was found by looking at the rows.
+    `detected`: the format was found by looking at the rows. `images_folder`: what paths of images are relative to, and
+    must not leave; None: the folder of the row's file.
     """
 
     described: str
@@ -54,6 +59,7 @@ class Source:
     samples: int | None = None
     streaming: bool = False
     detected: bool = False
+    images_folder: Path | None = None
     key: str = field(default="data.train")
 
     @property
@@ -73,7 +79,7 @@ class Source:
         from megatrain.data.formats import Text, sample_of
 
         assert self.rows is not None
-        for row in self.rows.read():
+        for row in rows_of_text(self):
             try:
                 if row.wrong is not None:
                     raise BadRowError(row.wrong)
@@ -96,12 +102,15 @@ def open_source(spec: str | Mapping[str, Any], *, key: str, split: Split, form: 
         given, tags, samples = {**entry.spec, **_others(given)}, entry.tags, entry.samples
     columns = dict(given.get("columns") or {})
     columns.setdefault("text", given.get("text_field") or text_field)
+    if "images" in columns:
+        columns["images"] = columns["images"] or ""  # null: no field holds any
     form = given.get("format") or form
     common: dict[str, Any] = {
         "described": given["path"],
         "weight": given.get("weight", 1.0),
         "samples": samples,
         "streaming": given.get("streaming", False),
+        "images_folder": _images_folder(given, key),
         "key": key,
     }
     rows = _rows(given, key, split)
@@ -122,6 +131,15 @@ def open_source(spec: str | Mapping[str, Any], *, key: str, split: Split, form: 
 
 def _others(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in ("path", "dataset_info") and value is not None}
+
+
+def _images_folder(given: Mapping[str, Any], key: str) -> Path | None:
+    if given.get("images_folder") is None:
+        return None
+    folder = Path(os.path.expanduser(given["images_folder"]))
+    if not os.path.isdir(folder):
+        raise ConfigError(f"{key}: images_folder {given['images_folder']!r} is no folder")
+    return folder
 
 
 def _corpus(given: Mapping[str, Any], key: str, split: Split, form: str, text_field: str) -> Corpus:
@@ -170,14 +188,10 @@ def _of_folder(given: Mapping[str, Any], path: Path, key: str, split: Split) -> 
             )
         return _of_table(given, [path], "", key, split)
     readable = [one for one in files if one.suffix.lower() in _ROW_FILES]
-    # a folder with texts in it is a folder of texts
-    if readable and len(readable) == len(files) and not _has_text(files):
+    # a folder with texts in it is a folder of texts; pictures are what rows beside them name
+    if readable and all(one in readable or one.suffix.lower() in IMAGE_SUFFIXES for one in files):
         return _of_files(readable, key)
     return None
-
-
-def _has_text(files: list[Path]) -> bool:
-    return any(one.suffix.lower() not in _ROW_FILES for one in files)
 
 
 def _is_about(path: Path) -> bool:
@@ -200,7 +214,8 @@ def _of_saved(given: Mapping[str, Any], path: Path, key: str, split: Split) -> R
         raise ConfigError(f"{key}: {given['path']!r} has no splits; leave split {wanted!r} out")
     files = tuple(sorted({Path(one["filename"]) for one in table.cache_files}))
     described = f"{given['path']}{f' split {wanted}' if wanted else ''}"
-    return Rows(files, lambda: table_rows(described, lambda: table), tuple(table.column_names), len(table))
+    names = tuple(table.column_names)
+    return Rows(files, lambda: table_rows(described, lambda: table), names, len(table), features=table.features)
 
 
 def _default_split(given: Mapping[str, Any], key: str, split: Split, known: list[str]) -> str:
@@ -231,7 +246,8 @@ def _of_table(given: Mapping[str, Any], paths: list[Path], kind: str, key: str, 
     table = _loading(given, key, partial(datasets.load_dataset, **options, split=wanted, streaming=lazily))
     described = given["path"] if kind else f"{given['path']} split {wanted}"
     names = tuple(table.column_names) if table.column_names else None
-    return Rows(files, lambda: table_rows(described, lambda: table), names, identity="" if lazily else wanted)
+    identity = "" if lazily else wanted
+    return Rows(files, lambda: table_rows(described, lambda: table), names, identity=identity, features=table.features)
 
 
 def _of_hub(given: Mapping[str, Any], key: str, split: Split) -> Rows:
@@ -257,7 +273,7 @@ def _of_hub(given: Mapping[str, Any], key: str, split: Split) -> Rows:
     names = tuple(table.column_names) if table.column_names else None
     count = None if streaming else len(table)
     identity = f"{described} {getattr(table, '_fingerprint', '')}"
-    return Rows((), lambda: table_rows(described, lambda: table), names, count, identity)
+    return Rows((), lambda: table_rows(described, lambda: table), names, count, identity, table.features)
 
 
 def _loading(given: Mapping[str, Any], key: str, load: Callable[[], Any]) -> Any:
@@ -277,7 +293,7 @@ def _check_columns(rows: Rows, given: Mapping[str, Any], columns: Mapping[str, s
     if rows.columns is None:
         return
     for ours, theirs in columns.items():
-        chosen = ours in (given.get("columns") or {}) or (ours == "text" and given.get("text_field"))
+        chosen = theirs and (ours in (given.get("columns") or {}) or (ours == "text" and given.get("text_field")))
         if chosen and given.get("dataset_info") is None and theirs not in rows.columns:
             raise ConfigError(
                 f"{key}: {given['path']!r} has no column {theirs!r} (for {ours}); its columns are: "

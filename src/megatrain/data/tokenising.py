@@ -19,13 +19,14 @@ import numpy as np
 from megatrain.data.bad_rows import BadRows
 from megatrain.data.encode import Block, Encoder, EncoderSettings
 from megatrain.data.examples import Examples, PreferenceExamples
+from megatrain.data.image_fields import rows_of_text
 from megatrain.data.progress import RowProgress
 from megatrain.data.row_files import Row
 from megatrain.data.row_source import Source
 from megatrain.data.token_files import Arrays, Entry, TokenCache, hash_of
 from megatrain.errors import ConfigError, MegaTrainError
 
-_CODE = 1  # raise it where the same rows become other tokens than before: what is cached is made anew
+_CODE = 2  # raise it where the same rows become other tokens than before: what is cached is made anew
 _ROWS_PER_BLOCK = 128
 _SMALL_BYTES = 4 << 20  # starting processes takes longer than encoding this much
 _MOST_WORKERS = 16
@@ -115,7 +116,7 @@ def _fill(
     columns = [_Columns(entry, "", settings), *([_Columns(entry, "rejected_", settings)] if _pairs(settings) else [])]
     assert source.rows is not None
     with RowProgress(f"tokenising {source.described}", source.rows.count) as progress:
-        for rows, block in _encoded(_blocks(source.rows.read()), settings, _processes(source, workers)):
+        for rows, block in _encoded(_blocks(rows_of_text(source)), settings, _processes(source, workers)):
             _check(rows, block, bad, source)
             for column, one in zip(columns, (block, block.rejected), strict=False):
                 assert one is not None

@@ -14,19 +14,17 @@ _FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocess
 def load_processor(source: str, tokenizer: Any, *, key: str = "model.path") -> Any:
     """transformers' processor of a folder or hub id, with images prepared by Pillow, which gives the same pixels
     wherever it runs; `tokenizer`: the run's own, which it uses. Raises ConfigError."""
-    from transformers import AutoProcessor
-
     from megatrain.model.loading import check_config, one_line
 
-    if not _files_of(source):
+    if not has_processor(source):
         raise ConfigError(f"{key}: {source!r} has none of {', '.join(_FILES)}; images need a model that sees")
     try:
         check_config(source)
-        processor = AutoProcessor.from_pretrained(os.path.expanduser(source), backend="pil", trust_remote_code=False)
+        processor = _loaded(os.path.expanduser(source))
     except ConfigError:
         raise
     except Exception as error:  # OSError, ValueError, ImportError, by file and cause
-        needs = "; pip install torchvision" if "torchvision" in str(error).lower() else ""
+        needs = "; install the torchvision that belongs to this torch" if _names_torchvision(error) else ""
         raise ConfigError(f"{key}: no processor for images in {source!r}: {one_line(error)}{needs}") from None
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ConfigError(f"{key}: {source!r} has no processor for images; images need a model that sees")
@@ -36,6 +34,57 @@ def load_processor(source: str, tokenizer: Any, *, key: str = "model.path") -> A
             "with images need the model's own, leave it out"
         )
     return processor
+
+
+def _loaded(source: str) -> Any:
+    """Families that take videos, too, need torchvision for these, which is not there everywhere: then without them."""
+    from transformers import AutoProcessor
+
+    options: dict[str, Any] = {"backend": "pil", "trust_remote_code": False}
+    try:
+        return AutoProcessor.from_pretrained(source, **options)
+    except Exception as error:
+        if not _names_torchvision(error):
+            raise
+        try:
+            return _without_videos(source).from_pretrained(source, **options)
+        except Exception:
+            raise error from None
+
+
+def _names_torchvision(error: Exception) -> bool:
+    return "torchvision" in str(error).lower()
+
+
+class _WithoutVideos:
+    """Before a family's processor in a class: its other parts alone."""
+
+    family: Any
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return [name for name in cls.family.get_attributes() if name != "video_processor"]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (self.family, dict(self.__dict__))
+
+
+def _class_without_videos(family: Any) -> Any:
+    return type(family.__name__, (_WithoutVideos, family), {"family": family})
+
+
+def _restored(family: Any, state: dict[str, Any]) -> Any:
+    """In another process."""
+    processor = object.__new__(_class_without_videos(family))
+    processor.__dict__.update(state)
+    return processor
+
+
+def _without_videos(source: str) -> Any:
+    from transformers import AutoConfig
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    return _class_without_videos(PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(source, trust_remote_code=False))])
 
 
 def template_of(processor: Any, tokenizer_template: ChatTemplate | None, *, chosen: bool) -> ChatTemplate:
@@ -64,6 +113,11 @@ class WithProcessorFiles:
         self.tokenizer.save_pretrained(folder)
         for name, content in self.files.items():
             (Path(folder) / name).write_bytes(content)
+
+
+def has_processor(source: str) -> bool:
+    """Whether a folder or hub id has a processor's files: its model sees, or hears."""
+    return bool(_files_of(source))
 
 
 def with_processor_files(tokenizer: Any, source: str) -> Any:
