@@ -417,12 +417,27 @@ def _own_command() -> str:
     return shlex.quote(str(script))
 
 
+def _trained(result: "RunResult") -> str:
+    from megatrain.checkpoint.folders import list_checkpoints
+    from megatrain.train.run_folder import CHECKPOINTS
+
+    done, total = result.loop.steps, result.total_steps
+    if done == total or not result.loop.interrupted:
+        return f"trained {done:,} steps"
+    goes_on = "; the same command with --resume auto goes on" if list_checkpoints(result.folder / CHECKPOINTS) else ""
+    return f"trained {done:,} of {total:,} steps{goes_on}"
+
+
 def _report(result: "RunResult") -> None:
-    print(f"trained {result.loop.steps:,} steps")
+    from megatrain.train.journal import described
+
+    print(_trained(result))
     for name, one in result.evaluations.items():
         told = "held-out text" if len(result.evaluations) == 1 else f"held-out text {name}"
         over = f"over {one.target_tokens:,} tokens"
-        if one.bits_per_byte is None:
+        if one.pairs is not None:
+            print(f"{told}: {described(one)}")
+        elif one.bits_per_byte is None:
             print(f"{told}: loss {one.loss:.3f}, perplexity {one.perplexity:,.2f} {over}")
         else:
             whole = f"loss {one.loss:.3f} {over}, {one.utf8_bytes:,} bytes not trained on"

@@ -40,7 +40,7 @@ def parse_count(text: str | int) -> int:
 
 def format_seconds(seconds: float) -> str:
     """Seconds as '12 ms', '3.2 s', '4 min 05 s' or '2 h 10 min'."""
-    if 0 < seconds < 0.1:
+    if 0 < seconds < 0.9995:
         return f"{1000 * seconds:.{0 if seconds >= 0.01 else 1}f} ms"
     if seconds < 60:
         return f"{seconds:.1f} s"

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -31,6 +32,8 @@ class ForkedRuns:
     def __init__(self, folder: Path) -> None:
         self.folder, self._number = folder, 0
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        # The C library gives back what is freed: kept in pieces, as chance would have it, peaks differ by 3%.
+        environment |= {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             cwd=folder,
@@ -87,8 +90,7 @@ def _serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
-            _, status, usage = os.wait4(request["wait"], 0)
-            answer: Any = os.waitstatus_to_exitcode(status), usage.ru_maxrss * 1024
+            answer: Any = _watch(request["wait"])
         else:
             answer = os.fork()
             if not answer:
@@ -96,6 +98,20 @@ def _serve() -> None:
                     _fill_disk(request["no_room_for"])
                 _become(cli.main, request["start"], request["log"])
         print(json.dumps(answer), flush=True)
+
+
+def _watch(process: int) -> tuple[int, int]:
+    """(exit code, peak of its own memory in bytes, each 2 milliseconds). Not the kernel's own peak of what is
+    resident: that counts pages of libraries, which come by chance."""
+    peak_kib = 0
+    while True:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status), peak_kib * 1024
+        with open(f"/proc/{process}/status") as stream:
+            own = [line.split()[1] for line in stream if line.startswith(("RssAnon", "RssShmem"))]
+        peak_kib = max(peak_kib, sum(map(int, own)))
+        time.sleep(2e-3)
 
 
 def _fill_disk(part: str) -> None:

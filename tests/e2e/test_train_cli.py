@@ -234,7 +234,7 @@ def test_interrupted_once_the_step_is_finished_and_the_model_saved(tmp_path: Pat
     assert process.returncode == 0, err
     assert "finishing this step" in err and "Traceback" not in err
     assert (run / "model" / "config.json").exists() and (run / "model" / "tokenizer.json").exists()
-    assert f"trained {len(metrics_of(run))} steps" in out
+    assert f"trained {len(metrics_of(run))} of 100,000 steps\n" in out
 
 
 def test_interrupted_while_measuring_the_run_is_kept(tmp_path: Path) -> None:

@@ -150,6 +150,26 @@ def test_a_card_keeps_folders_to_itself_and_marks_nothing_up(tmp_path: Path) -> 
     assert "````yaml" in body
 
 
+@pytest.mark.parametrize("model", ["", "model"])
+def test_a_card_of_a_checkpoint_says_what_its_run_had_done_by_then(model: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "checkpoints" / "step-000015" / "model").mkdir(parents=True)
+    (run / "checkpoints" / "step-000015" / "config.yaml").write_text("model: {path: x}")  # as each one holds
+    folder = run / "checkpoints" / "step-000015" / model
+    _, body = parts_of(model_card(str(folder), SimpleNamespace(model_type="llama"), 1, "bf16"))
+    assert "# run, step 15\n" in body and "trained from `base/model`" in body
+    assert "| optimizer steps | 15 |" in body and "| last training loss | 2.292 nats per target token |" in body
+    assert "| last eval held out loss | 4.65 nats per target token |" in body
+    assert "1 file, " in body and "- `texts/a.txt`, sha256" in body and "meant to have 40 steps" in body
+
+
+def test_a_card_of_preferences_has_their_unit(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("steps: 40", "steps: 40, method: dpo"))
+    card = model_card(str(run), SimpleNamespace(model_type="llama"), 1, "bf16")
+    assert "per pair of answers |" in card and "nats" not in card
+
+
 def test_a_card_of_a_folder_without_a_run_and_of_a_run_without_steps(tmp_path: Path) -> None:
     llama = SimpleNamespace(model_type="llama")
     assert "what it was trained on is not known" in model_card(str(tmp_path), llama, 1, "bf16")

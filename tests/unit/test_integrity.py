@@ -498,7 +498,7 @@ def test_all_units_on_the_device() -> None:
 
 @pytest.mark.parametrize(
     ("name", "level", "precision", "moments", "resident"),
-    some_of(3, ("cpu", "lagged"), LEVELS, ("fp32", "bf16"), ("fp32", "int8"), (0, 3)),
+    some_of(5, ("cpu", "lagged"), LEVELS, ("fp32", "bf16"), ("fp32", "int8"), (0, 3)),
 )
 def test_writes_are_no_damage(name: str, level: str, precision: str, moments: str, resident: int) -> None:
     """In place, by load_state_dict, of optimizer state; before a step, a forward of one's own loop, an evaluation. And

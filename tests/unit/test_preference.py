@@ -1,12 +1,15 @@
 """train.method dpo: pairs, their reference log-probabilities, and a run that goes on and is audited as any other."""
 
+import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from preference_runs import SETTINGS, train
 from test_engine_toys import make_engine
@@ -19,8 +22,10 @@ from megatrain.data.examples import Examples, PreferenceExamples
 from megatrain.data.pairs import PairRows, pair_rows
 from megatrain.errors import ConfigError
 from megatrain.losses import DPO, REFERENCE
+from megatrain.train.evaluate import evaluate
+from megatrain.train.held_out_pairs import first_pairs, pair_set
 from megatrain.train.method import loss_of, with_method
-from megatrain.train.reference import REFERENCE_NAME, facts_of, read_reference, score_pairs, to_bytes
+from megatrain.train.reference import FACTS, FILES, Scored, read_reference, score, score_pairs, to_bytes
 from megatrain.trust.ledger import LEDGER_NAME, read_ledger
 
 Output = pytest.CaptureFixture[str]
@@ -94,19 +99,33 @@ def test_scores_are_sums_over_targets_whatever_passes_together(pairs: Any) -> No
     engine.close()
 
 
-def test_what_is_read_back_is_what_was_recorded(tmp_path: Path) -> None:
-    reference = np.arange(6, dtype=np.float32).reshape(3, 2)
-    (tmp_path / REFERENCE_NAME).write_bytes(to_bytes(reference))
-    assert np.array_equal(read_reference(tmp_path, facts_of(reference), 3), reference)
-    with pytest.raises(ConfigError, match=r"holds numbers of shape \[3, 2\], and data.train makes 4 pairs"):
-        read_reference(tmp_path, facts_of(reference), 4)
+@pytest.mark.parametrize("key", ["data.train", "data.eval"])
+def test_what_is_read_back_is_what_was_recorded(key: str, pairs: PreferenceExamples, tmp_path: Path) -> None:
+    reference = np.arange(2 * len(pairs), dtype=np.float32).reshape(-1, 2)
+    scored = Scored(key, pairs, reference)
+    path = tmp_path / FILES[key]
+    for name, content in scored.files.items():
+        (tmp_path / name).write_bytes(content)
+    assert np.array_equal(read_reference(tmp_path, key, scored.facts, pairs), reference)
+    assert np.array_equal(score(None, key, pairs, 1, tmp_path, scored.facts).reference, reference)  # type: ignore[arg-type]
+    fewer = first_pairs(pairs, int(pairs.chosen.lengths[0] + pairs.rejected.lengths[0]))
+    assert len(fewer) == 1
+    with pytest.raises(ConfigError, match=rf"is of other pairs than {key} makes now"):
+        read_reference(tmp_path, key, scored.facts, fewer)
+    path.write_bytes(to_bytes(reference[:1]))
+    with pytest.raises(ConfigError, match=r"holds numbers of shape \[1, 2\], and data\.\w+ makes \d+ pairs"):
+        read_reference(tmp_path, key, {FACTS[key]: scored.facts[FACTS[key]] | {"sha256": sha256(path)}}, pairs)
     with pytest.raises(ConfigError, match="is not what the run has recorded"):
-        read_reference(tmp_path, facts_of(reference + 1), 3)
+        read_reference(tmp_path, key, scored.facts, pairs)
     with pytest.raises(ConfigError, match="is not what the run has recorded"):
-        read_reference(tmp_path, {}, 3)
-    (tmp_path / REFERENCE_NAME).unlink()
+        read_reference(tmp_path, key, {}, pairs)
+    path.unlink()
     with pytest.raises(ConfigError, match="which no later ones can tell"):
-        read_reference(tmp_path, facts_of(reference), 3)
+        read_reference(tmp_path, key, scored.facts, pairs)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # -- settings ---------------------------------------------------------------------------------------------------------
@@ -150,6 +169,43 @@ def test_wrong_settings(kind: str | None, changes: dict[str, Any], message: str)
         config(kind, **changes)
 
 
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", [DPO(0.3, 0.1), DPO(0.5, kind="ipo")], ids=["sigmoid", "ipo"])
+@pytest.mark.parametrize("device", ["cpu", "lagged"])
+def test_held_out_pairs_are_measured_by_the_loss_that_is_trained_on(device: str, loss: DPO, pairs: Any) -> None:
+    """Three at a time, against one at a time in plain PyTorch."""
+    reference = -np.arange(20, dtype=np.float32).reshape(10, 2)
+    model, losses, right = make("llama").eval(), [], 0
+    for pair in range(len(pairs)):
+        batch = pair_rows(pairs, [pair])
+        with torch.no_grad():
+            logits = model(**{name: batch[name] for name in batch if name != "labels"}).logits.log_softmax(-1)
+        labels, mask = batch["labels"][:, 1:], batch["labels"][:, 1:] != -100
+        scores = logits[:, :-1].gather(-1, labels.clamp(min=0)[..., None])[..., 0] * mask
+        gained = scores.sum(-1) - torch.from_numpy(reference[pair])
+        means, difference = gained / mask.sum(-1), loss.beta * (gained[0] - gained[1])
+        sure = -torch.nn.functional.logsigmoid(difference)
+        smoothed = (1 - loss.label_smoothing) * sure + loss.label_smoothing * (sure + difference)
+        losses.append(smoothed if loss.kind == "sigmoid" else (means[0] - means[1] - 1 / (2 * loss.beta)) ** 2)
+        right += int(gained[0] > gained[1])
+    with make_engine(make("llama").eval(), device=device) as engine:
+        found = evaluate(engine, pair_set(pairs, reference, loss, 3))
+    assert found is not None and found.pairs == 10 and found.perplexity is None and found.bits_per_byte is None
+    assert found.loss == pytest.approx(float(sum(losses)) / 10, rel=1e-5)
+    assert found.values["rewards/accuracies"] == pytest.approx(right / 10)
+
+
+def test_losses_of_other_pairs_or_settings_are_not_compared(pairs: Any) -> None:
+    reference = np.zeros((10, 2), np.float32)
+    sets = [
+        pair_set(these, reference, loss, 2) for these in (pairs, first_pairs(pairs, 30)) for loss in (DPO(), DPO(1))
+    ]
+    assert len({one.sha256 for one in sets}) == 4
+    assert pair_set(pairs, reference, DPO(), 3).sha256 == sets[0].sha256
+
+
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 
@@ -176,6 +232,49 @@ def test_a_run_learns_to_prefer(finished: Path) -> None:
     assert start["facts"]["reference"]["pairs"] == 10
 
 
+def evaluations_of(run: Path) -> list[dict[str, Any]]:
+    return [line["eval"] | {"step": line["step"]} for line in lines_of(run) if "eval" in line]
+
+
+def test_what_is_held_out_is_measured_as_it_is_trained(tmp_path: Path, capsys: Output) -> None:
+    """On the pairs of training itself, which can only become better; also where the run goes on, whose weights can tell
+    nothing of the first ones."""
+    held_out = [
+        "--data.eval",
+        str(tmp_path / "pairs.jsonl"),
+        "--eval.every",
+        "2",
+        "--eval.at_start",
+        "true",
+        "--eval.prompts",
+        "1",
+    ]
+    run = train(tmp_path, "run", *held_out)
+    said = capsys.readouterr()
+    assert "rewards/accuracies 1  rewards/margins" in said.out and "perplexity" not in said.out + said.err
+    found = evaluations_of(run)
+    assert [one["step"] for one in found] == [0, 2, 4] and {one["pairs"] for one in found} == {10}
+    assert found[0]["loss"] == pytest.approx(math.log(2), abs=1e-2) and "perplexity" not in found[0]
+    assert found[0]["loss"] > found[1]["loss"] > found[2]["loss"] and found[2]["rewards/accuracies"] == 1
+    assert (run / "checkpoints" / "best.txt").read_text() == "step-000004\n"
+    checkpoint = run / "checkpoints" / "step-000002"
+    again = train(tmp_path, "again", *held_out, "--resume", str(checkpoint))
+    assert evaluations_of(again) == found[2:]
+    assert (again / "model" / "model.safetensors").read_bytes() == (run / "model" / "model.safetensors").read_bytes()
+
+    settings = str(tmp_path / "settings.yaml")
+    arguments = ["train", settings, "--output", str(tmp_path / "new"), "--resume", str(checkpoint), *held_out]
+    assert cli.main([*arguments, "--eval.max_tokens", "10"]) == cli.WRONG
+    assert "reference-eval.npy' is of other pairs than data.eval makes now" in capsys.readouterr().err
+
+
+def test_only_pairs_can_be_held_out(tmp_path: Path, capsys: Output) -> None:
+    (tmp_path / "text.txt").write_text("not a pair")
+    with pytest.raises(AssertionError):
+        train(tmp_path, "run", "--data.eval", str(tmp_path / "text.txt"))
+    assert "data.eval: has rows of kind text, which the loss of train.method dpo" in capsys.readouterr().err
+
+
 def test_it_goes_on_from_a_checkpoint_to_the_last_bit(finished: Path) -> None:
     again = train(finished.parent, "again", "--resume", str(finished / "checkpoints" / "step-000002"))
     exact = ("step", "loss", "grad_norm", "rewards/chosen", "rewards/rejected", "logps/chosen")
@@ -198,12 +297,12 @@ def test_it_is_computed_again_from_its_start_and_from_a_checkpoint(finished: Pat
 def test_a_reference_that_was_changed_is_refused(finished: Path, tmp_path: Path, capsys: Output) -> None:
     """By the checkpoint's manifest, and without looking at that by what it says of the reference."""
     checkpoint = shutil.copytree(finished / "checkpoints" / "step-000002", tmp_path / "step-000002")
-    found = np.load(checkpoint / REFERENCE_NAME)
-    (checkpoint / REFERENCE_NAME).write_bytes(to_bytes(found + 1))
+    found = np.load(checkpoint / FILES["data.train"])
+    (checkpoint / FILES["data.train"]).write_bytes(to_bytes(found + 1))
     settings = str(finished.parent / "settings.yaml")
     arguments = ["train", settings, "--output", str(tmp_path / "run"), "--resume", str(checkpoint)]
     assert cli.main(arguments) == cli.WRONG
-    assert REFERENCE_NAME in capsys.readouterr().err
+    assert FILES["data.train"] in capsys.readouterr().err
     assert cli.main([*arguments, "--no-verify"]) == cli.WRONG
     assert "is not what the run has recorded" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -81,7 +81,7 @@ def test_a_complete_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert card(page, "last loss") == ["1.311", "step 40"]
     assert card(page, "best eval held out loss") == ["4.35", "step 40, last 4.35"]
     assert card(page, "target tokens/s") == ["2,000", "median step"]
-    assert card(page, "step") == ["0.5 s", "planned 0.5 s (+0%)"]
+    assert card(page, "step") == ["500 ms", "planned 500 ms (+0%)"]
     # 2e9 operations in half a second, of the data sheet's 989.4e12
     assert card(page, "MFU") == ["0.0004 %", "4 GFLOP/s of 989.4 TFLOP/s"]
     assert card(page, "device peak") == ["4.40 MB", "planned 4.00 MB (+10%)"]
@@ -170,9 +170,35 @@ def test_a_run_with_one_step(tmp_path: Path) -> None:
     assert "The run ended at step 1 of 40." in text_of(run)
 
 
+def test_a_run_of_epochs_that_was_stopped(tmp_path: Path) -> None:
+    """What it was meant to do depends on its data, and is in its plan; the last step's line may be missing."""
+    run = write_run(tmp_path / "run", steps=10)
+    (run / "config.yaml").write_text(CONFIG.replace("steps: 40", "epochs: 3"))
+    assert ">complete<" in page_of(run)
+    (run / "plan.json").write_text(json.dumps(PLAN | {"total_steps": 690}))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    write_lines(run / "metrics.jsonl", [line for line in lines if line["step"] < 10])
+    page = page_of(run)
+    assert ">ended early: step 10 of 690<" in page and card(page, "steps") == ["10", "of 690"]
+
+
+def test_a_run_on_pairs_of_answers(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    assert "Rewards" not in page_of(run)
+    (run / "config.yaml").write_text(CONFIG.replace("steps: 40", "steps: 40, method: dpo"))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rewards = {f"rewards/{name}": 0.25 for name in ("chosen", "rejected", "margins", "accuracies")}
+    held_out = {"step": 40, "eval": {"loss": 0.5, "pairs": 3, **rewards}}
+    write_lines(run / "metrics.jsonl", [*(line | rewards for line in lines if "loss" in line), held_out])
+    page = text_of(run)
+    assert "per pair of answers" in page and "nats per target token" not in page
+    assert [one.name for one in read_run(run).metrics.evaluated("rewards/accuracies")] == ["eval"]
+    assert "Rewards" in page and "Pairs whose chosen answer gained more" in page
+
+
 def test_a_run_that_an_evaluation_ended(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", steps=10)
-    assert ">ended early<" in page_of(run) and "ended at step 10 of 40" in page_of(run)
+    assert ">ended early: step 10 of 40<" in page_of(run) and "ended at step 10 of 40" in page_of(run)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     write_lines(run / "metrics.jsonl", [*lines[:-1], lines[-1] | {"enough": True}])
     assert ">complete: no more improvement<" in page_of(run) and "ended at step" not in page_of(run)

@@ -1,5 +1,6 @@
 """Rows to examples as a run has them: the same for any number of processes, from the cache or anew, and mixed."""
 
+import copy
 import io
 import json
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import pytest
 import torch
 from tiny_models import tiny_config
 
+import megatrain as mt
 from megatrain import cli
 from megatrain.config import Config, parse_config
 from megatrain.data import tokenising
@@ -357,7 +359,12 @@ def test_examples_are_measured_by_their_targets(chat_folder: Path, tmp_path: Pat
     config.vocab_size = 288
     model = initialise(config, 0)
     measured = eval_set(examples, seq_len=64, micro_batch=2)
-    found = evaluate(model, measured.batches(), utf8_bytes=measured.utf8_bytes)
+    with mt.Engine(copy.deepcopy(model), device="cpu", precision="fp32", head_chunk_tokens=5) as engine:
+        seen: list[int] = []
+        head = engine.model.get_output_embeddings()
+        head.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits.shape[:-1].numel()))
+        found = evaluate(engine, measured.batches(), utf8_bytes=measured.utf8_bytes)
+    assert seen and max(seen) == 5  # logits of no more tokens than in training
     assert found is not None and found.utf8_bytes == examples.utf8_bytes
     nats = 0.0
     with torch.no_grad():

@@ -24,6 +24,7 @@ from tiny_models import MODELS, tiny_config
 from megatrain.config import ModelConfig, OptimizerConfig, ScheduleConfig, parse_config
 from megatrain.data.packing import TokenStream
 from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS
+from megatrain.engine.targets import target_mask
 from megatrain.errors import CapacityError, ConfigError, MegaTrainError
 from megatrain.model.partition import ParameterSlot
 from megatrain.train import build, metrics
@@ -31,7 +32,7 @@ from megatrain.train.evaluate import eval_set, evaluate
 from megatrain.train.folder_lock import FolderLock
 from megatrain.train.generate import _placed
 from megatrain.train.interrupt import StopOnInterrupt
-from megatrain.train.loop import LoopResult, train
+from megatrain.train.loop import LoopResult, NoEvaluations, train
 from megatrain.train.metrics import MetricsFile
 from megatrain.train.model_settings import Vocabulary, read_model_settings
 from megatrain.train.param_groups import make_optimizer
@@ -39,7 +40,6 @@ from megatrain.train.profile import ProfiledEngine
 from megatrain.train.progress import BarProgress, LineProgress, show_progress
 from megatrain.train.run_folder import RunFolder, check_writable
 from megatrain.train.trial import try_out
-from megatrain.train.undisturbed import undisturbed
 
 FIELDS = [
     "step",
@@ -88,7 +88,9 @@ class StandIn:
         )
 
 
-def run_loop(engine: StandIn, folder: Path, steps: int = 5, log_every: int = 1) -> tuple[LoopResult, list[Any], str]:
+def run_loop(
+    engine: StandIn, folder: Path, steps: int = 5, log_every: int = 1, evaluations: NoEvaluations | None = None
+) -> tuple[LoopResult, list[Any], str]:
     shown = io.StringIO()
     with StopOnInterrupt() as stop, MetricsFile(folder / "metrics.jsonl") as metrics:
         result = train(
@@ -100,6 +102,7 @@ def run_loop(engine: StandIn, folder: Path, steps: int = 5, log_every: int = 1) 
             progress=LineProgress(steps, shown, clock=lambda: 0.0),
             stop=stop,
             log_every=log_every,
+            evaluations=evaluations,
         )
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return result, lines, shown.getvalue()
@@ -172,6 +175,17 @@ def test_a_timeline_that_cannot_be_written_costs_nothing_else(tmp_path: Path, ca
 def test_fewer_lines_with_log_every_but_always_the_last(tmp_path: Path) -> None:
     _, lines, _ = run_loop(StandIn(), tmp_path, steps=5, log_every=2)
     assert [line["step"] for line in lines] == [2, 4, 5]
+
+
+def test_the_last_line_is_there_where_an_evaluation_ends_the_run(tmp_path: Path) -> None:
+    class Enough(NoEvaluations):
+        enough = False
+
+        def after_step(self, done: int, *, last: bool) -> None:
+            self.enough = done == 4
+
+    _, lines, _ = run_loop(StandIn(), tmp_path, steps=7, log_every=3, evaluations=Enough())
+    assert [line["step"] for line in lines] == [3, 4]
 
 
 def test_first_interrupt_finishes_the_step(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -278,40 +292,42 @@ def test_plain_progress_is_throttled_by_time() -> None:
     assert len(stream.getvalue().splitlines()) == 5
 
 
-def test_evaluation_counts_every_byte_once() -> None:
-    class Uniform(torch.nn.Module):
-        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
-            assert not self.training and input_ids.shape[1] == 5
-            return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 16))
+class Uniform:
+    """An engine whose model finds each of 16 tokens as likely as the other."""
 
-    model = Uniform()
-    model.train()
+    shifts_labels = True
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def log_probabilities(self, batch: Any) -> torch.Tensor:
+        self.calls += 1
+        assert batch["input_ids"].shape == batch["labels"].shape and batch["labels"].shape[1] == 5
+        return -math.log(16) * target_mask(batch["labels"], shifted=True).float()
+
+
+def test_evaluation_counts_every_byte_once() -> None:
     for length in range(2, 14):  # windows that fit exactly, and that do not
         stream = TokenStream(np.arange(length, dtype=np.uint16), utf8_bytes=2 * (length - 1))
         one = eval_set(stream, seq_len=5, micro_batch=2)
-        with undisturbed(model, torch.device("cpu")):
-            found = evaluate(model, one.batches(), utf8_bytes=one.utf8_bytes)
+        found = evaluate(Uniform(), one)
         assert found is not None and found.target_tokens == length - 1
         assert found.loss == pytest.approx(math.log(16))
         assert found.bits_per_byte == pytest.approx(2.0)  # 4 bits per token of 2 bytes
         assert found.perplexity == pytest.approx(16)
-    assert model.training
 
 
 def test_an_interrupted_evaluation_measures_nothing() -> None:
-    calls = []
-
-    class Interrupted(torch.nn.Module):
-        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
-            calls.append(input_ids)
+    class Interrupted(Uniform):
+        def log_probabilities(self, batch: Any) -> torch.Tensor:
             signal.raise_signal(signal.SIGINT)
-            return SimpleNamespace(logits=torch.zeros(*input_ids.shape, 16))
+            return super().log_probabilities(batch)
 
-    model = Interrupted().train()
+    engine = Interrupted()
     stream = TokenStream(np.arange(30, dtype=np.uint16), utf8_bytes=30)
-    with StopOnInterrupt() as stop, undisturbed(model, torch.device("cpu")):
-        assert evaluate(model, eval_set(stream, seq_len=5, micro_batch=1).batches(), stop=stop) is None
-    assert len(calls) == 1 and model.training
+    with StopOnInterrupt() as stop:
+        assert evaluate(engine, eval_set(stream, seq_len=5, micro_batch=1).batches(), stop=stop) is None
+    assert engine.calls == 1
 
 
 def test_a_first_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
@@ -588,23 +604,3 @@ def test_text_is_made_on_a_gpu_that_has_room(free_bytes: int, where: str, monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free_bytes, 2_000_000))
     assert _placed(Placed(32, 32)).where == where
-
-
-class OnAnotherDevice:
-    """A model whose logits are not where its batches are."""
-
-    def __call__(self, input_ids: torch.Tensor, use_cache: bool) -> Any:
-        return SimpleNamespace(logits=torch.empty(*input_ids.shape, 7, device="meta"))
-
-
-def test_labels_follow_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-
-    def cross_entropy(scores: torch.Tensor, wanted: torch.Tensor, **_: Any) -> torch.Tensor:
-        seen.append((scores.device, wanted.device))
-        return torch.zeros(())
-
-    monkeypatch.setattr(torch.nn.functional, "cross_entropy", cross_entropy)
-    stream = TokenStream(np.arange(20, dtype=np.uint16) % 7, 40)
-    assert evaluate(OnAnotherDevice(), eval_set(stream, seq_len=5, micro_batch=2).batches()) is not None
-    assert seen and all(where == (torch.device("meta"), torch.device("meta")) for where in seen)

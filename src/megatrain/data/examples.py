@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatrain.data.packing import Tokens
+from megatrain.data.packing import Tokens, TokenStream
 
 NO_TARGET = -100  # the label that transformers' losses leave out
 
@@ -57,3 +57,7 @@ class PreferenceExamples:
 
     def __len__(self) -> int:
         return len(self.chosen)
+
+
+HeldOutData = TokenStream | Examples | PreferenceExamples | None
+"""What data.eval becomes; None where there is none."""

@@ -20,6 +20,7 @@ from megatrain.errors import ConfigError, UnsupportedModelError
 from megatrain.losses import TokenLoss
 from megatrain.model.head import shift_labels
 from megatrain.model.log_probabilities import LossFunctions, label_log_probabilities
+from megatrain.model.loss_terms import InseparableLossError
 from megatrain.model.root import moved_arguments, on_device
 from megatrain.model.side_effects import RandomState
 
@@ -157,12 +158,21 @@ def whole_log_probabilities(engine: "Engine", logits: Tensor, labels: Tensor) ->
 
 def log_probabilities(engine: "Engine", batch: Batch) -> Tensor:
     """See `Engine.log_probabilities`."""
-    with torch.no_grad(), engine.executor.evaluation():
-        if engine.head.reason is not None:
+    with torch.no_grad():
+        if engine.head.reason is None:
+            try:
+                with engine.executor.evaluation():
+                    return _chunked_log_probabilities(engine, batch)
+            except InseparableLossError:  # of this batch; whether training gives chunks up is its own business
+                pass
+        with engine.executor.evaluation():
             with engine.attachment.root.caches_off():
                 logits = logits_of(engine.model(**batch))
             return whole_log_probabilities(engine, logits, batch["labels"].to(logits.device))
-        labels_on_host, batch = batch["labels"].cpu(), on_device(batch, engine.device.torch_device)
-        hidden, template = engine.head.hidden_states(batch)
-        found = score_hidden(engine, hidden, labels_on_host, template, batch)
-        return at_labels(found, shifted=True)
+
+
+def _chunked_log_probabilities(engine: "Engine", batch: Batch) -> Tensor:
+    labels_on_host, batch = batch["labels"].cpu(), on_device(batch, engine.device.torch_device)
+    hidden, template = engine.head.hidden_states(batch)
+    found = score_hidden(engine, hidden, labels_on_host, template, batch)
+    return at_labels(found, shifted=True)

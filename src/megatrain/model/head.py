@@ -139,9 +139,11 @@ class ChunkedHead:
     # -- the two runs -----------------------------------------------------------------------------------------
 
     def hidden_states(self, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
-        """(hidden states [batch, tokens, hidden], the base's whole output), without a loss, gradients off."""
+        """(hidden states [batch, tokens, hidden], the base's whole output), without a loss, gradients off.
+
+        Raises InseparableLossError as `run_base` does where the model's own code cannot do with one token."""
         mode = Mode("collect")
-        with mode.rest, self._mode(mode), self.root.caches_off():
+        with _errors_after_base(mode), mode.rest, self._mode(mode), self.root.caches_off():
             self.model(**{name: value for name, value in batch.items() if name != "labels"})
         assert mode.hidden is not None
         return mode.hidden, mode.template
@@ -151,17 +153,10 @@ class ChunkedHead:
 
         Raises InseparableLossError where the loss of this batch is more than its chunks' and the auxiliary one."""
         mode = Mode("collect")
-        try:
+        with _errors_after_base(mode):
             with mode.rest, self._mode(mode):
                 loss = self.model(**batch).loss
             self._check_loss(mode, loss, batch["labels"])
-        except (MegaTrainError, InseparableLossError, torch.OutOfMemoryError, MemoryError):
-            raise
-        except Exception as error:
-            if mode.hidden is None:
-                raise
-            # the model's own code, on one token: an error of the batch will come again with whole logits
-            raise InseparableLossError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
         assert mode.hidden is not None and mode.random is not None and mode.stand_in is not None
         mode.random.restore()  # as if the rest of the forward had not run yet
         return mode.hidden, mode.template, None if mode.stand_in.is_all_of(loss) else loss
@@ -331,6 +326,20 @@ class ChunkedHead:
         if not math.isclose(chunked, whole, rel_tol=tolerance):
             return f"its loss on a probe is {whole:.6f}, and in chunks {chunked:.6f}"
         return None
+
+
+@contextmanager
+def _errors_after_base(mode: Mode) -> Iterator[None]:
+    """What the model's own code raises on one token becomes InseparableLossError: an error of the batch will come again
+    with whole logits."""
+    try:
+        yield
+    except (MegaTrainError, InseparableLossError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        if mode.hidden is None:
+            raise
+        raise InseparableLossError(f"{type(error).__name__}: {error}".splitlines()[0]) from error
 
 
 class _ProbeOutput(dict):  # type: ignore[type-arg]

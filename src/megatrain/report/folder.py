@@ -1,5 +1,6 @@
 """Everything that a run's folder holds of what happened, read so that no damaged file hides the others."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -35,7 +36,7 @@ class Checkpoint:
 
 @dataclass
 class Run:
-    """`notes`: what of it could not be read, one line each."""
+    """`notes`: what of it could not be read, one line each. `at_step`: as it was then; None: as it is."""
 
     name: str
     metrics: Metrics
@@ -47,6 +48,7 @@ class Run:
     checkpoints: list[Checkpoint] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    at_step: int | None = None
 
     @cached_property
     def history(self) -> History | None:
@@ -66,8 +68,30 @@ class Run:
 
     @property
     def total_steps(self) -> int | None:
-        """That were meant to be done; None where that depends on the data."""
-        return None if self.config is None else self.config.planned_steps
+        """That were meant to be done; None where nothing that can be read says so."""
+        planned = None if self.config is None else self.config.planned_steps
+        told = (self.plan or {}).get("total_steps")  # by the data
+        return told if planned is None and type(told) is int and told > 0 else planned
+
+    @property
+    def last_step(self) -> int:
+        """That was done, also where metrics.jsonl has no line of it."""
+        if self.at_step is not None:
+            return self.at_step
+        return max(self.metrics.last_step, 0 if self.history is None else self.history.last_step)
+
+    @property
+    def loss_unit(self) -> str:
+        """What the loss that was trained on is a mean over."""
+        if self.config is not None and self.config.train.method == "dpo":
+            return "per pair of answers"
+        return "nats per target token"
+
+    def up_to(self, step: int) -> "Run":
+        """The run as it was after that step."""
+        return dataclasses.replace(
+            self, name=f"{self.name}, step {step:,}", metrics=self.metrics.up_to(step), at_step=step
+        )
 
 
 def read_run(folder: str | os.PathLike[str]) -> Run:

@@ -31,6 +31,12 @@ class Metrics:
     def last_step(self) -> int:
         return int(self.lines[-1]["step"]) if self.lines else 0
 
+    def up_to(self, step: int) -> "Metrics":
+        return Metrics(
+            [line for line in self.lines if line["step"] <= step],
+            [line for line in self.evaluations if line["step"] <= step],
+        )
+
     def series(self, key: str, name: str = "") -> Series:
         for one in {"step", key} - self._columns.keys():
             self._columns[one] = np.array([number(line.get(one)) for line in self.lines], dtype=np.float64)
@@ -51,12 +57,13 @@ class Metrics:
         """The sum over lines that have it."""
         return float(np.nansum(self.series(key).values))
 
-    def evaluated(self) -> list[Series]:
-        """The losses of each evaluation set by step."""
+    def evaluated(self, key: str = "loss") -> list[Series]:
+        """The loss, or what else was found, of each evaluation set that has it, by step."""
         found: dict[str, dict[float, float]] = {}
         for line in self.evaluations:
             for name, fields in evaluation_sets(line["eval"]):
-                found.setdefault(name, {})[line["step"]] = number(fields.get("loss"))
+                if key in fields:
+                    found.setdefault(name, {})[line["step"]] = number(fields[key])
         return [
             Series(name, np.array(sorted(by_step), dtype=np.float64), np.array([by_step[s] for s in sorted(by_step)]))
             for name, by_step in found.items()

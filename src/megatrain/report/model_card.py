@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from megatrain.checkpoint.folders import step_of
 from megatrain.config import to_yaml
 from megatrain.errors import ConfigError
 from megatrain.report.folder import Run, read_run
@@ -15,6 +16,7 @@ from megatrain.sizes import format_bytes, format_seconds
 from megatrain.version import __version__
 
 CARD_NAME = "README.md"
+_CHECKPOINTS, _MODEL = "checkpoints", "model"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _MOST_FILES = 20
 
@@ -22,8 +24,9 @@ _MOST_FILES = 20
 def model_card(folder: str, config: Any, parameters: int, dtype: str) -> str:
     """For the model of `folder`, a run's or a model's own, with that transformers configuration. Of folders above a
     file or model only the last name is said: the card is there to be published."""
-    run = _run(folder)
-    name = Path(os.path.abspath(os.path.expanduser(folder))).name if run is None else run.name
+    path = Path(os.path.abspath(os.path.expanduser(folder)))
+    run = _run(path)
+    name = path.name if run is None else run.name
     base = None if run is None or run.config is None else run.config.model.path
     parts = [_front_matter(base, config), f"# {_line(name)}\n"]
     origin = "trained from random weights" if base is None else f"trained from {_code(_last(base))}"
@@ -39,9 +42,14 @@ def model_card(folder: str, config: Any, parameters: int, dtype: str) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _run(folder: str) -> Run | None:
+def _run(folder: Path) -> Run | None:
+    """The run that `folder` is or belongs to: a run's own, one of its checkpoints (then as it was at that step), or the
+    model in either."""
+    if folder.name == _MODEL:
+        folder = folder.parent
+    step = step_of(folder) if folder.parent.name == _CHECKPOINTS else None
     try:
-        return read_run(folder)
+        return read_run(folder) if step is None else read_run(folder.parent.parent).up_to(step)
     except ConfigError:
         return None
 
@@ -59,21 +67,21 @@ def _training(run: Run) -> str:
     metrics = run.metrics
     if not metrics.lines:
         return ""
-    for_all = metrics.last_step / len(metrics.lines)
+    for_all = run.last_step / len(metrics.lines)
     about = "" if for_all == 1 else "about "
     rows = [
-        ("optimizer steps", f"{metrics.last_step:,}"),
+        ("optimizer steps", f"{run.last_step:,}"),
         ("target tokens", f"{about}{count(metrics.total('target_tokens') * for_all)}"),
         ("time in steps", f"{about}{format_seconds(metrics.total('seconds') * for_all)}"),
     ]
     loss = metrics.series("loss").finite
     if len(loss.steps):
-        rows.append(("last training loss", f"{short(float(loss.values[-1]))} nats per token"))
+        rows.append(("last training loss", f"{short(float(loss.values[-1]))} {run.loss_unit}"))
     for series in (one.finite for one in metrics.evaluated()):
         if len(series.steps):
-            rows.append((f"last {series.name} loss", f"{short(float(series.values[-1]))} nats per token"))
+            rows.append((f"last {series.name} loss", f"{short(float(series.values[-1]))} {run.loss_unit}"))
     total = run.total_steps
-    early = f"\nThe run was meant to have {total:,} steps.\n" if total is not None and metrics.last_step < total else ""
+    early = f"\nThe run was meant to have {total:,} steps.\n" if total is not None and run.last_step < total else ""
     return f"## Training\n\n{_table(rows)}{early}"
 
 
@@ -85,9 +93,13 @@ def _data(run: Run) -> str:
         sizes = [file["bytes"] for file in files if isinstance(file.get("bytes"), int)]
         listed = "".join(f"- {_code(_last(file['path']))}, sha256 `{file['sha256']}`\n" for file in files[:_MOST_FILES])
         more = f"- and {len(files) - _MOST_FILES:,} more\n" if len(files) > _MOST_FILES else ""
-        return f"## Data\n\n{len(files):,} files, {format_bytes(sum(sizes))}:\n\n{listed}{more}"
+        return f"## Data\n\n{_count(len(files), 'file')}, {format_bytes(sum(sizes))}:\n\n{listed}{more}"
     named = [] if run.config is None else _as_list(run.config.data.train)
     return "## Data\n\n" + "".join(f"- {_code(_last(str(one)))}\n" for one in named) if named else ""
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number:,} {name}{'' if number == 1 else 's'}"
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -37,14 +37,16 @@ def header(run: Run) -> Html:
 
 
 def _status(run: Run) -> tuple[str, str]:
-    history, done, total = run.history, run.metrics.last_step, run.total_steps
+    history, done, total = run.history, run.last_step, run.total_steps
     if history is None:
         return (f"step {done:,}" if total is None else f"step {done:,} of {total:,}"), "plain"
     if history.end is None:
         return "no end recorded", "bad"
     if run.had_enough:
         return "complete: no more improvement", "good"
-    return ("ended early", "bad") if total is not None and done < total else ("complete", "good")
+    if total is not None and done < total:
+        return f"ended early: step {done:,} of {total:,}", "bad"
+    return "complete", "good"
 
 
 def _model(run: Run) -> str:
@@ -70,10 +72,10 @@ def cards(run: Run) -> Html:
     if parameters > 0:
         found.append(_card("parameters", count(parameters), ""))
     total = run.total_steps
-    found.append(_card("steps", f"{metrics.last_step:,}", "" if total is None else f"of {total:,}"))
+    found.append(_card("steps", f"{run.last_step:,}", "" if total is None else f"of {total:,}"))
     if metrics.lines:
-        exact = metrics.last_step == len(metrics.lines)
-        for_all = metrics.last_step / len(metrics.lines)  # where only some steps are logged, as these
+        exact = run.last_step == len(metrics.lines)
+        for_all = run.last_step / len(metrics.lines)  # where only some steps are logged, as these
         about = "" if exact else "estimated from logged steps"
         found.append(_card("target tokens", count(metrics.total("target_tokens") * for_all), about))
         found.append(_card("time in steps", format_seconds(metrics.total("seconds") * for_all), about))
@@ -166,7 +168,8 @@ def training(run: Run) -> Html:
     clipped = "before clipping" + ("" if clip is None else f" (train.clip_norm is {clip:g})")
     return section(
         "Training",
-        line_chart("Loss", "nats per target token", lines, about=about.strip(), marks=marks),
+        line_chart("Loss", run.loss_unit, lines, about=about.strip(), marks=marks),
+        preferences(run),
         _side_by_side(
             line_chart("Learning rate", "", [Line(run.metrics.series("lr", "learning rate"))], from_zero=True),
             line_chart(
@@ -177,6 +180,22 @@ def training(run: Run) -> Html:
                 may_be_log=True,
             ),
         ),
+    )
+
+
+def preferences(run: Run) -> Html:
+    """Of a run on pairs of answers: how far apart they are by now, and how many pairs are the right way round."""
+    metrics = run.metrics
+    rewards = [metrics.series(f"rewards/{name}", name) for name in ("chosen", "rejected", "margins")]
+    right = metrics.series("rewards/accuracies", "right way round")
+    if not len(right.finite.steps):
+        return Html("")
+    held_out = metrics.evaluated("rewards/accuracies")
+    shares = [Line(right, 1), *(Line(series, 2 + n, "marked") for n, series in enumerate(held_out))]
+    about = "beta times what log-probabilities of answers have gained over those of the first weights"
+    return _side_by_side(
+        line_chart("Rewards", about, [Line(series, n) for n, series in enumerate(rewards)]),
+        line_chart("Pairs whose chosen answer gained more", "share", shares, from_zero=True),
     )
 
 

@@ -41,8 +41,8 @@ def _ending(run: Run) -> list[str]:
     if history is not None and history.end is None:
         return ["The ledger has no end: the run was killed, failed or is still going on."]
     total = run.total_steps
-    if history is not None and total is not None and run.metrics.last_step < total and not run.had_enough:
-        return [f"The run ended at step {run.metrics.last_step:,} of {total:,}."]
+    if history is not None and total is not None and run.last_step < total and not run.had_enough:
+        return [f"The run ended at step {run.last_step:,} of {total:,}."]
     return []
 
 

@@ -23,7 +23,7 @@ from megatrain.train.determinism import determinism
 from megatrain.train.entries import describe_engine, step_fields
 from megatrain.train.method import loss_of, with_method
 from megatrain.train.model_settings import Vocabulary, read_model_settings
-from megatrain.train.reference import facts_of, reference_of
+from megatrain.train.reference import FACTS, score
 from megatrain.train.resume import settings_that_changed
 from megatrain.train.run_folder import CHECKPOINTS
 from megatrain.trust.facts import run_facts
@@ -212,9 +212,13 @@ def _replay(leg: Leg, history: History, folder: Path, device: str | None, compar
     try:
         _say_differences(leg.told, facts, engine, compared)
         recorded = leg.told["facts"]
-        reference = reference_of(engine, data.pairs, config.engine.micro_batch, leg.checkpoint, recorded)
-        if (found := facts_of(reference).get("reference")) != recorded.get("reference"):
-            return f"reference log-probabilities: recorded was {recorded.get('reference')}, computed again {found}"
+        reference = None
+        if data.pairs is not None:
+            key = "data.train"
+            scored = score(engine, key, data.pairs, config.engine.micro_batch, leg.checkpoint, recorded)
+            reference, name = scored.reference, FACTS[key]
+            if (found := scored.facts[name]) != recorded.get(name):
+                return f"reference log-probabilities: recorded was {recorded.get(name)}, computed again {found}"
         batches_of = build.batches_of(config, data, reference)
         return _compare(leg, config, data, batches_of, engine, history, folder, compared)
     finally:

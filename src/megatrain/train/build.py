@@ -16,10 +16,10 @@ from torch import Tensor
 from megatrain.checkpoint.folders import list_checkpoints
 from megatrain.config import Config, check_warmup
 from megatrain.data.batches import StepBatches
-from megatrain.data.examples import Examples, PreferenceExamples
+from megatrain.data.examples import HeldOutData, PreferenceExamples
 from megatrain.data.images import ImageRows
 from megatrain.data.mixture import Mixture
-from megatrain.data.packing import TokenStream, tokenize
+from megatrain.data.packing import tokenize
 from megatrain.data.pairs import PairRows, Reference
 from megatrain.data.rows import Rows
 from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS, load_tokenizer, train_bpe
@@ -60,7 +60,7 @@ class Data:
     rows: Rows | None
     steps: int
     train_bytes: int
-    held_out: TokenStream | Examples | ImageRows | None
+    held_out: HeldOutData | ImageRows
     pairs: PreferenceExamples | None = None
     said: tuple[str, ...] = ()
 
@@ -143,6 +143,11 @@ def build_data(config: Config, corpora: Corpora, tokenizer: Any, model_config: A
 
 
 def _with_held_out(config: Config, data: Data, mixture: Mixture, tokenizer: Any) -> Data:
+    if data.pairs is not None and mixture.kind != "preference":
+        raise ConfigError(
+            f"data.eval: has rows of kind {mixture.kind}, which the loss of train.method dpo cannot be measured on; "
+            "expected pairs of answers, as data.train has"
+        )
     if names_images(config, mixture):
         images = prepare_images(config, mixture, tokenizer)
         return replace(data, held_out=images.rows, said=(*data.said, *images.said))
@@ -153,7 +158,7 @@ def _with_held_out(config: Config, data: Data, mixture: Mixture, tokenizer: Any)
         return replace(data, held_out=stream)
     rows = prepare_rows(config, mixture, tokenizer)
     held_out = rows.examples
-    if isinstance(held_out, PreferenceExamples):  # of pairs, how likely what was chosen is
+    if isinstance(held_out, PreferenceExamples) and data.pairs is None:  # how likely what was chosen is
         held_out = held_out.chosen
     return replace(data, held_out=held_out, said=(*data.said, *rows.said))
 

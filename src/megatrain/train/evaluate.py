@@ -1,12 +1,13 @@
-"""How well a model predicts text it has not seen."""
+"""How well a model predicts text it has not seen, or does what it is trained for."""
 
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,7 +16,14 @@ from torch import Tensor
 from megatrain.data.examples import Examples
 from megatrain.data.packing import TokenStream
 from megatrain.data.rows import SeparateRows
+from megatrain.engine.targets import count_targets, target_mask
+from megatrain.engine.token_loss import evaluate_loss, split_batch
+from megatrain.losses import TokenLoss
+from megatrain.model.root import moved_arguments
 from megatrain.train.interrupt import StopOnInterrupt
+
+if TYPE_CHECKING:
+    from megatrain.engine.engine import Engine
 
 _IGNORED = -100
 Batch = dict[str, Tensor]
@@ -24,15 +32,20 @@ Batch = dict[str, Tensor]
 @dataclass(frozen=True)
 class Evaluation:
     """`loss` is the mean over `target_tokens` in nats; `utf8_bytes` the length of the text they encode (None: they are
-    not all of it); `seconds` that measuring took."""
+    not all of it); `seconds` that measuring took. Under a loss of pairs it is the mean over `pairs`, and `values` are
+    means of what that loss reports."""
 
     loss: float
     target_tokens: int
     utf8_bytes: int | None
     seconds: float = 0.0
+    pairs: int | None = None
+    values: Mapping[str, float] = field(default_factory=dict)
 
     @property
-    def perplexity(self) -> float:
+    def perplexity(self) -> float | None:
+        if self.pairs is not None:
+            return None
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
     @property
@@ -46,11 +59,13 @@ class Evaluation:
 @dataclass(frozen=True)
 class EvalSet:
     """What is measured: `batches` gives its micro-batches, anew each time. `utf8_bytes`: of the texts, None where a
-    part of them is left out. `sha256` of the tokens: losses of the same ones can be compared."""
+    part of them is left out. `sha256` of the tokens: losses of the same ones can be compared. `loss`: None for that of
+    each target token."""
 
     batches: Callable[[], Iterator[Batch]]
     utf8_bytes: int | None
     sha256: str
+    loss: TokenLoss | None = None
 
 
 def eval_set(
@@ -86,35 +101,40 @@ def _example_set(examples: Examples, seq_len: int, micro_batch: int, max_tokens:
     return EvalSet(batches, examples.utf8_bytes if whole else None, digest.hexdigest())
 
 
-def evaluate(
-    model: Any, batches: Iterable[Batch], *, utf8_bytes: int | None = None, stop: StopOnInterrupt | None = None
-) -> Evaluation | None:
-    """The loss over all targets of `batches`, for a model in evaluation mode (see `undisturbed`).
+def evaluate(engine: "Engine", one: EvalSet, stop: StopOnInterrupt | None = None) -> Evaluation | None:
+    """The loss over all of a set, for a model in evaluation mode (see `undisturbed`). Logits exist for as many tokens
+    at a time as in training.
 
     None where `stop` is requested before the end: the measure of a part would not be that of the whole.
     """
-    started, nats, targets = time.perf_counter(), 0.0, 0
-    for batch in batches:
+    started, total, targets, units = time.perf_counter(), 0.0, 0, 0.0
+    values: Counter[str] = Counter()
+    for batch in one.batches():
         if stop is not None and stop.requested:
             return None
-        batch_nats, count = _summed_loss(model, batch)
-        nats, targets = nats + batch_nats, targets + count
-    loss = nats / targets if targets else math.nan
-    return Evaluation(loss, targets, utf8_bytes, time.perf_counter() - started)
+        targets += count_targets(batch["labels"], engine.shifts_labels)
+        if one.loss is None:
+            total -= float(engine.log_probabilities(batch).double().sum())  # 0 where there is no target
+        else:
+            summed, reported = _under(one.loss, engine, batch)
+            total, units = total + summed, units + one.loss.units(batch)
+            values.update(reported)
+    seconds = time.perf_counter() - started
+    if one.loss is None:
+        return Evaluation(total / targets if targets else math.nan, targets, one.utf8_bytes, seconds)
+    means = {name: value / units for name, value in values.items()}
+    return Evaluation(total / units, targets, one.utf8_bytes, seconds, round(units), means)
 
 
-def _summed_loss(model: Any, batch: Batch) -> tuple[float, int]:
-    """(cross-entropy in nats, summed over targets; their number); one sequence at a time, to hold fp32 logits of no
-    more."""
-    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-    with torch.no_grad():
-        logits = model(**inputs, use_cache=False).logits
-        labels = batch["labels"].to(logits.device)
-        nats = [
-            torch.nn.functional.cross_entropy(scores[:-1].float(), wanted[1:], ignore_index=_IGNORED, reduction="sum")
-            for scores, wanted in zip(logits, labels, strict=True)
-        ]
-    return sum(loss.item() for loss in nats), int((batch["labels"][:, 1:] != _IGNORED).sum())
+def _under(loss: TokenLoss, engine: "Engine", batch: Batch) -> tuple[float, dict[str, float]]:
+    """The sum of `loss` over the units of a batch, and of what it reports."""
+    given, own = split_batch(loss, batch)
+    found = engine.log_probabilities(given)
+    entries = moved_arguments({**given, **own}, found.device)
+    targets = target_mask(entries["labels"], shifted=engine.shifts_labels)
+    with torch.enable_grad():
+        sums, reported = evaluate_loss(loss, found.requires_grad_(), targets, entries)
+    return float(sums.detach()), {name: float(value) for name, value in reported.items()}
 
 
 def _windows(tokens: np.ndarray, seq_len: int, micro_batch: int) -> Iterator[Batch]:

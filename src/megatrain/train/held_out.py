@@ -67,7 +67,14 @@ class Standing:
 def _kept(evaluation: Evaluation) -> dict[str, Any]:
     """What is the same however long it took, and JSON."""
     loss = evaluation.loss if math.isfinite(evaluation.loss) else None
-    return {"loss": loss, "target_tokens": evaluation.target_tokens, "utf8_bytes": evaluation.utf8_bytes}
+    kept: dict[str, Any] = {
+        "loss": loss,
+        "target_tokens": evaluation.target_tokens,
+        "utf8_bytes": evaluation.utf8_bytes,
+    }
+    if evaluation.pairs is not None:
+        kept |= {"pairs": evaluation.pairs, "values": dict(evaluation.values)}
+    return kept
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,8 @@ class Measured:
 
 
 def _fields(evaluation: Evaluation) -> dict[str, Any]:
+    if evaluation.pairs is not None:
+        return {"loss": evaluation.loss, "pairs": evaluation.pairs, **evaluation.values}
     return {
         "loss": evaluation.loss,
         "perplexity": evaluation.perplexity,
@@ -176,7 +185,7 @@ class HeldOut:
         with undisturbed(engine.model, engine.device.torch_device):
             results: dict[str, Evaluation] = {}
             for name, one in self._sets.items():
-                found = evaluate(engine.model, one.batches(), utf8_bytes=one.utf8_bytes, stop=self._stop)
+                found = evaluate(engine, one, self._stop)
                 if found is None:
                     return
                 results[name] = found

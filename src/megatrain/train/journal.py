@@ -14,6 +14,7 @@ from megatrain.train.progress import Progress
 from megatrain.train.run_folder import RunFolder
 from megatrain.trust.ledger import LedgerWriter
 
+_SHOWN_OF_PAIRS = ("rewards/accuracies", "rewards/margins")
 _MOST_SHOWN, _PROMPT_SHOWN = 600, 60  # characters of a sample, and the last ones of its prompt; samples.jsonl has all
 
 
@@ -81,6 +82,9 @@ def _evaluations(count: int) -> str:
 
 
 def described(one: Evaluation) -> str:
+    if one.pairs is not None:
+        reported = "".join(f"  {name} {value:.4g}" for name, value in one.values.items() if name in _SHOWN_OF_PAIRS)
+        return f"loss {one.loss:.4f}{reported}  over {one.pairs:,} pairs"
     bits = f"  {one.bits_per_byte:.3f} bits per byte" if one.bits_per_byte is not None else ""
     return f"loss {one.loss:.4f}  perplexity {one.perplexity:,.2f}{bits}  over {one.target_tokens:,} tokens"
 

@@ -86,6 +86,7 @@ def train(
     since no later step would change that, and where the gradient of many steps in a row, or of all of the run, is not.
     """
     done, skipped, in_a_row, loss = first_step, 0, 0, None
+    unwritten: dict[str, Any] | None = None
     measured = evaluations or NoEvaluations()
     with progress:
         measured.before_training()
@@ -99,10 +100,11 @@ def train(
                 raise MegaTrainError(f"the loss of the first step is {loss}: a setting or weight of the model is wrong")
 
             record(done, batches, lr, stats)
-            line = metrics_line(done, lr, stats)
+            unwritten = line = metrics_line(done, lr, stats)
             hopeless = in_a_row >= _MOST_SKIPPED or (done == total_steps and skipped == done - first_step)
             if done % log_every == 0 or done == total_steps or stop.requested or hopeless:
                 metrics.write(line)
+                unwritten = None
             progress.update(line)
             if hopeless:
                 raise MegaTrainError(
@@ -112,5 +114,7 @@ def train(
             if not stop.requested:
                 measured.after_step(done, last=done == total_steps)
             after_step(done, done == total_steps or stop.requested or measured.enough)
+    if unwritten is not None:  # nobody knew that this step would be the last one
+        metrics.write(unwritten)
     ended_early = done < total_steps and not measured.enough
     return LoopResult(steps=done, interrupted=ended_early, last_loss=loss, skipped=skipped)

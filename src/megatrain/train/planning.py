@@ -179,20 +179,20 @@ class WatchedEngine:
 
 
 def outcome_lines(outcome: dict[str, dict[str, float]]) -> list[str]:
-    """Predicted against measured, for people."""
+    """Measured against predicted, for people."""
     names = {"step_seconds": "step", "host_peak_bytes": "host peak", "device_peak_bytes": "device peak"}
     lines = []
     for key, values in outcome.items():
         show = format_seconds if key.endswith("seconds") else format_bytes
-        off = values["predicted"] / values["measured"] - 1 if values["measured"] else 0.0
+        off = values["measured"] / values["predicted"] - 1 if values["predicted"] else 0.0
         lines.append(
             f"{names[key]}: predicted {show(values['predicted'])}, measured {show(values['measured'])} ({off:+.0%})"
         )
     return lines
 
 
-def write_plan(path: Path, plan: Plan, outcome: dict[str, dict[str, float]] | None = None) -> None:
-    """plan.json of a run's folder; with what was measured once that is known."""
-    content = plan_json(plan) | {"outcome": outcome}
+def write_plan(path: Path, plan: Plan, total_steps: int, outcome: dict[str, dict[str, float]] | None = None) -> None:
+    """plan.json of a run's folder, for so many steps; with what was measured once that is known."""
+    content = plan_json(plan) | {"total_steps": total_steps, "outcome": outcome}
     with open(path, "w", encoding="utf-8", opener=private) as stream:
         stream.write(json.dumps(content, indent=2) + "\n")

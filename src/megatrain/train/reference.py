@@ -9,6 +9,7 @@ import io
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,20 +22,53 @@ from megatrain.errors import ConfigError
 if TYPE_CHECKING:
     from megatrain.engine.engine import Engine
 
-REFERENCE_NAME = "reference.npy"
+FILES = {"data.train": "reference.npy", "data.eval": "reference-eval.npy"}
+FACTS = {"data.train": "reference", "data.eval": "reference_eval"}
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-def reference_of(
-    engine: "Engine", examples: object, micro_batch: int, checkpoint: Path | None, facts: Mapping[str, Any]
-) -> Reference | None:
-    """For pairs: from the checkpoint that the run goes on from (`facts`: its manifest's), else by the engine's weights,
-    which are then the first ones. None for other examples."""
-    if not isinstance(examples, PreferenceExamples):
-        return None
+@dataclass(frozen=True)
+class Scored:
+    """Pairs and what the first weights make of them. `key`: data.train or data.eval."""
+
+    key: str
+    pairs: PreferenceExamples
+    reference: Reference
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """What each checkpoint holds of it."""
+        return {FILES[self.key]: to_bytes(self.reference)}
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the facts of a run say of it."""
+        digest = hashlib.sha256(to_bytes(self.reference)).hexdigest()
+        return {FACTS[self.key]: {"pairs": len(self.pairs), "of": pairs_sha256(self.pairs), "sha256": digest}}
+
+
+def score(
+    engine: "Engine",
+    key: str,
+    pairs: PreferenceExamples,
+    micro_batch: int,
+    checkpoint: Path | None,
+    facts: Mapping[str, Any],
+) -> Scored:
+    """As the checkpoint holds it that the run goes on from (`facts`: its manifest's), else by the engine's weights,
+    which are then the first ones. Raises ConfigError where the checkpoint has none, or of other pairs."""
     if checkpoint is not None:
-        return read_reference(checkpoint, facts, len(examples))
-    return score_pairs(engine, examples, micro_batch)
+        return Scored(key, pairs, read_reference(checkpoint, key, facts, pairs))
+    return Scored(key, pairs, score_pairs(engine, pairs, micro_batch))
+
+
+def pairs_sha256(pairs: PreferenceExamples) -> str:
+    """Of their tokens and targets."""
+    digest = hashlib.sha256()
+    for side in (pairs.chosen, pairs.rejected):
+        for part in (side.tokens, side.targets, side.offsets):
+            digest.update(np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()
 
 
 def score_pairs(engine: "Engine", pairs: PreferenceExamples, micro_batch: int) -> Reference:
@@ -62,39 +96,33 @@ def to_bytes(reference: Reference) -> bytes:
     return stream.getvalue()
 
 
-def facts_of(reference: Reference | None) -> dict[str, Any]:
-    """What the facts of a run say of it."""
-    if reference is None:
-        return {}
-    return {"reference": {"pairs": len(reference), "sha256": hashlib.sha256(to_bytes(reference)).hexdigest()}}
-
-
-def files_of(reference: Reference | None) -> dict[str, bytes]:
-    """What each checkpoint holds of it."""
-    return {} if reference is None else {REFERENCE_NAME: to_bytes(reference)}
-
-
-def read_reference(checkpoint: Path, facts: Mapping[str, Any], pairs: int) -> Reference:
+def read_reference(checkpoint: Path, key: str, facts: Mapping[str, Any], pairs: PreferenceExamples) -> Reference:
     """That of a checkpoint whose manifest says `facts`. Raises ConfigError where it has none, or not of these pairs."""
-    path = checkpoint / REFERENCE_NAME
-    recorded = facts.get("reference")
+    path = checkpoint / FILES[key]
+    recorded = facts.get(FACTS[key])
+    ways_out = ["give model.path " + repr(str(checkpoint)) + " for a new run"]
+    if key == "data.eval":
+        ways_out.append("or go on without data.eval")
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ConfigError(
             f"cannot read {str(path)!r}: {error.strerror}; it holds what the first weights of the run have made of "
-            f"data.train, which no later ones can tell. Give model.path {str(checkpoint)!r} for a new run"
+            f"{key}, which no later ones can tell; {', '.join(ways_out)}"
         ) from None
     if not isinstance(recorded, Mapping) or hashlib.sha256(content).hexdigest() != recorded.get("sha256"):
         raise ConfigError(f"{str(path)!r} is not what the run has recorded")
+    if recorded.get("of") != pairs_sha256(pairs):
+        raise ConfigError(
+            f"{str(path)!r} is of other pairs than {key} makes now: its rows or how they become tokens has changed, "
+            "and what the first weights made of these no later ones can tell; "
+            f"give {key} as it was, {', '.join(ways_out)}"
+        )
     try:
         found = np.load(io.BytesIO(content))
     except (ValueError, EOFError, OSError) as error:
         raise ConfigError(f"{str(path)!r} is no file of numpy's: {error}") from None
-    if not isinstance(found, np.ndarray) or found.dtype != np.dtype("<f4") or found.shape != (pairs, 2):
+    if not isinstance(found, np.ndarray) or found.dtype != np.dtype("<f4") or found.shape != (len(pairs), 2):
         shape = list(getattr(found, "shape", ()))
-        raise ConfigError(
-            f"{str(path)!r} holds numbers of shape {shape}, and data.train makes {pairs} pairs: its rows or"
-            " how they become tokens has changed"
-        )
+        raise ConfigError(f"{str(path)!r} holds numbers of shape {shape}, and {key} makes {len(pairs)} pairs")
     return found

@@ -3,7 +3,7 @@
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from megatrain.config import Config, to_yaml
-from megatrain.data.pairs import Reference
+from megatrain.data.examples import PreferenceExamples
+from megatrain.data.images import ImageRows
 from megatrain.device.base import streams
 from megatrain.errors import ConfigError, IntegrityError, MegaTrainError
 from megatrain.memory.arena import share_one_heap
@@ -27,6 +28,8 @@ from megatrain.train.determinism import determinism
 from megatrain.train.entries import begin_ledger, end_ledger, record_step
 from megatrain.train.evaluate import EvalSet, Evaluation, eval_set
 from megatrain.train.held_out import HeldOut
+from megatrain.train.held_out_images import image_set
+from megatrain.train.held_out_pairs import first_pairs, pair_set
 from megatrain.train.interrupt import StopOnInterrupt
 from megatrain.train.journal import Journal
 from megatrain.train.loggers import Loggers, check_installed
@@ -37,7 +40,7 @@ from megatrain.train.planning import WatchedEngine, outcome_lines, write_plan
 from megatrain.train.prepare import Prepared, prepare
 from megatrain.train.profile import ProfiledEngine
 from megatrain.train.progress import Progress, show_progress
-from megatrain.train.reference import facts_of, files_of, reference_of
+from megatrain.train.reference import Scored, score
 from megatrain.train.resume import Resumed, check_settings, cut_lines, find_checkpoint
 from megatrain.train.run_folder import RunFolder, model_folder
 from megatrain.train.samples import Sampler, read_prompts
@@ -54,7 +57,8 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run left: its folder, how training went, the last measures on data.eval by set, where there are some.
+    """What a run left: its folder, how training went of the steps that were meant, the last measures on data.eval by
+    set, where there are some.
 
     `interrupted`: by Ctrl-C, in training or in what follows it. `lost`: why what training ended with is no checkpoint
     although it should be one. `best`: the checkpoint that is there with the lowest loss on data.eval, and that loss.
@@ -62,6 +66,7 @@ class RunResult:
 
     folder: Path
     loop: LoopResult
+    total_steps: int
     evaluations: dict[str, Evaluation]
     interrupted: bool
     lost: str | None = None
@@ -104,12 +109,13 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
     made = prepare(config, folder, resumed, force=force)
     config, data = made.config, made.data
     engine = _make_engine(made, resumed)
-    reference = _reference(made, engine, resumed)
-    made.facts.update(facts_of(reference))
+    scored = _score(made, engine, resumed)
+    for one in scored.values():
+        made.facts.update(one.facts)
     first_step = 0 if resumed is None else resumed.step
 
     with StopOnInterrupt() as stop, ExitStack() as stack:
-        held_out = _held_out(made, engine, resumed, stop)
+        held_out = _held_out(made, engine, scored, resumed, stop)
         folder.create(config)
         for path in (folder.metrics, folder.samples):
             cut_lines(path, first_step, evaluated=held_out.loss_at(first_step) is not None)
@@ -118,7 +124,7 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
         loggers = Loggers(config.train.log_to, folder.path, config, first_step)
         journal = stack.enter_context(Journal(folder, ledger, loggers, progress))
         held_out.tell = journal.evaluated
-        _write_plan(folder, made.plan)
+        _write_plan(folder, made.plan, data.steps)
         engine.model.train()
         trained = UnderLoss(engine, loss_of(config))
         watched = WatchedEngine(trained)
@@ -135,13 +141,13 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
             first_step=first_step,
             parent=None if resumed is None else parent_of(resumed.folder),
             ledger=ledger,
-            extra=files_of(reference),
+            extra={name: content for one in scored.values() for name, content in one.files.items()},
             held_out=held_out,
         )
         try:
             result = train(
                 watched,
-                batches_of=build.batches_of(config, data, reference),
+                batches_of=build.batches_of(config, data, scored["data.train"].reference if scored else None),
                 learning_rate_of=build.learning_rate_of(config, data),
                 total_steps=data.steps,
                 log_every=config.train.log_every,
@@ -159,7 +165,7 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
             raise
         _say_profile(profiled)
         outcome = watched.outcome(made.plan)
-        _write_plan(folder, made.plan, outcome)
+        _write_plan(folder, made.plan, data.steps, outcome)
         for line in (*outcome_lines(outcome), *filter(None, [checkpoints.summary()])):
             _say(line)
         if config.checkpoint.at_end:
@@ -174,7 +180,7 @@ def _run(config: Config, folder: RunFolder, resumed: Resumed | None, *, force: b
     _write_report(folder)
     folder.finish(complete=not result.interrupted)
     best = checkpoints.best(folder.checkpoints)
-    return RunResult(folder.path, result, evaluations, stop.requested, checkpoints.lost, best)
+    return RunResult(folder.path, result, data.steps, evaluations, stop.requested, checkpoints.lost, best)
 
 
 def _make_engine(made: Prepared, resumed: Resumed | None) -> "Engine":
@@ -188,15 +194,25 @@ def _make_engine(made: Prepared, resumed: Resumed | None) -> "Engine":
     return engine
 
 
-def _reference(made: Prepared, engine: "Engine", resumed: Resumed | None) -> Reference | None:
-    """What pairs of answers are compared with: of the first weights, also where the run goes on."""
-    if made.config.train.method == "dpo" and resumed is None:
+def _score(made: Prepared, engine: "Engine", resumed: Resumed | None) -> dict[str, Scored]:
+    """What pairs of answers are compared with, by where they are from: of the first weights, also where the run goes
+    on. Nothing where the run is not about pairs."""
+    config, data = made.config, made.data
+    if data.pairs is None:
+        return {}
+    pairs = {"data.train": data.pairs}
+    if isinstance(data.held_out, PreferenceExamples):
+        pairs["data.eval"] = first_pairs(data.held_out, config.eval.max_tokens)
+    if resumed is None:
         _say("scoring the pairs by the weights that training begins with")
     checkpoint, recorded = (None, {}) if resumed is None else (resumed.folder, resumed.manifest.facts)
-    return reference_of(engine, made.data.pairs, made.config.engine.micro_batch, checkpoint, recorded)
+    micro_batch = config.engine.micro_batch
+    return {key: score(engine, key, these, micro_batch, checkpoint, recorded) for key, these in pairs.items()}
 
 
-def _held_out(made: Prepared, engine: "Engine", resumed: Resumed | None, stop: StopOnInterrupt) -> HeldOut:
+def _held_out(
+    made: Prepared, engine: "Engine", scored: Mapping[str, Scored], resumed: Resumed | None, stop: StopOnInterrupt
+) -> HeldOut:
     """What is measured and written between steps. Raises ConfigError for prompts that cannot be."""
     config = made.config
     prompts = read_prompts(config.eval.prompts, made.tokenizer, made.data.held_out)
@@ -204,7 +220,7 @@ def _held_out(made: Prepared, engine: "Engine", resumed: Resumed | None, stop: S
     return HeldOut(
         config.eval,
         engine,
-        _eval_sets(config, made.data),
+        _eval_sets(config, made.data, scored),
         sampler=Sampler(config.eval, engine.model, made.tokenizer, prompts, seed=seed) if prompts else None,
         first_step=0 if resumed is None else resumed.step,
         told=None if resumed is None else resumed.told.run.get("evaluation"),
@@ -237,10 +253,12 @@ def _open_folder(config: Config, *, replace: bool, resume: str | None) -> RunFol
     return RunFolder(str(config.output), replace=replace, resume=own)
 
 
-def _write_plan(folder: RunFolder, plan: Plan, outcome: dict[str, dict[str, float]] | None = None) -> None:
+def _write_plan(
+    folder: RunFolder, plan: Plan, total_steps: int, outcome: dict[str, dict[str, float]] | None = None
+) -> None:
     """No run fails for want of it."""
     try:
-        write_plan(folder.plan, plan, outcome)
+        write_plan(folder.plan, plan, total_steps, outcome)
     except OSError as error:
         _log.warning("output: cannot write %r: %s", str(folder.plan), error.strerror)
 
@@ -282,10 +300,17 @@ def _save(engine: "Engine", folder: RunFolder, tokenizer: Any) -> None:
     _say(f"saved {folder.model}")
 
 
-def _eval_sets(config: Config, data: build.Data) -> dict[str, EvalSet]:
+def _eval_sets(config: Config, data: build.Data, scored: Mapping[str, Scored]) -> dict[str, EvalSet]:
     """What is measured, by name."""
     if data.held_out is None:
         return {}
+    loss = loss_of(config)
+    if loss is not None:
+        pairs = scored["data.eval"]
+        return {"eval": pair_set(pairs.pairs, pairs.reference, loss, config.engine.micro_batch)}
+    assert not isinstance(data.held_out, PreferenceExamples)
+    if isinstance(data.held_out, ImageRows):
+        return {"eval": image_set(data.held_out, config.engine.micro_batch, config.eval.max_tokens)}
     sizes = {"seq_len": config.data.seq_len, "micro_batch": config.engine.micro_batch}
     return {"eval": eval_set(data.held_out, **sizes, max_tokens=config.eval.max_tokens)}
 

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from megatrain.config import EvalConfig
-from megatrain.data.examples import NO_TARGET, Examples
+from megatrain.data.examples import NO_TARGET, Examples, HeldOutData, PreferenceExamples
+from megatrain.data.images import ImageRows
 from megatrain.data.packing import TokenStream
 from megatrain.errors import ConfigError
 from megatrain.train.generate import as_inputs, check_length, go_on, learned_positions
@@ -32,9 +33,18 @@ class Prompt:
     tokens: list[int]
 
 
-def read_prompts(wanted: int | Sequence[Any], tokenizer: Any, held_out: TokenStream | Examples | None) -> list[Prompt]:
+def read_prompts(wanted: int | Sequence[Any], tokenizer: Any, held_out: HeldOutData | ImageRows) -> list[Prompt]:
     """What eval.prompts says: a number of beginnings of texts, or texts and chats. Raises ConfigError."""
     if isinstance(wanted, int):
+        if isinstance(held_out, ImageRows):
+            if wanted:
+                raise ConfigError(
+                    f"eval.prompts: {wanted} is wrong for a data.eval whose rows have images; expected prompts of text "
+                    "or chats"
+                )
+            return []
+        if isinstance(held_out, PreferenceExamples):
+            held_out = held_out.chosen
         if isinstance(held_out, Examples):
             return _before_targets(wanted, tokenizer, held_out)
         return _beginnings(wanted, tokenizer, held_out) if held_out is not None else []
