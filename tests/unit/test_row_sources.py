@@ -195,7 +195,7 @@ def test_llama_factorys_dataset_info_is_read(tmp_path: Path) -> None:
             "columns": {"prompt": "instruction", "chosen": "yes", "rejected": "no"},
         },
         "text": {"file_name": "text.json", "columns": {"prompt": "content"}},
-        "images": {"file_name": "text.json", "columns": {"images": "content"}},
+        "videos": {"file_name": "text.json", "columns": {"videos": "content"}},
         "script": {"script_url": "x"},
         "odd": {"file_name": "text.json", "formatting": "odd"},
     }
@@ -216,8 +216,8 @@ def test_llama_factorys_dataset_info_is_read(tmp_path: Path) -> None:
     assert sample("text") == Text("t")
     assert opened({"path": "alpaca", "dataset_info": str(info)}).samples == 3
     for name, message in [
-        ("none", r"has no dataset 'none'; it has: alpaca, images, odd, openai, pairs, script, share, text$"),
-        ("images", r"columns.images is not supported; its rows are not text alone$"),
+        ("none", r"has no dataset 'none'; it has: alpaca, odd, openai, pairs, script, share, text, videos$"),
+        ("videos", r"columns.videos is not supported; rows are of text and images$"),
         ("script", r"names no file_name and no hf_hub_url"),
         ("odd", r"formatting 'odd' is not known; expected alpaca, sharegpt or openai$"),
     ]:

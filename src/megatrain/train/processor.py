@@ -24,7 +24,7 @@ def load_processor(source: str, tokenizer: Any, *, key: str = "model.path") -> A
     except ConfigError:
         raise
     except Exception as error:  # OSError, ValueError, ImportError, by file and cause
-        needs = "; install the torchvision that belongs to this torch" if _names_torchvision(error) else ""
+        needs = "; install the torchvision that fits this torch" if "torchvision" in str(error).lower() else ""
         raise ConfigError(f"{key}: no processor for images in {source!r}: {one_line(error)}{needs}") from None
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ConfigError(f"{key}: {source!r} has no processor for images; images need a model that sees")
@@ -37,23 +37,17 @@ def load_processor(source: str, tokenizer: Any, *, key: str = "model.path") -> A
 
 
 def _loaded(source: str) -> Any:
-    """Families that take videos, too, need torchvision for these, which is not there everywhere: then without them."""
-    from transformers import AutoProcessor
+    """Of a family that takes videos, too, only what images need: transformers prepares videos with torchvision alone,
+    which has to fit torch exactly."""
+    from transformers import AutoConfig, AutoProcessor
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     options: dict[str, Any] = {"backend": "pil", "trust_remote_code": False}
-    try:
-        return AutoProcessor.from_pretrained(source, **options)
-    except Exception as error:
-        if not _names_torchvision(error):
-            raise
-        try:
-            return _without_videos(source).from_pretrained(source, **options)
-        except Exception:
-            raise error from None
-
-
-def _names_torchvision(error: Exception) -> bool:
-    return "torchvision" in str(error).lower()
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    family = PROCESSOR_MAPPING.get(type(config), None)
+    if family is not None and "video_processor" in family.get_attributes():
+        return _class_without_videos(family).from_pretrained(source, **options)
+    return AutoProcessor.from_pretrained(source, **options)
 
 
 class _WithoutVideos:
@@ -78,13 +72,6 @@ def _restored(family: Any, state: dict[str, Any]) -> Any:
     processor = object.__new__(_class_without_videos(family))
     processor.__dict__.update(state)
     return processor
-
-
-def _without_videos(source: str) -> Any:
-    from transformers import AutoConfig
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-
-    return _class_without_videos(PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(source, trust_remote_code=False))])
 
 
 def template_of(processor: Any, tokenizer_template: ChatTemplate | None, *, chosen: bool) -> ChatTemplate:
