@@ -55,7 +55,7 @@ def config_of(model: Path, data: Path, rows: Sequence[Row] | Path, /, **sections
         "output": str(data.parent / "run"),
     }
     for section, keys in sections.items():
-        settings[section] = settings[section] | keys
+        settings[section] = settings.get(section, {}) | keys
     return parse_config(settings)
 
 
