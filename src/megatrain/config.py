@@ -136,13 +136,17 @@ class DataConfig:
     )
     workers: int | None = field(
         default=None,
-        metadata=_about(or_null(whole(1)), "processes that tokenise rows; null: all cores but one, for little data 1"),
+        metadata=_about(
+            or_null(whole(1)),
+            "processes that tokenise rows and decode images; null: all cores but one, for little data 1",
+        ),
     )
     cache: str = field(
         default="auto",
         metadata=_about(
             either(choice("auto", "off"), PATH),
-            "folder in which tokenised rows are kept; auto: ~/.cache/megatrain, for all but little data; off: nowhere",
+            "folder in which tokenised rows (none with images) are kept; auto: ~/.cache/megatrain, for all but little "
+            "data; off: nowhere",
         ),
     )
     seq_len: int = field(default=1024, metadata=_about(SEQUENCE_LENGTH, "tokens per sequence"))
