@@ -190,6 +190,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="an image, may be repeated: the prompt is then what a user says about it, and what is printed the answer",
     )
+    generate.add_argument(
+        "--chat",
+        action="store_true",
+        help="the prompt is what a user says, through the chat template, and what is printed the answer",
+    )
     generate.add_argument("--max-new-tokens", type=_at_least(1), default=200, metavar="N")
     generate.add_argument("--seed", type=_at_least(0), default=0, metavar="S")
     generate.add_argument("--temperature", type=_temperature, default=0.8, help="0: always the likeliest token")
@@ -453,6 +458,7 @@ def _generate(known: argparse.Namespace) -> int:
         _model_of(known.folder, best=known.best, verify=not known.no_verify),
         [known.prompt],
         images=known.image,
+        chat=known.chat,
         max_new_tokens=known.max_new_tokens,
         seed=known.seed,
         temperature=known.temperature,

@@ -99,8 +99,8 @@ class DataConfig:
             to_be_given(SOURCES),
             "a text file, a folder (searched for text files), stdlib (the sources of Python's own standard library), a "
             "file of rows (.jsonl, .json, .csv, .parquet, .arrow), a folder that `datasets` saved, a hub id, or a list "
-            "of these; a mapping says more: {path, name, split, format, weight, text_field, columns, streaming, "
-            "dataset_info, images_folder}",
+            "of these; a mapping says more: {path, name, split, revision, format, weight, text_field, columns, "
+            "streaming, dataset_info, images_folder}",
         ),
     )
     eval: tuple[str | dict[str, Any], ...] | None = field(

@@ -294,6 +294,7 @@ _SOURCE_KINDS = {
     "path": PATH,
     "name": TEXT,
     "split": TEXT,
+    "revision": TEXT,
     "format": FORMAT,
     "weight": real("a number above 0, at most 1000", lambda number: 0 < number <= 1000),
     "text_field": TEXT,

@@ -1,6 +1,7 @@
 """Which tokens of a conversation are targets, by templates of several families, written here in short."""
 
 import random
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from tokenizers import pre_tokenizers, processors
 
 from megatrain.data.bad_rows import BadRowError
-from megatrain.data.chat_template import ChatTemplate, NotDerivableError
+from megatrain.data.chat_template import ChatTemplate, NotDerivableError, without
 from megatrain.data.encode import Encoder, encoder_settings
 from megatrain.data.formats import Chat, Layout
 from megatrain.data.tokenizer import train_bpe
@@ -51,6 +52,29 @@ FORGETFUL = (
 ONLY_END = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
 ONLY_END += "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
 
+# reads contents as lists of parts, as templates of models that see do
+PARTS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% for part in m.content %}"
+    "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# the same, marked
+MARKED_PARTS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% for part in m.content | "
+    "selectattr('type', 'equalto', 'text') %}{% if m.role == 'assistant' %}{% generation %}{{ part['text'] }}"
+    "{% endgeneration %}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+)
+# asks for an answer after a question alone, and fails on no messages
+AFTER_QUESTIONS = CHATML.replace(
+    "{% if add_generation_prompt %}", "{% if add_generation_prompt and messages[-1]['role'] == 'user' %}"
+)
+# writes all system messages first
+GATHERING = (
+    "{% for m in messages if m.role == 'system' %}{{ '<|im_start|>system\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages if m.role != 'system' %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 CHAT = [
     {"role": "user", "content": "hello"},
@@ -83,8 +107,13 @@ def learned(made: Any, messages: list[dict[str, Any]]) -> list[str]:
     """The targets as texts, one for each stretch of them."""
     block = encoded(made, messages)
     assert block.bad == [] and block.fatal is None
-    ids = made.apply_chat_template(messages, tokenize=True, return_dict=False)
+    given = [{name: value for name, value in message.items() if name != "weight"} for message in messages]
+    ids = made.apply_chat_template(given, tokenize=True, return_dict=False)
     assert block.tokens.tolist() == ids  # what is trained on is what transformers makes of the conversation
+    return stretches_of(made, block)
+
+
+def stretches_of(made: Any, block: Any) -> list[str]:
     edges = np.flatnonzero(np.diff(np.concatenate([[False], block.targets, [False]]).astype(int)))
     return [made.decode(block.tokens[a:b]) for a, b in edges.reshape(-1, 2)]
 
@@ -166,15 +195,129 @@ def test_begin_of_text_comes_once() -> None:
 
 def test_answers_without_an_end_are_counted() -> None:
     bare = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-    assert encoded(tokenizer(bare), CHAT).unended == 1
+    assert encoded(tokenizer(bare), CHAT).unended == 2
+    assert encoded(tokenizer(bare), CHAT[:2]).unended == 1
     assert encoded(tokenizer(CHATML), CHAT).unended == 0
 
 
-def test_todays_date_is_the_same_on_all_days() -> None:
-    dated = ChatTemplate(
-        "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}{{ messages[0].content }}"
-    )
-    assert dated.render(Chat(CHAT), everything=True).text == "26 Jul 2024hello"
+@pytest.mark.parametrize("form", ["%d %b %Y", "%A, %d %B %Y", "%-d.%-m.%y %H:%M:%S", "%j %U%% %%d", "at %", "today"])
+def test_todays_date_is_the_same_on_all_days(form: str) -> None:
+    for dated in (
+        f"{{% if strftime_now is defined %}}{{{{ 'On ' + strftime_now('{form}') }}}}{{% endif %}}",
+        f"\n{{% set f = '{form}' %}}{{% macro day() %}}{{{{ strftime_now(f) }}}}{{% endmacro %}}On {{{{ day() }}}}",
+    ):
+        text = ChatTemplate(dated + CHATML).render(Chat(CHAT)).text
+        plain = ChatTemplate(("\n" if dated[0] == "\n" else "") + "{{ 'On ' }}" + CHATML).render(Chat(CHAT)).text
+        assert text == plain.replace("On ", "On " + datetime(2024, 7, 26).strftime(form), 1)
+
+
+# -- contents as templates read them ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("template", "stretches"),
+    [
+        (PARTS, ["wörld 𝄞<|im_end|>", "fine, thanks <|im_end|>"]),
+        (MARKED_PARTS, ["wörld 𝄞", "fine, thanks "]),
+    ],
+)
+def test_a_template_that_reads_parts_is_given_parts(template: str, stretches: list[str]) -> None:
+    made = tokenizer(template)
+    block = encoded(made, CHAT)
+    in_parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in CHAT]
+    assert block.tokens.tolist() == made.apply_chat_template(in_parts, tokenize=True, return_dict=False)
+    assert stretches_of(made, block) == stretches
+    assert encoded(made, in_parts).tokens.tolist() == block.tokens.tolist()  # OpenAI's own parts
+    assert encoded(tokenizer(CHATML), in_parts).tokens.tolist() == encoded(tokenizer(CHATML), CHAT).tokens.tolist()
+
+
+CALLS = [
+    CHAT[0],
+    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "look_up"}}]},
+    {"role": "tool", "content": "r"},
+    CHAT[1],
+]
+
+
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize(
+    ("template", "messages", "reason"),
+    [
+        (CHATML.replace("m.content", "m.content[:2]"), CHAT, "has an answer in message 2 that the chat template does"),
+        (GENERATION.replace("{{ m.content +", "{{"), CHAT, "has an answer in message 2 that the chat template does"),
+        (CHATML, CALLS, "has a call of 'look_up' in message 2, which the chat template does not write"),
+    ],
+)
+def test_an_answer_that_is_not_written_is_no_example(
+    template: str, messages: list[dict[str, Any]], reason: str, everything: bool
+) -> None:
+    ((_, found),) = encoded(tokenizer(template), messages, everything=everything).bad
+    assert found.startswith(reason)
+
+
+def test_calls_of_tools_are_learned() -> None:
+    calling = CHATML.replace("m.content", "(m.tool_calls[0].function.name if m.tool_calls else m.content)")
+    assert learned(tokenizer(calling), CALLS) == ["look_up<|im_end|>", "wörld 𝄞<|im_end|>"]
+
+
+def test_conversations_with_tools_go_through_the_template_for_them() -> None:
+    made = tokenizer("")
+    made.chat_template = {"default": CHATML, "tool_use": "{{ tools | length }}" + CHATML}
+    template = chat_template(made)
+    assert template is not None
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for given in (None, tools):
+        expected = made.apply_chat_template(CHAT, tools=given, tokenize=False)
+        assert template.render(Chat(CHAT, given)).text == expected
+        assert template.asking(Chat(CHAT[:1], given)) == made.apply_chat_template(
+            CHAT[:1], tools=given, tokenize=False, add_generation_prompt=True
+        )
+
+
+# -- orders of roles, weights ----------------------------------------------------------------------------
+
+_SYSTEM = {"role": "system", "content": "be kind"}
+_HELLO = {"role": "assistant", "content": "good day"}
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, GENERATION, THINKING, AFTER_QUESTIONS, GATHERING])
+@pytest.mark.parametrize(
+    ("messages", "stretches"),
+    [
+        ([_HELLO, *CHAT[:2]], ["good day", "wörld 𝄞"]),
+        ([_SYSTEM, _HELLO, *CHAT[:2]], ["good day", "wörld 𝄞"]),
+        ([CHAT[0], *CHAT[:2]], ["wörld 𝄞"]),
+        ([*CHAT[:2], _HELLO], ["wörld 𝄞", "good day"]),
+        ([_SYSTEM, *CHAT[:2], _SYSTEM, CHAT[0], _HELLO], ["wörld 𝄞", "good day"]),
+    ],
+    ids=["answer first", "greeting", "two questions", "two answers", "system in the middle"],
+)
+def test_roles_come_in_any_order_that_the_template_writes(
+    template: str, messages: list[dict[str, Any]], stretches: list[str]
+) -> None:
+    end = "<|eot_id|>" if template == LLAMA3 else "<|im_end|>"
+    if template == THINKING:
+        stretches = [*stretches[:-1], "<think>\n\n</think>\n\n" + stretches[-1]]
+        if messages[-1] != _HELLO or len(messages) > 3:
+            messages, stretches = [*messages, CHAT[0]], [text.split("\n")[-1] for text in stretches]
+        else:
+            return  # two answers: the first is written as an earlier one only when the second is there
+    assert learned(tokenizer(template), messages) == [text + end for text in stretches]
+
+
+@pytest.mark.parametrize("template", [CHATML, GENERATION, MISTRAL, PARTS])
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_answer_of_weight_0_is_no_target(template: str, number: int) -> None:
+    made = tokenizer(template)
+    every = encoded(made, CHAT)
+    messages = [dict(message) for message in CHAT]
+    messages[1 + 2 * number]["weight"] = 0
+    messages[3 - 2 * number]["weight"] = 1
+    block, everything = encoded(made, messages), encoded(made, messages, everything=True)
+    assert block.tokens.tolist() == everything.tokens.tolist() == every.tokens.tolist()
+    kept, dropped = stretches_of(made, every)[1 - number], stretches_of(made, every)[number]
+    assert stretches_of(made, block) == [kept]
+    assert made.decode(everything.tokens[~everything.targets][1:]) == dropped  # the first token is never a target
 
 
 @pytest.mark.parametrize("source", [CHATML, LLAMA3, MISTRAL, THINKING])
@@ -227,9 +370,17 @@ def test_examples_are_cut_from_the_right_or_left_out() -> None:
 
 def test_bytes_are_those_of_the_targets() -> None:
     made = tokenizer(CHATML)
-    assert encoded(made, CHAT[:2]).utf8_bytes == len("wörld 𝄞<|im_end|>".encode())
+    assert encoded(made, CHAT).utf8_bytes == len("wörld 𝄞fine, thanks ".encode())  # no special token's spelling
+    words = len("user\nassistant\n\n\n") + len("hellowörld 𝄞".encode())
+    assert encoded(made, CHAT[:2], everything=True).utf8_bytes == words
     length = len(encoded(made, CHAT[:2]).tokens)
     assert encoded(made, CHAT[:2], seq_len=length - 2).utf8_bytes == len("wörld 𝄞".encode())
+    assert 0 < encoded(made, CHAT[:2], seq_len=length - 7).utf8_bytes < len("wörld 𝄞".encode())
+
+
+def test_spans_have_holes() -> None:
+    assert without([(0, 9), (12, 20)], [(0, 2), (5, 6), (9, 12), (18, 22)]) == [(2, 5), (6, 9), (12, 18)]
+    assert without([(3, 5)], [(0, 9)]) == [] and without([(3, 5)], []) == [(3, 5)]
 
 
 def test_a_template_that_fails_in_its_own_way_is_named() -> None:

@@ -1,7 +1,9 @@
 """Text to batches: what is read, in what order, and that nothing depends on what came before."""
 
+import gzip
 import json
 import sysconfig
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from megatrain.data import packing
+from megatrain.data import text_encoder
+from megatrain.data.bad_rows import BadRows
 from megatrain.data.batches import StepBatches
-from megatrain.data.packing import tokenize
+from megatrain.data.mixture import Mixture
+from megatrain.data.packing import TokenStream
 from megatrain.data.rows import JoinedRows
 from megatrain.data.sources import Corpus, stdlib_files
+from megatrain.data.text_tokens import tokenise_texts
+from megatrain.data.token_files import TokenCache
 from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS, load_tokenizer, train_bpe
 from megatrain.errors import ConfigError
 
@@ -32,7 +38,11 @@ def corpus(*sources: Path | str, **options: Any) -> Corpus:
 # -- sources ----------------------------------------------------------------------------------------------
 
 
-def test_folder_is_read_in_sorted_order_without_hidden_binary_and_empty_files(
+def documents(found: Corpus, *, skip: bool = False) -> list[str]:
+    return list(found.documents(BadRows("data.train", skip=skip)))
+
+
+def test_folder_is_read_in_sorted_order_without_hidden_and_empty_files(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "b").mkdir()
@@ -42,22 +52,42 @@ def test_folder_is_read_in_sorted_order_without_hidden_binary_and_empty_files(
         ("a.py", b"first"),
         ("b/c.md", "zwölf".encode()),
         ("empty.py", b"\n"),
-        ("latin.txt", "zwölf".encode("latin-1")),
         ("data.bin", b"\x00\x01"),
-        ("nul.txt", b"a\x00b"),
+        ("b/one.JSON", b"[]"),
+        ("two.json", b"[]"),
+        ("packed.txt.gz", gzip.compress(b"packed")),
         (".git/x.py", b"hidden"),
     ]:
         (tmp_path / name).write_bytes(content)
     found = corpus(tmp_path)
-    assert list(found.documents()) == ["first", "zwölf", "last"]
-    assert list(found.documents()) == ["first", "zwölf", "last"]
-    assert len(caplog.messages) == 1 and "skipped 2 files that are not UTF-8 text" in caplog.messages[0]
+    assert documents(found) == documents(found) == ["first", "zwölf", "packed", "last"]
+    told = "files are left out that are no texts by their names: 1 .bin, 2 .json"
+    assert caplog.messages == [f"data.train: of folder {str(tmp_path)!r} {told}"]
+
+
+def test_files_that_are_no_text_end_the_run_or_are_left_out_by_name(tmp_path: Path) -> None:
+    names = [f"{number}.txt" for number in range(9)]
+    for name in names:
+        (tmp_path / name).write_bytes("zwölf".encode("latin-1") if name != "3.txt" else b"a\x00b")
+    (tmp_path / "good.txt").write_text("good")
+    with pytest.raises(ConfigError, match=r"^data\.train: .*/0\.txt is not UTF-8 text \(at byte 2\); data\.bad_rows"):
+        documents(corpus(tmp_path))
+    bad = BadRows("data.train", skip=True)
+    assert list(corpus(tmp_path).documents(bad)) == ["good"]
+    assert bad.count == 9 and [first.split(" ")[0] for first in bad.first] == [str(tmp_path / name) for name in names]
+    assert "3.txt has a NUL byte" in bad.first[3]
+    (tmp_path / "good.txt").unlink()
+    (tmp_path / "gone.txt").write_text("x")
+    found = corpus(tmp_path / "gone.txt")
+    (tmp_path / "gone.txt").unlink()
+    with pytest.raises(ConfigError, match=r"cannot read '.*gone\.txt'"):  # which is no bad row
+        documents(found, skip=True)
 
 
 def test_jsonl_gives_one_document_per_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"body": text}) + "\n\n" for text in ("one", "", "two\nlines")))
-    assert list(corpus(path, text_field="body").documents()) == ["one", "two\nlines"]
+    assert documents(corpus(path, text_field="body")) == ["one", "two\nlines"]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +111,7 @@ def test_wrong_jsonl_lines(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(line)
     with pytest.raises(ConfigError) as caught:
-        list(corpus(path).documents())
+        documents(corpus(path))
     assert str(caught.value) == message.format(path=path)
 
 
@@ -112,7 +142,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         found = corpus(tmp_path / name)
         (tmp_path / name).unlink()
         with pytest.raises(ConfigError, match=rf"data.train: cannot read '.*{name}': No such file"):
-            list(found.documents())
+            documents(found)
 
 
 def test_stdlib_splits_without_overlap() -> None:
@@ -159,6 +189,16 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 # -- packing ----------------------------------------------------------------------------------------------
 
 
+def tokenize(texts: list[str], tokenizer: Any) -> TokenStream:
+    """What texts become, a file of them each."""
+    with tempfile.TemporaryDirectory() as folder:
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (Path(folder) / "a.jsonl").write_text(lines)
+        mixture = Mixture([str(Path(folder) / "a.jsonl")], split="train", key="data.train")
+        sources = mixture.sources
+        return tokenise_texts(sources, tokenizer, bad_rows="fail", workers=1, cache_of=lambda _: TokenCache(None))
+
+
 def test_documents_are_joined_with_end_of_text(bpe: Any) -> None:
     stream = tokenize(TEXTS[:2], bpe)
     first, second = (bpe(text, add_special_tokens=False)["input_ids"] for text in TEXTS[:2])
@@ -188,7 +228,7 @@ def test_a_tokenizer_that_reads_special_tokens_in_text_goes_on_doing_so(bpe: Any
 
 
 def test_a_long_document_is_tokenized_in_parts_that_join(bpe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packing, "_CHARACTERS_PER_CALL", 50)
+    monkeypatch.setattr(text_encoder, "_CHARACTERS_PER_PIECE", 50)
     text = "".join(TEXTS) + "x" * 120
     stream = tokenize([text, "y"], bpe)
     assert stream.tokens.tolist().count(1) == 3

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megatrain.data.bad_rows import BadRowError
-from megatrain.data.formats import Chat, Completion, Layout, Pair, Text, detect, sample_of
+from megatrain.data.formats import Chat, Completion, Layout, Pair, Text, chosen_format, detect, sample_of
 
 
 def user(text: str) -> dict[str, Any]:
@@ -58,6 +58,30 @@ ROWS: list[tuple[str, dict[str, Any], Any]] = [
             TOOLS,
         ),
     ),
+    # in which order roles come, the chat template says
+    ("messages", {"messages": [system("s"), assistant("hi"), *QA]}, Chat([system("s"), assistant("hi"), *QA])),
+    ("messages", {"messages": [assistant("hi")]}, Chat([assistant("hi")])),
+    ("messages", {"messages": [user("p"), *QA, system("s"), *QA]}, Chat([user("p"), *QA, system("s"), *QA])),
+    ("messages", {"messages": [*QA, assistant("b")]}, Chat([*QA, assistant("b")])),
+    # OpenAI's weight
+    (
+        "messages",
+        {"messages": [user("q"), {**assistant("bad"), "weight": 0}, user("q"), {**assistant("a"), "weight": 1}]},
+        Chat([user("q"), assistant("bad"), *QA], unlearned=(1,)),
+    ),
+    (
+        "sharegpt",
+        {
+            "conversations": [
+                {"from": "human", "value": "q", "weight": 0},
+                {"from": "gpt", "value": "", "weight": 0},
+                {"from": "human", "value": "q", "weight": None},
+                {"from": "gpt", "value": "a", "weight": 1.0},
+            ]
+        },
+        Chat([user("q"), assistant(""), *QA], unlearned=(1,)),
+    ),
+    ("messages", {"messages": None, "conversations": QA}, Chat(QA)),
     ("alpaca", {"instruction": "q", "output": "a"}, Chat(QA)),
     ("alpaca", {"instruction": "q", "input": "i", "output": "a"}, Chat([user("q\ni"), assistant("a")])),
     (
@@ -149,6 +173,32 @@ def test_columns_of_other_names_and_tags_of_other_words() -> None:
     assert sample_of(row, Layout("sharegpt", {"messages": "chat"}, tags)) == Chat(QA)
 
 
+def test_openai_messages_with_tags_are_the_same_conversation() -> None:
+    """LLaMA-Factory's `formatting: openai`, with its own words for speakers or without."""
+    row = {
+        "messages": [
+            user("q"),
+            {"role": "assistant", "content": None, "tool_calls": [CALL]},
+            {"role": "tool", "content": "r"},
+            assistant("a"),
+        ]
+    }
+    plain = sample_of(row, Layout("messages"))
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    assert isinstance(plain, Chat) and plain.messages[1]["tool_calls"] == [{"id": "1", **CALLED}]
+    for form in ("messages", "sharegpt"):
+        assert sample_of(row, Layout(form, {"messages": "messages"}, tags)) == plain
+    own = [{"r": "me", "c": "q"}, {"r": "it", "c": "a"}, {"r": "call", "c": '{"name": "f", "arguments": {"x": 1}}'}]
+    tags = {"role_tag": "r", "content_tag": "c", "user_tag": "me", "assistant_tag": "it", "function_tag": "call"}
+    called = {"role": "assistant", "content": "", "tool_calls": [CALLED]}
+    assert sample_of({"messages": own}, Layout("messages", {}, tags)) == Chat([*QA, called])
+
+
+def test_parts_that_are_not_to_be_read_are_not_there() -> None:
+    row = {"instruction": "q", "output": "a", "system": "s", "history": [["x", "y"]], "input": "i", "tools": "x"}
+    assert sample_of(row, Layout("alpaca", unread=("system", "history", "input", "tools"))) == Chat(QA)
+
+
 BAD: list[tuple[str, dict[str, Any], str]] = [
     ("text", {"body": "t"}, "has no field 'text'; its fields are: body"),
     ("text", {"text": 3}, "has a number in field 'text'; expected a string"),
@@ -158,9 +208,19 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("messages", {"messages": "hi"}, "has a string in field 'messages'; expected a list of messages"),
     ("messages", {"messages": ["hi"]}, "has a string as message 1; expected an object with role and content"),
     ("messages", {"messages": [user("q")]}, "has no assistant message to learn"),
-    ("messages", {"messages": [assistant("a")]}, "has assistant first in message 1, which is no order of roles"),
-    ("messages", {"messages": [user("q"), *QA]}, "has user after user in message 2, which is no order of roles"),
-    ("messages", {"messages": [*QA, system("s")]}, "has system after assistant in message 3"),
+    ("messages", {"messages": [user("q"), {**assistant("a"), "weight": 0}]}, "has no assistant message to learn"),
+    ("messages", {"messages": [user("q"), {**assistant("a"), "weight": 0.5}]}, "has weight 0.5 in message 2; expected"),
+    ("messages", {"messages": [user("q"), {**assistant("a"), "weight": True}]}, "has weight True in message 2; expec"),
+    # an empty answer, the same everywhere
+    ("messages", {"messages": [user("q"), assistant(" ")]}, "has an empty answer in message 2, from which there is no"),
+    ("sharegpt", {"conversations": [{"from": "gpt", "value": ""}]}, "has an empty answer in message 1, from which"),
+    ("prompt-completion", {"prompt": [user("q")], "completion": [assistant("")]}, "has an empty answer in message 2"),
+    ("alpaca", {"instruction": "q", "output": "a", "history": [["b", ""]]}, "has an empty answer in message 2"),
+    ("preference", {"prompt": [user("q")], "chosen": "a", "rejected": " "}, "has an empty answer in message 2"),
+    # null is there, and nothing
+    ("messages", {"messages": None, "id": 3}, "has null in field 'messages'"),
+    ("text", {"text": None}, "has null in field 'text'"),
+    ("prompt-completion", {"prompt": None, "completion": "c"}, "has null in field 'prompt'"),
     (
         "messages",
         {"messages": [{"role": "bot", "content": "x"}]},
@@ -218,3 +278,24 @@ def test_formats_are_told_by_fields() -> None:
         "prompt-completion"
     }
     assert detect({"question": "p"}, {}) == set()
+    # before two answers a conversation may end with the question
+    pair = {"chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}}
+    assert detect({"conversations": [{"from": "human", "value": "q"}], **pair}, {}) == {"preference"}
+
+
+@pytest.mark.parametrize(
+    ("found", "method", "chosen"),
+    [
+        ({"text", "alpaca"}, "auto", "alpaca"),  # tatsu-lab/alpaca
+        ({"text", "alpaca"}, "pretrain", "text"),
+        ({"messages", "preference"}, "auto", "messages"),  # ultrafeedback_binarized
+        ({"messages", "preference"}, "dpo", "preference"),
+        ({"alpaca", "messages"}, "auto", None),
+        ({"text"}, "dpo", "text"),
+        (set(), "sft", None),
+    ],
+)
+def test_of_several_formats_the_method_and_the_most_specific_count(
+    found: set[str], method: str, chosen: str | None
+) -> None:
+    assert chosen_format(found, method) == chosen

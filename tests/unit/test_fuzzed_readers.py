@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from megatrain.checkpoint.description import Description, random_numbers, read_description, set_random_numbers
 from megatrain.config import Config, load_config, override, parse_config, to_yaml
+from megatrain.data.bad_rows import BadRows
 from megatrain.data.sources import Corpus
 from megatrain.data.tokenizer import load_tokenizer, train_bpe
 from megatrain.errors import ConfigError, IntegrityError
@@ -286,7 +287,9 @@ def test_texts_and_jsonl(folder: Path, content: bytes, name: str) -> None:
     path = folder / name
     path.write_bytes(content)
     try:
-        documents = list(Corpus([str(path)], split="train", key="data.train").documents())
+        documents = list(
+            Corpus([str(path)], split="train", key="data.train").documents(BadRows("data.train", skip=False))
+        )
     except ConfigError as error:
         one_line(error, names=str(path))
     else:

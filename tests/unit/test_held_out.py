@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import megatrain as mt
 from megatrain.config import EvalConfig
+from megatrain.data.examples import Examples
 from megatrain.data.packing import TokenStream
 from megatrain.device.lagged import LaggedDevice
 from megatrain.train.evaluate import EvalSet, Evaluation, eval_set
@@ -158,8 +159,8 @@ class Losses:
         self._losses = iter(losses)
         monkeypatch.setattr("megatrain.train.held_out.evaluate", self.evaluate)
 
-    def evaluate(self, model: Any, batches: Any, *, utf8_bytes: int | None, stop: StopOnInterrupt) -> Any:
-        return None if stop.requested else Evaluation(next(self._losses), 10, utf8_bytes)
+    def evaluate(self, engine: Any, one: EvalSet, stop: StopOnInterrupt) -> Any:
+        return None if stop.requested else Evaluation(next(self._losses), 10, one.utf8_bytes)
 
 
 class Still:
@@ -309,22 +310,38 @@ def test_a_line_of_one_set_and_of_several() -> None:
 
 def test_prompts_are_beginnings_of_texts() -> None:
     stream = tiny_stream()
-    prompts = read_prompts(5, Words(), stream)
+    config = dropout_model().config  # of 64 positions
+    prompts = read_prompts(EvalConfig(prompts=5, max_new_tokens=3), Words(), stream, config)
     assert [prompt.tokens for prompt in prompts] == [stream.tokens[1:11].tolist(), stream.tokens[21:45].tolist()]
-    assert read_prompts(1, Words(), stream) == prompts[:1]
+    assert read_prompts(EvalConfig(prompts=1, max_new_tokens=3), Words(), stream, config) == prompts[:1]
+    short = read_prompts(EvalConfig(prompts=5, max_new_tokens=60), Words(), stream, config)
+    assert [prompt.tokens for prompt in short] == [prompt.tokens[:5] for prompt in prompts]
+
+
+def test_prompts_of_examples_are_those_that_the_model_has_room_for() -> None:
+    targets = np.array([False] * 5 + [True, False, True])
+    rows = Examples(np.arange(1, 9, dtype=np.uint16), targets, np.array([0, 6, 8]), 10)
+    config = dropout_model().config
+    for new_tokens, expected in ((60, [[1, 2, 3, 4, 5], [7]]), (61, [[7]])):
+        found = read_prompts(EvalConfig(prompts=2, max_new_tokens=new_tokens), Words(), rows, config)
+        assert [prompt.tokens for prompt in found] == expected
 
 
 def test_prompts_are_texts_and_chats() -> None:
-    words = Words()
+    words, config = Words(), dropout_model().config
     chat = [{"role": "user", "content": "5 6"}]
+
+    def read(prompts: list[Any]) -> list[Prompt]:
+        return read_prompts(EvalConfig(prompts=tuple(prompts), max_new_tokens=3), words, None, config)
+
     with pytest.raises(mt.ConfigError, match=r"^eval.prompts\[1\]: is a chat, and the tokenizer has no chat template"):
-        read_prompts(("1 2", chat), words, None)
+        read(["1 2", chat])
     words.chat_template = "{{ messages }}"
-    assert read_prompts(("1 2", chat), words, None) == [Prompt("1 2", [1, 2]), Prompt("5 6 9", [5, 6, 9])]
+    assert read(["1 2", chat]) == [Prompt("1 2", [1, 2]), Prompt("5 6 9", [5, 6, 9])]
     with pytest.raises(
         mt.ConfigError, match=r"^eval.prompts\[0\]: the tokenizer's chat template does not take it: only"
     ):
-        read_prompts(([{"role": "x", "content": "5"}],), words, None)
+        read([[{"role": "x", "content": "5"}]])
 
 
 def test_samples_are_the_same_each_time_and_other_ones_from_another_seed() -> None:
@@ -340,9 +357,16 @@ def test_samples_are_the_same_each_time_and_other_ones_from_another_seed() -> No
     assert [len(sample.text.split()) for sample in write(1)] == [8, 8]
 
 
-def test_prompts_that_the_model_has_no_room_for_are_refused() -> None:
+@pytest.mark.parametrize("family", ["gpt2", "llama"])  # learns a vector for each position, computes them
+@pytest.mark.parametrize("prompts", [("3",), 1])
+def test_prompts_that_the_model_has_no_room_for_are_refused(family: str, prompts: Any) -> None:
+    config = tiny_config(family)
+    config.max_position_embeddings = 64
     with pytest.raises(mt.ConfigError, match=r"^eval.max_new_tokens is 65; the model has 64 positions"):
-        Sampler(EvalConfig(max_new_tokens=65), dropout_model(), Words(), [Prompt("3", [3])], seed=0)
+        read_prompts(EvalConfig(prompts=prompts, max_new_tokens=65), Words(), None, config)
+    with pytest.raises(mt.ConfigError, match=r"eval.max_new_tokens is 64; .* 2 tokens, so it must be at most 63"):
+        read_prompts(EvalConfig(prompts=("3 4",)), Words(), None, config)
+    assert read_prompts(EvalConfig(prompts=0, max_new_tokens=65), Words(), None, config) == []
 
 
 def test_what_is_shown_of_samples_moves_no_cursor() -> None:

@@ -154,11 +154,12 @@ def test_a_run_measures_keeps_the_best_and_ends(data: Path) -> None:
 
 def test_prompts_are_texts_where_held_out_rows_have_images(data: Path) -> None:
     rows = held_out_rows(held_out_config("llava_next", data))
-    assert read_prompts(0, None, rows) == []
+    model_config = load_pretrained(model_of("llava_next")).config
+    assert read_prompts(EvalConfig(), None, rows, model_config) == []
     with pytest.raises(
         ConfigError, match=r"^eval.prompts: 2 is wrong for a data.eval whose rows have images; expected"
     ):
-        read_prompts(2, None, rows)
+        read_prompts(EvalConfig(prompts=2), None, rows, model_config)
 
 
 # -- how rows are read --------------------------------------------------------------------------------------------

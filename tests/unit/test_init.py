@@ -61,6 +61,60 @@ def test_what_is_written_trains(folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
+def text_of(characters: int, folder: Path) -> Path:
+    (folder / "few.txt").write_text("a text to learn from\n" * (characters // 21) + "." * (characters % 21))
+    return folder / "few.txt"
+
+
+def init_on(data: Path, folder: Path, out: Path, *more: str) -> int:
+    return cli.main(["init", str(out), "--model", str(folder / "model"), "--data", str(data), *more])
+
+
+def rows(folder: Path, name: str, row: dict[str, Any], count: int = 40) -> Path:
+    (folder / name).write_text((json.dumps(row) + "\n") * count)
+    return folder / name
+
+
+def test_few_data_make_many_small_steps(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As many as the file says, which is what training comes to."""
+    out = tmp_path / "mine.yaml"
+    assert init_on(text_of(3201, tmp_path), folder, out, "--epochs", "2") == 0
+    written, text = yaml.safe_load(out.read_text()), out.read_text()
+    assert written["train"]["tokens_per_step"] == 128
+    assert "# 50 steps, as the data are few; " in text
+    assert written["schedule"]["warmup_steps"] == 2 and written["checkpoint"]["every"] == 13
+    capsys.readouterr()
+    assert cli.main(["train", str(out), "--output", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr()
+    assert "50 steps of 128 tokens" in said.err and "trained 50 steps" in said.out and "warning" not in said.err
+
+
+def test_pairs_of_answers_have_settings_of_their_own(folder: Path, tmp_path: Path) -> None:
+    pairs = rows(tmp_path, "pairs.jsonl", {"prompt": "one and one", "chosen": " two", "rejected": " three"})
+    out = tmp_path / "mine.yaml"
+    assert init_on(pairs, folder, out) == 0
+    written = yaml.safe_load(out.read_text())
+    assert written["optimizer"]["lr"] == 5e-7 and "far lower than for fine-tuning" in out.read_text()
+    assert written["train"]["method"] == "dpo" and written["train"]["dpo_beta"] == 0.1
+    assert written["train"]["tokens_per_step"] == 128  # both rows of one pair
+    less = ["--train.epochs", "0.1", "--data.seq_len", "64"]
+    assert cli.main(["train", str(out), *less, "--output", str(tmp_path / "run")]) == 0
+
+
+def test_steps_that_are_not_the_passes_that_are_wanted_are_said(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "mine.yaml"
+    assert init_on(text_of(961, tmp_path), folder, out) == 0
+    changed = ["--train.tokens_per_step", "640", "--schedule.warmup_steps", "0"]
+    assert cli.main(["train", str(out), *changed, "--output", str(tmp_path / "run")]) == 0
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "train.epochs" in line]
+    assert line == (
+        "warning: train.epochs: 1 comes to 1.50 steps of 640 tokens; 1 whole one will be taken, 0.67 passes. "
+        "A lower train.tokens_per_step comes closer"
+    )
+
+
 def test_nothing_is_written_over_without_being_asked(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "mine.yaml"
     out.write_text("precious")
@@ -74,6 +128,7 @@ def test_nothing_is_written_over_without_being_asked(folder: Path, tmp_path: Pat
         (["--data", "nowhere.txt"], "data.train: 'nowhere.txt' does not exist"),
         (["--eval", "nowhere.txt"], "data.eval: 'nowhere.txt' does not exist"),
         (["--epochs", "0"], "--epochs: '0' is wrong"),
+        (["--seq-len", "65"], "--seq-len: 65 is more than the model's max_position_embeddings, 64"),
         (["--hardware", "abacus"], "abacus"),
     ],
 )

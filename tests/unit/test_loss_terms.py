@@ -177,6 +177,26 @@ def test_an_error_of_the_batch_is_raised_as_it_is() -> None:
     engine.close()
 
 
+def test_what_the_model_does_with_whole_logits_alone_is_scored_with_whole_logits() -> None:
+    """An evaluation may come before the first step, which would find that out; it decides nothing for training."""
+
+    class Strict(LlamaForCausalLM):
+        def forward(self, input_ids: Any = None, **rest: Any) -> Any:
+            output = super().forward(input_ids=input_ids, **rest)
+            if output.logits.shape[:2] != input_ids.shape:
+                raise ValueError("not of all tokens")
+            return output
+
+    plain, model = tiny_llama(), tiny_llama()
+    model.__class__ = Strict
+    engine, batch = make_engine(model.eval()), make_batch(0)
+    assert engine.head.reason is None
+    found = engine.log_probabilities(batch)
+    logits = plain.eval()(input_ids=batch["input_ids"]).logits
+    expected = -F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="none")
+    assert torch.equal(found[:, 1:].flatten(), expected) and engine.head.reason is None
+
+
 def test_the_fused_head_gives_up_as_well() -> None:
     import fused_losses
 

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from megatrain import cli
 from megatrain.config import Config, parse_config
 from megatrain.data import tokenising
 from megatrain.data.examples import Examples, PreferenceExamples
+from megatrain.data.rows import PackedRows
 from megatrain.data.tokenizer import load_tokenizer, train_bpe
 from megatrain.errors import ConfigError
 from megatrain.model.loading import initialise
@@ -363,7 +365,7 @@ def test_examples_are_measured_by_their_targets(chat_folder: Path, tmp_path: Pat
         seen: list[int] = []
         head = engine.model.get_output_embeddings()
         head.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits.shape[:-1].numel()))
-        found = evaluate(engine, measured.batches(), utf8_bytes=measured.utf8_bytes)
+        found = evaluate(engine, measured)
     assert seen and max(seen) == 5  # logits of no more tokens than in training
     assert found is not None and found.utf8_bytes == examples.utf8_bytes
     nats = 0.0
@@ -428,7 +430,13 @@ def test_the_command_shows_texts_too(chat_folder: Path, tmp_path: Path, capsys: 
     file.write_text(json.dumps(settings(chat_folder, tmp_path / "a.txt")))
     assert cli.main(["data", str(file), "--examples", "1", "--data.seq_len", "32"]) == 0
     shown = capsys.readouterr().out
-    assert "⟦<|eos|>hello world" in shown and "of them targets (100.0%)" in shown
+    assert "<|eos|>⟦hello world" in shown  # nothing stands before the first token of a sequence
+    (told,) = [line for line in shown.splitlines() if line.startswith("data.train: ")]
+    sequences = int(told.split()[1])
+    assert f"{sequences * 32:,} tokens, {sequences * 31:,} of them targets" in told and "packs" not in shown
+    assert cli.main(["data", str(file), "--data.eval", str(tmp_path / "a.txt"), "--data.seq_len", "32", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["eval"]["mixture"]
+    assert told["target_tokens"] == told["tokens"] - 1  # windows overlap
 
 
 def test_the_command_shows_documents_that_are_not_joined(
@@ -439,7 +447,37 @@ def test_the_command_shows_documents_that_are_not_joined(
     file.write_text(json.dumps(settings(chat_folder, path)))
     assert cli.main(["data", str(file), "--data.packing", "none"]) == 0
     shown = capsys.readouterr().out
-    assert "\n⟦hello<|eos|>⟧\n" in shown and "data.train: 2 examples" in shown
+    first = re.search(r"\n([^\n⟦]+)⟦([^\n]*)<\|eos\|>⟧\n", shown)
+    assert first is not None and first[1] + first[2] == "hello" and "data.train: 2 examples" in shown
+
+
+def test_the_command_says_how_full_packed_rows_are(
+    chat_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(settings(chat_folder, write(tmp_path / "a.jsonl", [chat(n) for n in range(20)]))))
+
+    def told(*options: str) -> dict[str, Any]:
+        assert cli.main(["data", str(file), "--json", *options]) == 0
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)["train"]
+        return found
+
+    auto = told()
+    rows = PackedRows(rows_of(chat_folder, tmp_path / "a.jsonl").examples, 64, shuffle=False, seed=0)  # type: ignore[arg-type]
+    assert auto["packed"] == {"packing": "best_fit", "rows": rows.count, "fill": rows.fill}
+    assert told("--data.packing", "none")["packed"] is None
+    assert cli.main(["data", str(file), "--examples", "0"]) == 0
+    assert f"data.train: best_fit packs them into {rows.count} rows, {rows.fill:.1%} full\n" in capsys.readouterr().out
+    file.write_text(
+        json.dumps(settings(chat_folder, write(tmp_path / "b.jsonl", [{"text": "hello " * 99}, {"text": "x"}])))
+    )
+    found = told("--data.packing", "best_fit")
+    lengths = [len(one["pieces"]) for one in found["examples"]]
+    cuts = found["mixture"]["examples"] - 2
+    assert (
+        lengths and cuts > 0 and found["said"][0].endswith(f"documents longer than data.seq_len are cut {cuts} times")
+    )
+    assert found["packed"]["rows"] <= found["mixture"]["examples"]
 
 
 def test_colours_mark_targets_on_a_terminal(chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Where rows come from: files of every kind, saved tables, LLaMA-Factory's dataset_info.json."""
 
 import csv
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,13 @@ from typing import Any
 import datasets
 import pytest
 
+from megatrain.config import parse_config
+from megatrain.data.bad_rows import BadRows
 from megatrain.data.mixture import Mixture
+from megatrain.data.row_files import json_rows
 from megatrain.data.row_source import Source, open_source
 from megatrain.errors import ConfigError
+from megatrain.train.build import find_corpora
 
 QA = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 ROWS = [{"messages": QA}, {"messages": [*QA, *QA]}]
@@ -91,7 +96,16 @@ def test_csv_and_tsv_have_a_place_for_each_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", b'[{"text": "x"}, {', "data.train: {path} line 1 is not JSON; expected a list of objects"),
+        ("a.json", b'[{"text": "x"', "data.train: {path} line 1 is not JSON; expected a list of objects"),
+        ("a.json", b"\n[", "data.train: {path} line 2 is where the file ends without the ] of its list"),
+        (
+            "a.csv.gz",
+            gzip.compress(b"text\n" + bytes(range(65, 91)) * 99)[:-30],
+            "data.train: cannot read '{path}': it is",
+        ),
+        ("a.jsonl.gz", b"{}", "data.train: cannot read '{path}': Not a gzipped file"),
+        ("a.jsonl.zst", b"x", "data.train: '{path}' is compressed (.zst), which is not read; unpack it, or compress"),
+        ("a.txt.xz", b"x", "data.train: '{path}' is compressed (.xz), which is not read"),
         ("a.json", b'[\n{"text": "x"}\n\xff]', "data.train: '{path}' is not UTF-8"),
         ("a.csv", b"a,a\n1,2\n", "data.train: {path} line 1 is no list of columns"),
         ("a.csv", b'text\n"x', "data.train: {path} line 2 is no CSV: unexpected end of data"),
@@ -101,8 +115,8 @@ def test_csv_and_tsv_have_a_place_for_each_row(tmp_path: Path) -> None:
         ("a.json", b'[{"question": "x"}]', "data.train: '{path}' is in no format that its fields tell (question); say"),
         (
             "a.json",
-            b'[{"text": "x", "instruction": "q", "output": "a"}]',
-            "data.train: '{path}' could be text, alpaca (fields: instruction, output, text); say which, with",
+            b'[{"prompt": "x", "completion": "y", "instruction": "q", "output": "a"}]',
+            "data.train: '{path}' could be alpaca, prompt-completion (fields: completion, instruction, output, prompt)",
         ),
     ],
 )
@@ -126,6 +140,226 @@ def test_jsonl_rows_that_cannot_be_read_are_rows_with_a_fault(tmp_path: Path) ->
         "is a list; expected an object",
         "is not JSON; a .jsonl file has one JSON object per line",
     ]
+
+
+CUT = "is where the file ends without the ] of its list; is it cut off?"
+NO_JSON = "is not JSON; expected a list of objects, or an object in each line"
+
+
+@pytest.mark.parametrize(
+    ("text", "rows", "line", "wrong"),
+    [
+        ('[{"text": "a"},\n{"text": "b"}', 2, 2, CUT),
+        ('[{"text": "a"},\n{"text": "b"},\n', 2, 3, CUT),
+        ('[{"text": "a"},\n{"text": "b', 1, 2, NO_JSON),
+        (
+            '[{"text": "a"}\n{"text": 1}]',
+            1,
+            2,
+            "has '{\"text\": 1}]' where a comma or the ] of the list would be right",
+        ),
+        ('[{"text": "a"},\n, {"text": "b"}]', 1, 2, NO_JSON),
+        ('[{"text": "a"},\n]', 1, 2, NO_JSON),
+        ('[{"text": "a"}]\n[{"text": "b"}]', 1, 1, 'has \'[{"text": "b"}]\' after the ] of the list'),
+        ('[{"text": "a"}\n] x', 1, 2, "has 'x' after the ] of the list"),
+        ("[] []", 0, 1, "has '[]' after the ] of the list"),
+    ],
+)
+def test_a_damaged_list_has_a_bad_row_at_its_end(tmp_path: Path, text: str, rows: int, line: int, wrong: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    found = list(json_rows(path, "data.train"))
+    assert [dict(row.fields)["text"] for row in found if row.wrong is None] == ["a", "b"][:rows]
+    assert len(found) == rows + 1
+    assert (found[-1].where, found[-1].wrong) == (f"{path} line {line}", f"{wrong}; what follows is not read")
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("[]", 0), (" [ ]\n\n", 0), ('[{"text": "a"}]\n', 1), ('[\n{"text": "a"} ,\n{"text": "b"}]', 2)],
+)
+def test_whole_lists_have_no_bad_row(tmp_path: Path, text: str, count: int) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    assert [row.wrong for row in json_rows(path, "data.train")] == [None] * count
+
+
+def write_texts(path: Path) -> None:
+    path.write_text("".join(json.dumps({"prompt": "p", "completion": str(n)}) + "\n\n" for n in range(10)))
+
+
+def write_texts_json(path: Path) -> None:
+    path.write_text(json.dumps([{"prompt": "p", "completion": str(number)} for number in range(10)]))
+
+
+def write_texts_csv(path: Path) -> None:
+    path.write_text("prompt,completion\n" + "".join(f"p,{number}\n" for number in range(10)))
+
+
+def write_texts_gz(path: Path) -> None:
+    write_texts(path)
+    path.write_bytes(gzip.compress(path.read_bytes()))
+
+
+def write_texts_folder(path: Path) -> None:
+    path.mkdir()
+    write_texts(path / "a.jsonl")
+    lines = (path / "a.jsonl").read_text().split("\n\n")
+    (path / "a.jsonl").write_text("\n".join(lines[:4]))
+    (path / "b.jsonl").write_text("\n".join(lines[4:]))
+
+
+def texts_table() -> datasets.Dataset:
+    return datasets.Dataset.from_list([{"prompt": "p", "completion": str(number)} for number in range(10)])
+
+
+def write_texts_saved(path: Path) -> None:
+    texts_table().save_to_disk(path)
+
+
+def write_texts_dict(path: Path) -> None:
+    datasets.DatasetDict({"train": texts_table()}).save_to_disk(path)
+
+
+def write_texts_parquet(path: Path) -> None:
+    texts_table().to_parquet(path)
+
+
+def write_parquet_folder(path: Path) -> None:
+    path.mkdir()
+    texts_table().to_parquet(path / "train-0.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.jsonl", write_texts),
+        ("a.json", write_texts_json),
+        ("a.csv", write_texts_csv),
+        ("a.jsonl.gz", write_texts_gz),
+        ("folder", write_texts_folder),
+        ("saved", write_texts_saved),
+        ("dict", write_texts_dict),
+        ("a.parquet", write_texts_parquet),
+        ("parquet", write_parquet_folder),
+    ],
+)
+def test_a_split_takes_a_part_of_the_rows(tmp_path: Path, name: str, write: Callable[[Path], None]) -> None:
+    path = tmp_path / name
+    write(path)
+
+    def numbers(split: str | None) -> list[int]:
+        return [int(fields["completion"]) for _, fields in rows_of(opened({"path": str(path), "split": split}))]
+
+    everything = rows_of(opened(str(path)))
+    assert numbers(None) == numbers("train") == list(range(10))
+    for split, expected in [
+        ("train[:50%]", range(5)),
+        ("train[50%:]", range(5, 10)),
+        ("train[:3]", range(3)),
+        ("train[-2:]", range(8, 10)),
+        ("train[7:99]", range(7, 10)),
+        ("train[:15%](pct1_dropremainder)", None),
+        ("train[:2]+train[8:]", [0, 1, 8, 9]),
+    ]:
+        if expected is None:
+            with pytest.raises(ConfigError, match=r"split 'train\[:15%\]\(pct1_dropremainder\)'"):
+                numbers(split)
+        else:
+            assert numbers(split) == list(expected)
+    part = rows_of(opened({"path": str(path), "split": "train[3:]"}))
+    assert part == everything[3:]  # with their places
+    for split, message in [
+        ("test", r"has no split 'test'; it has: train$"),
+        ("test[:1]", r"has no split 'test'; it has: train$"),
+        ("train[:x]", r"split 'train\[:x\]' is not known; expected a name or a part such as"),
+        ("train[3:3]", r"split 'train\[3:3\]' takes no row"),
+        ("train[20:]+train[:1%]", r"takes no row of 10$"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            numbers(split)
+    with pytest.raises(ConfigError, match=r"^data\.train: '.*'.*(leave name: other out|'other' not found)"):
+        opened({"path": str(path), "name": "other"})
+    with pytest.raises(ConfigError, match=r"is a path here and has no revisions; leave revision: main out$"):
+        opened({"path": str(path), "revision": "main"})
+
+
+def test_a_split_takes_a_part_of_texts(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for number in range(4):
+        (tmp_path / "texts" / f"{number}.txt").write_text(str(number))
+    (tmp_path / "texts" / "4.jsonl").write_text("".join(f'{{"text": "{number}"}}\n' for number in range(4, 10)))
+
+    def texts(path: Path, split: str, skip: bool = False) -> list[str]:
+        return list(opened({"path": str(path), "split": split}).documents(BadRows("data.train", skip=skip)))
+
+    assert texts(tmp_path / "texts", "train[:20%]+train[50%:70%]") == ["0", "1", "5", "6"]
+    assert texts(tmp_path / "texts" / "4.jsonl", "train[:50%]") == ["4", "5", "6"]
+    (tmp_path / "texts" / "0.txt").write_bytes(b"\xff")  # what is not taken is not read
+    assert texts(tmp_path / "texts", "train[1:3]") == ["1", "2"]
+    with pytest.raises(ConfigError, match=r"has no split 'validation'; it has: train$"):
+        texts(tmp_path / "texts", "validation")
+
+
+def test_dataset_infos_splits_count(tmp_path: Path) -> None:
+    write_texts(tmp_path / "a.jsonl")
+    columns = {"prompt": "prompt", "response": "completion"}
+    entry = {"file_name": "a.jsonl", "columns": columns, "split": "train[:30%]"}
+    (tmp_path / "info.json").write_text(json.dumps({"a": entry, "b": {**entry, "subset": "x"}}))
+    assert len(rows_of(opened({"path": "a", "dataset_info": str(tmp_path / "info.json")}))) == 3
+    with pytest.raises(ConfigError, match=r"has no configurations; leave name: x out$"):
+        opened({"path": "b", "dataset_info": str(tmp_path / "info.json")})
+
+
+@pytest.mark.parametrize("write", [write_texts, write_texts_saved, write_parquet_folder])
+def test_data_are_held_out_by_their_rows(
+    tmp_path: Path, write: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / ("a.jsonl" if write is write_texts else "a")
+    write(path)
+
+    def warned(train: str | None, held_out: str | None) -> bool:
+        caplog.clear()
+        data = {"train": {"path": str(path), "split": train}, "eval": {"path": str(path), "split": held_out}}
+        find_corpora(parse_config({"model": {"path": "x"}, "data": data}, for_training=False))
+        return "what is measured on it is not held out" in caplog.text
+
+    assert not warned("train[:90%]", "train[90%:]")
+    assert not warned("train[2:4]+train[6:8]", "train[:2]+train[9:]")
+    assert warned("train[:90%]", "train[80%:]")
+    assert warned("train", "train[80%:]") and warned("train", "train")
+
+
+def test_several_files_by_a_pattern(tmp_path: Path) -> None:
+    write_texts_folder(tmp_path / "folder")
+    assert rows_of(opened(str(tmp_path / "folder" / "*.jsonl"))) == rows_of(opened(str(tmp_path / "folder")))
+    assert len(rows_of(opened({"path": str(tmp_path / "**" / "[a]*.jsonl"), "split": "train[:2]"}))) == 2
+    for number in range(2):
+        texts_table().select([number]).to_parquet(tmp_path / f"{number}.parquet")
+        (tmp_path / f"{number}.txt").write_text(str(number))
+    assert len(rows_of(opened(str(tmp_path / "*.parquet")))) == 2
+    assert list(opened(str(tmp_path / "?.txt")).documents(BadRows("data.train", skip=False))) == ["0", "1"]
+    with pytest.raises(ConfigError, match=r"^data\.train: no file matches '.*\*\.none'$"):
+        opened(str(tmp_path / "*.none"))
+    with pytest.raises(ConfigError, match=r"names \.parquet, \.txt files; give files of one kind$"):
+        opened(str(tmp_path / "1.*"))
+    (tmp_path / "[x].txt").write_text("not a pattern")
+    assert opened(str(tmp_path / "[x].txt")).files == (tmp_path / "[x].txt",)
+
+
+def test_a_revision_of_the_hub_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+
+    def load_dataset(*arguments: Any, **options: Any) -> datasets.Dataset:
+        given.append((arguments, options))
+        return texts_table()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("megatrain.hub.check_hub_is_reachable", lambda *_: None)
+    spec = {"path": "org/data", "name": "small", "revision": "v1"}
+    identities = [opened(one).identity for one in (spec, {**spec, "revision": "v2"})]
+    options = {"split": "train", "revision": "v1", "streaming": False}
+    assert given[0] == (("org/data", "small"), options) and identities[0] != identities[1]
 
 
 def test_splits_are_chosen_by_name(tmp_path: Path) -> None:
@@ -158,11 +392,30 @@ def test_texts_stay_texts(tmp_path: Path) -> None:
     (tmp_path / "mixed" / "b.jsonl").write_text('{"text": "two"}\n')
     (tmp_path / "mixed" / "c.csv").write_text("text\nthree\n")
     mixture = Mixture([str(tmp_path / "mixed")], split="train", key="data.train")
-    assert list(mixture.documents()) == ["one", "two"] and mixture.kind == "text" and not mixture.detected
+    assert list(mixture.documents()) == ["one", "two"] and mixture.kind == "text"
+    assert mixture.detected == [f"data.train: {tmp_path / 'mixed'} is in format text"]
     mixture = Mixture([str(tmp_path / "mixed" / "c.csv")], split="train", key="data.train")
     assert list(mixture.documents()) == ["three"] and mixture.detected
+    (tmp_path / "b.jsonl").write_text('{"text": "two"}\n')
+    for form, said in (("auto", [f"data.train: {tmp_path / 'b.jsonl'} is in format text"]), ("text", [])):
+        assert Mixture([str(tmp_path / "b.jsonl")], split="train", key="data.train", form=form).detected == said
     with pytest.raises(ConfigError, match="is plain text, which has no format alpaca; give format: text"):
         opened({"path": str(tmp_path / "mixed"), "format": "alpaca"})
+
+
+def test_well_known_layouts_of_several_formats_are_told_by_the_method(tmp_path: Path) -> None:
+    ultrafeedback = {"prompt": "q", "messages": QA, "chosen": QA, "rejected": [QA[0], {**QA[1], "content": "b"}]}
+    stanford = {"instruction": "q", "input": "", "output": "a", "text": "Below is q a"}
+    (tmp_path / "u.jsonl").write_text(json.dumps({**ultrafeedback, "prompt_id": "1", "score_chosen": 8.0}))
+    (tmp_path / "s.jsonl").write_text(json.dumps(stanford))
+
+    def detected(name: str, method: str) -> str:
+        (said,) = Mixture([str(tmp_path / name)], split="train", key="data.train", method=method).detected
+        return said.removeprefix(f"data.train: {tmp_path / name} is in format ")
+
+    assert detected("u.jsonl", "dpo") == "preference (it could be messages, too, which format says)"
+    assert detected("u.jsonl", "auto") == "messages (it could be preference, too, which format says)"
+    assert detected("s.jsonl", "sft") == "alpaca (it could be text, too, which format says)"
 
 
 def test_a_hub_id_that_cannot_be_reached_is_one_line() -> None:
@@ -180,6 +433,8 @@ def test_llama_factorys_dataset_info_is_read(tmp_path: Path) -> None:
     info = tmp_path / "dataset_info.json"
     share = [{"who": "me", "said": "q"}, {"who": "it", "said": "a"}]
     (tmp_path / "alpaca.json").write_text(json.dumps([{"instruction": "q", "input": "", "output": "a", "q": 1}]))
+    more = {"instruction": "q", "input": "i", "output": "a", "system": "s", "history": [["q", "a"]]}
+    (tmp_path / "more.json").write_text(json.dumps([more]))
     (tmp_path / "share.jsonl").write_text(json.dumps({"chat": share}))
     (tmp_path / "openai.jsonl").write_text(json.dumps({"messages": QA}))
     (tmp_path / "pairs.json").write_text(json.dumps([{"instruction": "q", "yes": "a", "no": "b"}]))
@@ -193,6 +448,11 @@ def test_llama_factorys_dataset_info_is_read(tmp_path: Path) -> None:
             "file_name": "pairs.json",
             "ranking": True,
             "columns": {"prompt": "instruction", "chosen": "yes", "rejected": "no"},
+        },
+        "plain": {"file_name": "more.json", "columns": {"prompt": "instruction", "response": "output"}},
+        "all": {
+            "file_name": "more.json",
+            "columns": {"prompt": "instruction", "query": "input", "system": "system", "history": "history"},
         },
         "text": {"file_name": "text.json", "columns": {"prompt": "content"}},
         "videos": {"file_name": "text.json", "columns": {"videos": "content"}},
@@ -214,9 +474,16 @@ def test_llama_factorys_dataset_info_is_read(tmp_path: Path) -> None:
     assert sample("alpaca") == sample("share") == sample("openai") == Chat(QA)
     assert sample("pairs") == Pair(Chat(QA, first=1), Chat(other, first=1))
     assert sample("text") == Text("t")
+    assert sample("plain") == Chat(QA)  # what it does not name is not read
+    assert sample("all") == Chat([{"role": "system", "content": "s"}, *QA, {"role": "user", "content": "q\ni"}, QA[1]])
+    named = opened({"path": "plain", "dataset_info": str(info), "columns": {"system": "system"}})
+    assert "system" not in named.layout.unread and "input" in named.layout.unread
     assert opened({"path": "alpaca", "dataset_info": str(info)}).samples == 3
     for name, message in [
-        ("none", r"has no dataset 'none'; it has: alpaca, odd, openai, pairs, script, share, text, videos$"),
+        (
+            "none",
+            r"has no dataset 'none'; it has: all, alpaca, odd, openai, pairs, plain, script, share, text, videos$",
+        ),
         ("videos", r"columns.videos is not supported; rows are of text and images$"),
         ("script", r"names no file_name and no hf_hub_url"),
         ("odd", r"formatting 'odd' is not known; expected alpaca, sharegpt or openai$"),

@@ -326,7 +326,7 @@ def test_an_interrupted_evaluation_measures_nothing() -> None:
     engine = Interrupted()
     stream = TokenStream(np.arange(30, dtype=np.uint16), utf8_bytes=30)
     with StopOnInterrupt() as stop:
-        assert evaluate(engine, eval_set(stream, seq_len=5, micro_batch=1).batches(), stop=stop) is None
+        assert evaluate(engine, eval_set(stream, seq_len=5, micro_batch=1), stop) is None
     assert engine.calls == 1
 
 

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
 import megatrain as mt
 from megatrain.engine.registry import engine_of
+from megatrain.trainers import scheduler_state
 
 __all__ = ["cheap_collections"]
 pytestmark = pytest.mark.xdist_group("trainers")  # importing trainers takes seconds
@@ -147,18 +150,104 @@ def test_what_a_checkpoint_holds(tmp_path: Path) -> None:
     engine.close()
 
 
-def test_a_scheduler_whose_state_is_no_json_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
+def test_a_scheduler_that_follows_evaluations_is_saved(name: str, tmp_path: Path) -> None:
+    """Its best loss begins at inf, which JSON has not. Nothing is learnt, so that the learning rate falls."""
+
+    class Flat(TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
+            metrics["eval_loss"] = 5.0
+
+    settings = {"lr_scheduler_type": name, "lr_scheduler_kwargs": {"patience": 1, "factor": 0.5}, "max_steps": 5}
+    settings |= {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 2}
+
+    def run(folder: str, resume: str | None = None) -> tuple[mt.Engine, Trainer]:
+        engine = make_engine(tiny_llama())
+        args = arguments(tmp_path / folder, **settings)
+        trainer = Streamed(engine.model, args, train_dataset=Rows(), eval_dataset=Rows(), callbacks=[Flat()])
+        trainer.train(resume_from_checkpoint=resume)
+        return engine, trainer
+
+    straight, whole = run("straight")
+    resumed, rest = run("resumed", str(tmp_path / "straight" / "checkpoint-2"))
+    assert len(set(logged(whole, "learning_rate"))) > 1
+    assert logged(rest, "learning_rate") == logged(whole, "learning_rate")
+    assert resumed.unit_hashes() == straight.unit_hashes()
+    assert rest.lr_scheduler.state_dict() == whole.lr_scheduler.state_dict()
+
+
+def test_a_schedulers_state_comes_back_as_it_was() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0, momentum=0.9)
+    schedules = torch.optim.lr_scheduler
+    plateau = schedules.ReduceLROnPlateau(optimizer)
+    plateau.step(float("nan"))
+    steps = schedules.MultiStepLR(optimizer, [2, 2, 5])
+    chain = schedules.SequentialLR(optimizer, [schedules.ConstantLR(optimizer), schedules.StepLR(optimizer, 2)], [3])
+    cycle = schedules.OneCycleLR(optimizer, max_lr=1.0, total_steps=9)
+    for scheduler in (plateau, steps, chain, cycle):
+        state = scheduler.state_dict()
+        text = json.dumps(scheduler_state.to_json(state), allow_nan=False)
+        found = scheduler_state.from_json(json.loads(text), state)
+        assert repr(found) == repr(state)  # nan is not itself
+        scheduler.load_state_dict(found)
+    assert type(steps.milestones) is Counter and sorted(steps.milestones.elements()) == [2, 2, 5]
+    pair = {"pair": (1, (math.inf, -math.inf)), "flag": True, "none": None, "text": "a"}
+    assert scheduler_state.from_json(scheduler_state.to_json(pair), pair) == pair
+
+
+@pytest.mark.parametrize(
+    ("encoded", "error", "line"),
+    [
+        ({"best": {"$float": "1"}}, mt.IntegrityError, r"damaged .*\$float"),
+        ({"best": {"$float": math.inf}}, mt.IntegrityError, "damaged"),
+        ({"best": {"$call": "x"}}, mt.IntegrityError, "damaged"),
+        ({"best": {"$tuple": 3}}, mt.IntegrityError, "damaged"),
+        ({"best": {"$counter": [[1]]}}, mt.IntegrityError, "damaged"),
+        ({"$float": "inf"}, mt.IntegrityError, "damaged"),
+        ({"best": {"a": 1, "$float": "inf"}}, mt.IntegrityError, "damaged"),
+        ([], mt.IntegrityError, "damaged"),
+        (None, mt.IntegrityError, "damaged"),
+        ({"step": 3}, mt.ConfigError, r"has step = 3, which is not there .*lr_scheduler_type"),
+        ({"best": "low"}, mt.ConfigError, r"has best = 'low', which is of type float"),
+        ({"best": True}, mt.ConfigError, "of type float"),
+    ],
+)
+def test_a_schedulers_state_that_is_not_one_is_refused(encoded: Any, error: type[Exception], line: str) -> None:
+    with pytest.raises(error, match=line):
+        scheduler_state.from_json(encoded, {"best": 1.0})
+
+
+def test_the_state_of_another_kind_of_scheduler_changes_nothing(tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    make(**settings)(Streamed, make_engine(tiny_llama()).model, tmp_path / "cosine").train()
+    engine = make_engine(tiny_llama())
+    before = engine.unit_hashes()
+    trainer = Streamed(
+        engine.model,
+        arguments(tmp_path / "other", max_steps=2),
+        train_dataset=Rows(),
+        optimizers=(engine.optimizer, torch.optim.lr_scheduler.ExponentialLR(engine.optimizer, 0.5)),
+    )
+    with pytest.raises(mt.ConfigError, match=r"lr_lambdas .* not there in this one's"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "cosine" / "checkpoint-1"))
+    assert engine.unit_hashes() == before
+
+
+@pytest.mark.parametrize("value", [torch.device("cpu"), {1: 2}, {"$float": 1}, {1, 2}])
+def test_a_scheduler_whose_state_cannot_be_saved_is_refused_before_the_first_step(value: Any, tmp_path: Path) -> None:
     engine = make_engine(tiny_llama())
     scheduler = torch.optim.lr_scheduler.ConstantLR(engine.optimizer)
-    scheduler.device = torch.device("cpu")
-    trainer = Streamed(
-        model=engine.model,
-        args=arguments(tmp_path, save_strategy="steps", save_steps=1, max_steps=1),
-        train_dataset=Rows(),
-        optimizers=(engine.optimizer, scheduler),
-    )
-    with pytest.raises(mt.ConfigError, match=r"lr_scheduler: its state cannot be saved as JSON"):
-        trainer.train()
+    scheduler.extra = value
+
+    def trainer(**settings: Any) -> Trainer:
+        args = arguments(tmp_path, max_steps=1, **settings)
+        return Streamed(engine.model, args, train_dataset=Rows(), optimizers=(engine.optimizer, scheduler))
+
+    with pytest.raises(mt.ConfigError, match=r"lr_scheduler.extra.* cannot be saved; use a scheduler whose"):
+        trainer(save_strategy="steps", save_steps=1).train()
+    assert engine.step_count == 0
+    trainer().train()  # nothing is to be saved
+    assert engine.step_count == 1
 
 
 def test_a_run_may_write_its_checkpoints_again(tmp_path: Path) -> None:
@@ -316,6 +405,44 @@ def test_an_adapter_around_a_streamed_model_is_refused(tmp_path: Path) -> None:
 def test_a_mixin_without_a_trainer_is_refused() -> None:
     with pytest.raises(mt.ConfigError, match=r"no trainer comes after StreamedTrainerMixin"):
         mt.StreamedTrainerMixin(model=None)
+
+
+@pytest.mark.parametrize("device", ["cpu", "lagged"])
+@pytest.mark.parametrize("trainable", [True, False])
+def test_freezing_in_the_middle_is_refused(device: str, trainable: bool, tmp_path: Path) -> None:
+    class Change(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            model.model.layers[0].mlp.requires_grad_(trainable)
+
+    model = tiny_llama()
+    model.model.layers[0].mlp.requires_grad_(not trainable)
+    engine = make_engine(model, device)
+    trainer = Streamed(engine.model, arguments(tmp_path), train_dataset=Rows(), callbacks=[Change()])
+    now = "trainable" if trainable else "frozen"
+    line = rf"model.layers.0.mlp.gate_proj.weight was made {now} after the engine took over; make a new Engine"
+    with pytest.raises(mt.IntegrityError, match=line):
+        trainer.train()
+    assert engine.step_count == 1
+
+
+@pytest.mark.parametrize(("device", "tied"), [("cpu", False), ("lagged", True)])
+def test_another_vocabulary_is_refused_when_it_is_made(device: str, tied: bool) -> None:
+    engine, ids = make_engine(tiny_llama(tied), device), torch.arange(6).view(1, 6)
+    for module in (engine.model, engine.model.model):
+        with pytest.raises(mt.errors.UnsupportedModelError, match=r"96 token embeddings cannot become 128 .*before mt"):
+            module.resize_token_embeddings(97, pad_to_multiple_of=64)
+    for size in ((), (96,), (95, 32)):  # as it is
+        assert engine.model.resize_token_embeddings(*size) is engine.model.get_input_embeddings()
+    assert engine.train_step([{"input_ids": ids, "labels": ids}]).loss is not None
+    engine.close()
+    assert engine.model.resize_token_embeddings(97, mean_resizing=False).num_embeddings == 97
+
+
+def test_a_module_that_was_replaced_is_named(tmp_path: Path) -> None:
+    engine = make_engine(tiny_llama())
+    engine.model.lm_head = torch.nn.Linear(32, 96, bias=False)
+    with pytest.raises(mt.IntegrityError, match=r"lm_head.weight came after the engine had taken the model over"):
+        make()(Streamed, engine.model, tmp_path).train()
 
 
 # -- parts of the engine that only trainers use ---------------------------------------------------------------------

@@ -27,7 +27,9 @@ from trl import (
     RewardTrainer,
     SFTConfig,
     SFTTrainer,
+    clone_chat_template,
 )
+from trl.trainer import grpo_trainer
 
 import megatrain as mt
 from megatrain.engine.registry import engine_of
@@ -149,9 +151,15 @@ def reward(completions: list[str], **_: Any) -> list[float]:
     return [float(len(set(completion.split()))) for completion in completions]
 
 
-def test_grpo(tokenizer: Any, tmp_path: Path) -> None:
+def test_grpo(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Generation runs through the streamed model; TRL loads the reference model by itself."""
     tiny_llama().save_pretrained(tmp_path / "model")
+    load, asked = grpo_trainer.create_model_from_path, []
+    monkeypatch.setattr(
+        grpo_trainer, "create_model_from_path", lambda *a, **k: asked.append(k.get("device_map")) or load(*a, **k)
+    )
     model = LlamaForCausalLM.from_pretrained(tmp_path / "model")
     settings = {"num_generations": 2, "max_completion_length": 3, "beta": 0.1}
     prompts = preferences().select_columns(["prompt"])
@@ -161,7 +169,37 @@ def test_grpo(tokenizer: Any, tmp_path: Path) -> None:
     assert largest_difference(streamed.model, tiny_llama()) > 5e-3
     assert logged(streamed, "reward") == logged(resident, "reward")
     assert [engine.model for engine in streamed._frozen] == [streamed.ref_model]
-    assert streamed.args.model_init_kwargs == {"device_map": "cpu"}  # and not onto the device, as a whole
+    assert asked == [None, "cpu"]  # and not onto the device, as a whole
+    assert streamed.args.model_init_kwargs is None
+    assert "model_init_kwargs" not in caplog.text  # which the user has not given
+
+
+@pytest.mark.parametrize("given", [None, {"dtype": "float32"}])
+def test_what_trl_is_told_for_its_references_is_gone_afterwards(
+    given: Any, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = make_engine(tiny_llama(), "lagged")
+    cls = type("Streamed", (mt.StreamedTrainerMixin, SFTTrainer), {})
+    trainer = make(SFTConfig, chats(), tokenizer, {"model_init_kwargs": given})(cls, engine.model, tmp_path)
+    assert trainer.args.model_init_kwargs == given
+    assert ("You passed `model_init_kwargs`" in caplog.text) == (given is not None)  # as without the mixin
+    engine.close()
+
+
+def test_a_template_that_brings_tokens_has_to_come_before_the_engine(tokenizer: Any, tmp_path: Path) -> None:
+    richer = copy.deepcopy(tokenizer)
+    richer.add_tokens([f"<{n}>" for n in range(40)])  # more than the model has room for
+    richer.save_pretrained(tmp_path / "richer")
+    engine = make_engine(tiny_llama())
+    cls = type("Streamed", (mt.StreamedTrainerMixin, SFTTrainer), {})
+    trainer = make(SFTConfig, chats(), copy.deepcopy(tokenizer), {"chat_template_path": str(tmp_path / "richer")})
+    with pytest.raises(mt.errors.UnsupportedModelError, match=r"chat_template_path .*clone_chat_template"):
+        trainer(cls, engine.model, tmp_path)
+    engine.close()
+    model, own, _ = clone_chat_template(tiny_llama(), copy.deepcopy(tokenizer), str(tmp_path / "richer"))
+    trainer = make(SFTConfig, chats(), own, {"max_steps": 1})
+    with make_engine(model) as engine:
+        trainer(cls, engine.model, tmp_path).train()
 
 
 def test_without_a_head_of_its_own_the_fused_loss_finds_none(

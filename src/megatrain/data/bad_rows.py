@@ -22,12 +22,12 @@ class BadRows:
         self.count = 0
         self.first: list[str] = []
 
-    def found(self, where: str, reason: str) -> None:
-        """Note the row at `where`, or raise ConfigError."""
+    def found(self, where: str, reason: str, *, always_named: bool = False) -> None:
+        """Note the row at `where`, or raise ConfigError. `always_named`: it is a whole file, of which all are said."""
         if not self.skip:
             raise ConfigError(f"{self.key}: {where} {reason}; data.bad_rows: skip leaves such rows out")
         self.count += 1
-        if len(self.first) < _SHOWN:
+        if always_named or len(self.first) < _SHOWN:
             self.first.append(f"{where} {reason}".strip())
 
 

@@ -2,24 +2,24 @@
 
 A template with a generation mask (`{% generation %}`) says so. For others it is derived: what the template writes up to
 an assistant's turn, asking for it, must be how the whole conversation begins, and the turn ends where the
-conversation up to and with it ends. Nothing is guessed: where neither holds, that is an error.
+conversation up to and with it ends. Nothing is guessed: where neither holds, that is an error. And so is an answer
+that does not stand in what the template wrote for it.
 """
 
 import re
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
 
 from megatrain.data.bad_rows import BadRowError
-from megatrain.data.formats import Chat, Message
-
-Span = tuple[int, int]
+from megatrain.data.formats import Chat
+from megatrain.data.jinja_chat import Span, written
+from megatrain.data.messages import Message
+from megatrain.data.said import check_said, texts_of
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_DATE = re.compile(r"strftime_now\(\s*(\"[^\"]*\"|'[^']*')\s*\)")
-# Templates may write today's date: the same data would be other tokens tomorrow. This one stands for all days.
-_DATES = {"%d %b %Y": "26 Jul 2024", "%Y-%m-%d": "2024-07-26", "%d %B %Y": "26 July 2024", "%B %d, %Y": "July 26, 2024"}
+_MARK = "Qx7mark9xQ"  # what nobody says
 
 
 class NotDerivableError(ValueError):
@@ -32,23 +32,25 @@ class TemplateSyntaxError(ValueError):
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text; `spans`: the characters to learn, in order; `ended`: whether the last of them end with a
+    """A conversation as text; `spans`: the characters to learn, in order; `unended`: how many of them end with no
     special token, by which the model learns to stop; `plain`: it is no template's, and begin-of-text and end-of-text
     are still to be put around it."""
 
     text: str
     spans: Sequence[Span]
-    ended: bool
+    unended: int = 0
     plain: bool = False
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A Jinja template, and what it may name: `names` such as bos_token. `special`: texts of all special tokens."""
+    """A Jinja template, and what it may name: `names` such as bos_token. `special`: texts of all special tokens.
+    `with_tools`: the template for conversations that describe tools, where the model has one for them."""
 
     text: str
     names: Mapping[str, str] = field(default_factory=dict)
     special: tuple[str, ...] = ()
+    with_tools: str | None = None
 
     @property
     def has_generation_mask(self) -> bool:
@@ -59,75 +61,126 @@ class ChatTemplate:
         from jinja2 import TemplateSyntaxError as JinjaSyntaxError
 
         try:
-            _render(self, [{"role": "user", "content": "a"}], None)
+            self._written([{"role": "user", "content": "a"}], Chat([]))
         except BadRowError as error:
             if isinstance(error.__cause__, JinjaSyntaxError):
                 raise TemplateSyntaxError(f"line {error.__cause__.lineno}: {error.__cause__.message}") from None
 
     def render(self, chat: Chat, *, everything: bool = False) -> Rendered:
-        """The conversation with its assistant turns from `chat.first` on, or all of it, to learn.
+        """The conversation with its assistant turns from `chat.first` on, or all of it, to learn; those of weight 0
+        never.
 
-        Raises BadRowError where the template refuses it, NotDerivableError where it hides which part is whose.
+        Raises BadRowError where the template refuses it or leaves out what is said, NotDerivableError where it hides
+        which part is whose.
         """
-        if everything:
-            whole, _ = _render(self, chat.messages, chat.tools)
-            return Rendered(whole, [(0, len(whole))], True)
-        if self.has_generation_mask:
-            whole, spans = _render(self, chat.messages, chat.tools, mask=True)
-            spans = self._masked(chat, whole, spans)
-        else:
-            whole, _ = _render(self, chat.messages, chat.tools)
-            spans = self._derived(chat, whole)
-        spans = [(start, self._with_end_token(whole, end)) for start, end in spans]
-        return Rendered(whole, spans, bool(spans) and whole[: spans[-1][1]].endswith(self.special))
+        return self._for(chat)._render(chat, everything=everything)
 
     def asking(self, chat: Chat) -> str:
         """The conversation as the model is given it to say what comes next. Raises BadRowError."""
-        return _render(self, chat.messages, chat.tools, ask=True)[0]
+        return self._for(chat)._written(chat.messages, chat, ask=True)[0]
 
-    def _with_end_token(self, whole: str, end: int) -> int:
-        """Past the end-of-text token that follows directly: the model is to write it, too."""
+    def end_of_turn(self) -> str | None:
+        """The special token that follows an answer; None where there is none."""
+        manner = _manner(self)
+        return None if manner is None else manner.end
+
+    def _for(self, chat: Chat) -> "ChatTemplate":
+        """As transformers chooses between a model's templates."""
+        return self if chat.tools is None or self.with_tools is None else replace(self, text=self.with_tools)
+
+    def _written(
+        self, messages: Sequence[Message], chat: Chat, *, ask: bool = False, mask: bool = False
+    ) -> tuple[str, list[Span]]:
+        return written(self.text, self.names, messages, chat.tools, ask=ask, mask=mask)
+
+    def _render(self, chat: Chat, *, everything: bool) -> Rendered:
+        whole, marked = self._written(chat.messages, chat, mask=self.has_generation_mask)
+        if everything or self.has_generation_mask:  # where a mask is, the template says which turns are learned
+            for place in chat.answers:
+                check_said(chat.messages[place], place, whole)
+        if everything:
+            excepted = self._spans(chat, whole, marked, chat.unlearned) if chat.unlearned else []
+            return Rendered(whole, without([(0, len(whole))], excepted))
+        spans = self._spans(chat, whole, marked, chat.answers)
+        unended = sum(not whole[:end].endswith(self.special) for _, end in spans)
+        return Rendered(whole, spans, unended)
+
+    def _spans(self, chat: Chat, whole: str, marked: Sequence[Span], turns: Sequence[int]) -> list[Span]:
+        """What the assistant says in `turns`, each with the end-of-text token that follows it directly: the model is
+        to write it, too."""
         eos = self.names.get("eos_token")
-        return end + len(eos) if eos and whole.startswith(eos, end) else end
+        masked = self.has_generation_mask
+        spans = self._masked(chat, whole, marked, turns) if masked else self._derived(chat, whole, turns)
+        return [(start, end + len(eos) if eos and whole.startswith(eos, end) else end) for start, end in spans]
 
-    def _masked(self, chat: Chat, whole: str, spans: list[Span]) -> list[Span]:
+    def _masked(self, chat: Chat, whole: str, marked: Sequence[Span], turns: Sequence[int]) -> list[Span]:
         """The template's own spans, without those of turns that are no targets."""
-        spans = [span for span in spans if span[0] < span[1]]
-        if chat.first:
-            before, _ = _render(self, chat.messages[: chat.first], chat.tools)
-            if not whole.startswith(before):
-                raise NotDerivableError(f"message {chat.first + 1} changes how those before it are written")
-            spans = [(max(start, len(before)), end) for start, end in spans if end > len(before)]
-        return spans
-
-    def _derived(self, chat: Chat, whole: str) -> list[Span]:
-        spans: list[Span] = []
+        begins: list[int] = []  # of turns that are targets where those before are none, and the other way round
+        wanted: list[bool] = []
         for place, message in enumerate(chat.messages):
-            if message["role"] != "assistant" or place < chat.first:
+            if message["role"] != "assistant" or (wanted and wanted[-1] == (place in turns)):
                 continue
+            before = self._written(chat.messages[:place], chat)[0] if wanted else ""
+            if not whole.startswith(before):
+                raise NotDerivableError(f"message {place + 1} changes how those before it are written")
+            begins.append(len(before))
+            wanted.append(place in turns)
+        return [span for span in marked if span[0] < span[1] and wanted[bisect_right(begins, span[0]) - 1]]
+
+    def _derived(self, chat: Chat, whole: str, turns: Sequence[int]) -> list[Span]:
+        spans: list[Span] = []
+        for place in turns:
             start = self._start(chat, place, whole)
             end = self._end(chat, place, whole, start)
             if spans and start < spans[-1][1]:
                 raise NotDerivableError(f"message {place + 1} begins before message {place} ends")
+            check_said(chat.messages[place], place, whole[start:end])
             spans.append((start, end))
         return spans
 
     def _start(self, chat: Chat, place: int, whole: str) -> int:
         try:
-            asked, _ = _render(self, chat.messages[:place], chat.tools, ask=True)
+            asked, _ = self._written(chat.messages[:place], chat, ask=True)
+            reason = f"before message {place + 1} it asks for an answer in other words than it keeps"
         except BadRowError as error:
-            raise NotDerivableError(f"it does not write the conversation up to message {place}: {error}") from None
-        if not whole.startswith(asked):
-            raise NotDerivableError(f"before message {place + 1} it asks for an answer in other words than it keeps")
-        return len(asked)
+            asked, reason = None, f"it does not write the conversation up to message {place}: {error}"
+        manner = _manner(self)
+        fits = asked is not None and whole.startswith(asked)
+        if asked is not None and fits and (manner is None or asked.endswith(manner.asks)):
+            return len(asked)
+        # in this order of messages it does not ask for an answer, or in no words that it keeps
+        start = self._start_by_mark(chat, place, whole, manner) if manner is not None and manner.asks else None
+        if asked is not None and fits:
+            return max(start or 0, len(asked))
+        if start is not None:
+            return start
+        if manner is None:
+            raise NotDerivableError(reason)
+        raise BadRowError(f"has a message whose beginning cannot be told from the chat template: {reason}")
+
+    def _start_by_mark(self, chat: Chat, place: int, whole: str, manner: "_Manner") -> int | None:
+        """After the words by which the template asks for an answer elsewhere, right before a mark in place of the
+        message."""
+        messages = list(chat.messages)
+        messages[place] = {**messages[place], "content": _MARK}
+        try:
+            marked, _ = self._written(messages, chat)
+        except BadRowError:
+            return None
+        before = marked.partition(_MARK)[0]
+        found = re.search(rf"{re.escape(manner.asks)}({re.escape(manner.lead)}|\s*)\Z", before)
+        if found is None or before == marked:
+            return None
+        start = found.start() + len(manner.asks)
+        return start if whole.startswith(before[:start]) else None
 
     def _end(self, chat: Chat, place: int, whole: str, start: int) -> int:
         """Where an answer's last token ends: what follows that up to the next turn, such as a line end, nobody asks
         the model for."""
         try:
-            upto, _ = _render(self, chat.messages[: place + 1], chat.tools)
-        except BadRowError as error:
-            raise NotDerivableError(f"it does not write the conversation up to message {place + 1}: {error}") from None
+            upto, _ = self._written(chat.messages[: place + 1], chat)
+        except BadRowError:  # it wants what comes later
+            upto = ""
         if whole.startswith(upto) and len(upto) > start:
             spoken = upto.rstrip()
             return len(spoken) if len(spoken) > start and spoken.endswith(self.special) else len(upto)
@@ -136,8 +189,9 @@ class ChatTemplate:
     def _end_of_rewritten(self, message: Message, place: int, whole: str, start: int) -> int:
         """Where later turns change how an answer is written, such as without its reasoning: at its end-of-turn token,
         if what stands before that is the end of the answer."""
-        token = _end_of_turn(self)
-        content = str(message["content"]).strip()
+        manner = _manner(self)
+        token = None if manner is None else manner.end
+        content = "".join(texts_of(message)).strip()
         if token is None or token in content:
             raise NotDerivableError(f"later messages change how message {place + 1} is written")
         found = whole.find(token, start)
@@ -146,56 +200,49 @@ class ChatTemplate:
         return found + len(token)
 
 
+_QUESTION: Message = {"role": "user", "content": "a"}
+_ANSWER: Message = {"role": "assistant", "content": _MARK}
+
+
+@dataclass(frozen=True)
+class _Manner:
+    """How a template writes an answer to a question: `asks` for it, then perhaps a `lead`, such as an empty block for
+    reasoning, the answer, and `end`: the special token after it, None where there is none."""
+
+    asks: str
+    lead: str
+    end: str | None
+
+
+def _manner(template: ChatTemplate) -> _Manner | None:
+    """None where it asks in other words than it keeps."""
+    return _manner_of(template.text, tuple(sorted(template.names.items())), template.special)
+
+
 @lru_cache(maxsize=8)
-def _probe(template: str, names: tuple[tuple[str, str], ...], special: tuple[str, ...]) -> str | None:
-    plain = ChatTemplate(template, dict(names), special)
-    chat = Chat([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+def _manner_of(text: str, names: tuple[tuple[str, str], ...], special: tuple[str, ...]) -> _Manner | None:
     try:
-        whole, _ = _render(plain, chat.messages, None)
-        start = plain._start(chat, 1, whole)
-    except (BadRowError, NotDerivableError):
-        return None
-    said = whole[start:].rstrip()
-    return next((token for token in special if said.endswith(f"b{token}")), None)
-
-
-def _end_of_turn(template: ChatTemplate) -> str | None:
-    """The special token that follows an answer; None where there is none."""
-    return _probe(template.text, tuple(sorted(template.names.items())), template.special)
-
-
-def _render(
-    template: ChatTemplate,
-    messages: Sequence[Message],
-    tools: Sequence[Any] | None,
-    *,
-    ask: bool = False,
-    mask: bool = False,
-) -> tuple[str, list[Span]]:
-    """By transformers' own sandbox. Raises BadRowError with what the template says of the conversation."""
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    try:
-        texts, spans = render_jinja_template(
-            conversations=[list(messages)],
-            tools=None if tools is None else list(tools),
-            chat_template=_on_one_day(template.text),
-            add_generation_prompt=ask,
-            return_assistant_tokens_mask=mask,
-            **template.names,
+        question, asked, whole = (
+            written(text, dict(names), messages, None, ask=ask)[0]
+            for messages, ask in (([_QUESTION], False), ([_QUESTION], True), ([_QUESTION, _ANSWER], False))
         )
-    except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, RecursionError) as error:
-        raise BadRowError(f"is refused by the chat template: {' '.join(str(error).split())[:200]}") from error
-    return texts[0], [(start, end) for start, end in spans[0]] if mask else []
+    except BadRowError:
+        return None
+    if not whole.startswith(asked):
+        return None
+    lead, _, after = whole[len(asked) :].partition(_MARK)
+    end = next((token for token in special if after.rstrip() == token), None)
+    asks = asked[len(question) :] if asked.startswith(question) else ""
+    return _Manner(asks, lead, end)
 
 
-@lru_cache(maxsize=8)
-def _on_one_day(template: str) -> str:
-    """The template with a fixed date in place of today's."""
-
-    def fixed(found: re.Match[str]) -> str:
-        wanted = found.group(1)[1:-1]
-        return repr(_DATES.get(wanted, _DATES["%Y-%m-%d"]))
-
-    return _DATE.sub(fixed, template)
+def without(spans: Sequence[Span], holes: Sequence[Span]) -> list[Span]:
+    """What is left of `spans` outside of `holes`; both are in order."""
+    left = []
+    for start, end in spans:
+        for first, last in holes:
+            if first < end and last > start:
+                left.append((start, first))
+                start = last
+        left.append((start, end))
+    return [(start, end) for start, end in left if start < end]

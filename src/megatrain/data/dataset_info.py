@@ -9,9 +9,9 @@ from typing import Any
 from megatrain.data.bad_rows import kind_of, names_of
 from megatrain.errors import ConfigError
 
-# its names of columns and ours; a column that it does not name has this default, or none
+# its names of columns and ours; of a column that it does not name nothing is read, unless rows must have it
 _ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
-_ALPACA_DEFAULTS = {"prompt": "instruction", "query": "input", "response": "output"}
+_ALPACA_NEEDS = ("instruction", "output")
 _SHARED = {"system": "system", "tools": "tools", "chosen": "chosen", "rejected": "rejected", "images": "images"}
 _TAGS = {
     *("role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag"),
@@ -21,7 +21,8 @@ _REFUSED = {"videos", "audios", "kto_tag"}
 
 @dataclass(frozen=True)
 class Entry:
-    """One dataset of the file, as the mapping that `data.train` takes, and what that has no words for."""
+    """One dataset of the file, as the mapping that `data.train` takes, and what that has no words for. Columns that
+    are not in `spec` are not read."""
 
     spec: dict[str, Any]
     tags: dict[str, str] = field(default_factory=dict)
@@ -52,17 +53,18 @@ def _entry(entry: Mapping[str, Any], info: Path, where: str) -> Entry:
     columns = {ours: given[theirs] for theirs, ours in (_ALPACA | _SHARED).items() if theirs in given}
     if formatting == "alpaca":
         layout = "alpaca"
-        columns = {_ALPACA[name]: own for name, own in _ALPACA_DEFAULTS.items() if name not in given} | columns
+        columns = {ours: ours for ours in _ALPACA_NEEDS if ours not in columns} | columns
+        if not given:
+            columns["input"] = "input"
         if set(given) == {"prompt"}:  # a text to go on pre-training with
             layout, columns = "text", {"text": given["prompt"]}
     else:
-        layout = "sharegpt"
+        layout = "messages" if formatting == "openai" else "sharegpt"
         columns["messages"] = given.get("messages", "conversations")
-        if formatting == "openai":
-            tags = {"role_tag": "role", "content_tag": "content", "function_tag": "function", **tags}
     if entry.get("ranking"):
         layout = "preference"
         columns.pop("output", None)
+        columns = {"chosen": "chosen", "rejected": "rejected"} | columns
     spec: dict[str, Any] = {"path": _place(entry, info, where), "format": layout, "columns": columns}
     if "images" in given and isinstance(entry.get("file_name"), str):
         spec["images_folder"] = str(info.parent)  # its media_dir, where no other is given

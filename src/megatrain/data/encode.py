@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatrain.data.bad_rows import BadRowError
-from megatrain.data.chat_template import ChatTemplate, NotDerivableError, Rendered
+from megatrain.data.chat_template import ChatTemplate, NotDerivableError, Rendered, without
 from megatrain.data.formats import Chat, Completion, Layout, Pair, Sample, Text, sample_of
 from megatrain.data.packing import Tokens
 
@@ -36,7 +36,8 @@ class EncoderSettings:
 class Block:
     """What a block of rows became. `rejected`: of pairs, the other answers, in the same order.
 
-    bad: (number of the row in the block, what is wrong with it); truncated and left_out count rows.
+    bad: (number of the row in the block, what is wrong with it); truncated and left_out count rows; unended: answers
+    that end with no special token.
     fatal: the row that the template gives no targets for, and why.
     """
 
@@ -54,7 +55,7 @@ class Block:
 
 @dataclass(frozen=True)
 class _Piece:
-    """One example: tokens, targets, bytes of text that the targets encode."""
+    """One example: tokens, targets, bytes of text that the targets encode, without special tokens."""
 
     tokens: NDArray[np.int64]
     targets: NDArray[np.bool_]
@@ -74,6 +75,8 @@ class Encoder:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = settings.split_special_tokens
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = np.array([number for number, token in added.items() if token.special], np.int64)
 
     def encode(self, rows: Sequence[Mapping[str, Any] | None]) -> Block:
         """All examples of the rows, in order; None is a row that could not be read."""
@@ -93,7 +96,7 @@ class Encoder:
                 block = self._block([], bad=bad, fatal=(number, str(error)))
                 block.rejected = self._block([])
                 return block
-            unended += not all(one.ended for one in rendered)
+            unended += sum(one.unended for one in rendered)
             waiting.append((number, rendered))
         encodings = self._encodings([one for _, several in waiting for one in several])
         examples = [[self._pieces(one, next(encodings)) for one in several] for _, several in waiting]
@@ -133,14 +136,17 @@ class Encoder:
     def _pieces(self, rendered: Rendered, encoding: Any) -> list[_Piece]:
         """The examples of a text: one, cut at seq_len; of a document as many as it takes; none without a target."""
         settings = self.settings
+        text = rendered.text
         ids, offsets = np.array(encoding.ids, np.int64), np.array(encoding.offsets, np.int64).reshape(-1, 2)
         targets, ends = target_tokens(offsets, rendered.spans), np.maximum.accumulate(offsets[:, 1])
+        # how a special token is spelled is no text: another tokenizer spells it in other words
+        words = without(rendered.spans, offsets[np.isin(ids, self._special)].tolist())
         if rendered.plain:  # what stands around it, which a template writes itself where it wants it
             before = settings.begin if tuple(ids[: len(settings.begin)]) != settings.begin else ()
             after = (settings.eos_id,) if not len(ids) or ids[-1] != settings.eos_id else ()
             ids = np.concatenate([np.array(before, np.int64), ids, np.array(after, np.int64)])
             targets = np.pad(targets, (len(before), len(after)), constant_values=((False, True),))
-            ends = np.pad(ends, (len(before), len(after)), constant_values=((0, len(rendered.text)),))
+            ends = np.pad(ends, (len(before), len(after)), constant_values=((0, len(text)),))
         size = settings.seq_len
         starts = range(0, len(ids), size) if settings.layout.format == "text" else range(min(1, len(ids)))
         pieces = []
@@ -151,8 +157,8 @@ class Encoder:
             if not learned.any():
                 continue
             first = int(ends[start - 1]) if start else 0
-            last = int(ends[stop - 1]) if stop < len(ids) else len(rendered.text)
-            length = sum(len(rendered.text[max(s, first) : min(e, last)].encode()) for s, e in rendered.spans)
+            last = int(ends[stop - 1]) if stop < len(ids) else len(text)
+            length = sum(len(text[max(s, first) : min(e, last)].encode()) for s, e in words)
             cut = stop < len(ids) and settings.layout.format != "text"
             pieces.append(_Piece(ids[start:stop], learned, length, cut))
         return pieces
@@ -173,7 +179,7 @@ def _plain(sample: Text | Completion, settings: EncoderSettings) -> Rendered:
     before, learned = ("", sample.text) if isinstance(sample, Text) else (sample.prompt, sample.completion)
     everything = isinstance(sample, Text) or (settings.everything and settings.layout.format != "preference")
     text = before + learned
-    return Rendered(text, [(0 if everything else len(before), len(text))], ended=True, plain=True)
+    return Rendered(text, [(0 if everything else len(before), len(text))], plain=True)
 
 
 def target_tokens(offsets: NDArray[np.int64], spans: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:

@@ -17,7 +17,7 @@ class Examples:
     tokens:     all tokens, in 2 bytes each where the vocabulary allows, else 4.
     targets:    for each token, whether the model learns to predict it.
     offsets:    int64 [count + 1]; example n is tokens[offsets[n] : offsets[n + 1]], never empty.
-    utf8_bytes: length of the text that the targets encode.
+    utf8_bytes: length of the text that the targets encode; special tokens are no text.
     """
 
     tokens: Tokens

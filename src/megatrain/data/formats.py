@@ -10,6 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatrain.data.bad_rows import BadRowError, kind_of, names_of
+from megatrain.data.messages import (
+    OPENAI,
+    SHAREGPT,
+    Message,
+    Wording,
+    checked_text,
+    message_of,
+    messages_of,
+    says_nothing,
+)
 
 FORMATS = ("text", "messages", "alpaca", "sharegpt", "prompt-completion", "preference")
 # the fields that `columns` may rename
@@ -17,8 +27,6 @@ FIELDS = (
     *("text", "messages", "tools", "system", "instruction", "input", "output", "history"),
     *("prompt", "completion", "chosen", "rejected", "images"),
 )
-
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -30,11 +38,19 @@ class Text:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation for a chat template; `first`: the message from which on assistant turns are targets."""
+    """A conversation for a chat template; `first`: the message from which on assistant turns are targets; `unlearned`:
+    places of those that a weight of 0 excepts."""
 
     messages: list[Message]
     tools: list[Any] | None = None
     first: int = 0
+    unlearned: tuple[int, ...] = ()
+
+    @property
+    def answers(self) -> list[int]:
+        """Places of the assistant turns that are targets."""
+        turns = [place for place, message in enumerate(self.messages) if message["role"] == "assistant"]
+        return [place for place in turns if place >= self.first and place not in self.unlearned]
 
 
 @dataclass(frozen=True)
@@ -58,11 +74,13 @@ Sample = Text | Chat | Completion | Pair
 
 @dataclass(frozen=True)
 class Layout:
-    """Where in a row its parts are: the format, names of fields that differ from ours, tags of sharegpt turns."""
+    """Where in a row its parts are: the format, names of fields that differ from ours, tags of turns; `unread`: parts
+    that it has none of, whatever fields it has."""
 
     format: str
     columns: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
 
     def name(self, part: str) -> str:
         return self.columns.get(part, part)
@@ -81,10 +99,10 @@ def detect(row: Mapping[str, Any], columns: Mapping[str, str]) -> set[str]:
         formats.add("preference")
     turns = found.messages_or_none()
     if isinstance(turns, list) and turns and isinstance(turns[0], Mapping):
-        if "role" in turns[0]:
-            formats.add("messages")
-        elif "from" in turns[0]:
-            formats.add("sharegpt")
+        form, wording = ("messages", OPENAI) if "role" in turns[0] else ("sharegpt", SHAREGPT)
+        # before two answers a conversation that ends with a question is no conversation by itself
+        if wording.who in turns[0] and not (formats and _ends_with_a_question(turns, wording)):
+            formats.add(form)
     if found.has("instruction") and found.has("output"):
         formats.add("alpaca")
     if found.has("prompt") and found.has("completion"):
@@ -94,6 +112,22 @@ def detect(row: Mapping[str, Any], columns: Mapping[str, str]) -> set[str]:
     return formats
 
 
+def chosen_format(found: set[str], method: str) -> str | None:
+    """Of the formats that rows could be in, the one to take: what the method learns from, else the most specific.
+    None where they do not tell."""
+    wanted = {"dpo": "preference", "pretrain": "text"}.get(method)
+    if wanted in found:
+        return wanted
+    rest = found - {"text"} or found
+    rest = rest - {"preference"} or rest
+    return next(iter(rest)) if len(rest) == 1 else None
+
+
+def _ends_with_a_question(turns: Sequence[Any], wording: Wording) -> bool:
+    speaker = turns[-1].get(wording.who) if isinstance(turns[-1], Mapping) else None
+    return isinstance(speaker, str) and wording.speakers.get(speaker) == "user"
+
+
 class _Row:
     """A row's fields by the names that formats know them by."""
 
@@ -101,39 +135,46 @@ class _Row:
         self.fields, self.layout = fields, layout
 
     def has(self, part: str) -> bool:
-        return self.fields.get(self.layout.name(part)) is not None
+        return part not in self.layout.unread and self.fields.get(self.layout.name(part)) is not None
 
     def text(self, part: str) -> str:
         """A field that must be there."""
-        name = self.layout.name(part)
-        if name not in self.fields:
-            raise BadRowError(f"has no field {name!r}; its fields are: {names_of(list(self.fields))}")
-        return _checked(self.fields[name], f"field {name!r}")
+        return checked_text(self.value(part), f"field {self.layout.name(part)!r}")
 
     def text_or_empty(self, part: str) -> str:
         return self.text(part) if self.has(part) else ""
 
     def value(self, part: str) -> Any:
-        name = self.layout.name(part)
-        if self.fields.get(name) is None:
-            raise BadRowError(f"has no field {name!r}; its fields are: {names_of(list(self.fields))}")
-        return self.fields[name]
+        """A field that must be there, and not null."""
+        if not self.has(part):
+            raise self._missing([self.layout.name(part)])
+        return self.fields[self.layout.name(part)]
+
+    def _missing(self, names: Sequence[str]) -> BadRowError:
+        null = next((name for name in names if name in self.fields and self.fields[name] is None), None)
+        if null is not None:
+            return BadRowError(f"has null in field {null!r}")
+        wanted = " or ".join(map(repr, names))
+        return BadRowError(f"has no field {wanted}; its fields are: {names_of(list(self.fields))}")
 
     def messages_or_none(self) -> Any:
-        if "messages" in self.layout.columns or "messages" in self.fields:
-            return self.fields.get(self.layout.name("messages"))
-        return self.fields.get("conversations")
+        return next(
+            (self.fields[name] for name in self._names_of_messages() if self.fields.get(name) is not None), None
+        )
+
+    def _names_of_messages(self) -> tuple[str, ...]:
+        if "messages" in self.layout.unread:
+            return ()
+        own = self.layout.columns.get("messages")
+        return ("messages", "conversations") if own is None else (own,)
 
     def turns(self) -> list[Any]:
         """The list of a conversation, in `messages` or `conversations`."""
+        names = self._names_of_messages()
         turns = self.messages_or_none()
-        name = self.layout.columns.get("messages", "messages")
         if turns is None:
-            raise BadRowError(
-                f"has no field {name!r}{'' if 'messages' in self.layout.columns else ' or ' + repr('conversations')}; "
-                f"its fields are: {names_of(list(self.fields))}"
-            )
-        return _turns(turns, name)
+            raise self._missing(names)
+        return _turns(turns, next(name for name in names if self.fields.get(name) is not None))
 
     def tools(self) -> list[Any] | None:
         """Descriptions of tools: a list, or one written as JSON."""
@@ -152,20 +193,6 @@ class _Row:
                 f"has {kind_of(tools)} in field {self.layout.name('tools')!r}; expected a list of objects"
             )
         return tools or None
-
-
-def _checked(value: Any, what: str) -> str:
-    if not isinstance(value, str):
-        raise BadRowError(f"has {kind_of(value)} in {what}; expected a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can write half of a character, "\ud800"; UTF-8 cannot
-        half = f"\\u{ord(value[error.start]):04x}"
-        raise BadRowError(
-            f"has {half} by itself in {what}, which is half of a surrogate pair and no character; write both halves or "
-            "remove it"
-        ) from None
-    return value
 
 
 def _turns(turns: Any, name: str) -> list[Any]:
@@ -190,168 +217,40 @@ def _prompt_completion(row: _Row) -> Sample:
         if not plain.completion.strip():
             raise BadRowError(f"has an empty field {row.layout.name('completion')!r}")
         return plain
-    before = _messages(_turns(prompt, row.layout.name("prompt")))
-    after = _messages(_turns(completion, row.layout.name("completion")))
+    before = messages_of(_turns(prompt, row.layout.name("prompt")), OPENAI)
+    after = messages_of(_turns(completion, row.layout.name("completion")), OPENAI)
     return _chat([*before, *after], row.tools(), first=len(before))
 
 
 # -- conversations ---------------------------------------------------------------------------------------
 
-_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-
 
 def _of_messages(row: _Row) -> Sample:
-    messages = _messages(row.turns())
-    if row.text_or_empty("system") and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": row.text("system")})
-    return _chat(messages, row.tools())
-
-
-def _messages(turns: Sequence[Any]) -> list[Message]:
-    return [_message(turn, number) for number, turn in enumerate(turns, start=1)]
-
-
-def _message(turn: Any, number: int) -> Message:
-    """OpenAI's form, cleaned of nulls: content as one text, arguments of tool calls as objects."""
-    if not isinstance(turn, Mapping):
-        raise BadRowError(f"has {kind_of(turn)} as message {number}; expected an object with role and content")
-    message = {name: value for name, value in turn.items() if value is not None}
-    role = message.get("role")
-    if role not in _ROLES:
-        raise BadRowError(f"has role {role!r} in message {number}; expected one of {', '.join(_ROLES)}")
-    if role == "function":  # OpenAI's older name
-        message["role"] = "tool"
-    if "tool_calls" in message:
-        message["tool_calls"] = _tool_calls(message["tool_calls"], number)
-        if not message["tool_calls"]:
-            del message["tool_calls"]
-    if "content" not in message and "tool_calls" in message:
-        message["content"] = ""
-    if "content" not in message:
-        raise BadRowError(f"has no content in message {number}")
-    message["content"] = _content(message["content"], number)
-    for name in ("reasoning_content", "thinking", "reasoning"):
-        if name in message:
-            _checked(message[name], f"{name} of message {number}")
-    return message
-
-
-def _content(content: Any, number: int) -> str:
-    """A text, or OpenAI's list of parts where all are texts."""
-    if isinstance(content, list) and all(isinstance(part, Mapping) for part in content):
-        others = sorted({str(part.get("type")) for part in content} - {"text"})
-        if others:
-            raise BadRowError(f"has a part of type {others[0]!r} in message {number}, which is no text")
-        content = "".join(_checked(part.get("text"), f"a part of message {number}") for part in content)
-    return _checked(content, f"content of message {number}")
-
-
-def _tool_calls(calls: Any, number: int) -> list[Any]:
-    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
-        raise BadRowError(f"has {kind_of(calls)} as tool_calls of message {number}; expected a list of objects")
-    return [_tool_call(call) for call in calls]
-
-
-def _tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """OpenAI writes arguments as JSON in a string; templates expect the object."""
-    if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _tool_call(call["function"])}
-    arguments = call.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
-            return dict(call)
-        if isinstance(arguments, dict):
-            return {**call, "arguments": arguments}
-    return dict(call)
-
-
-def _chat(messages: list[Message], tools: list[Any] | None, first: int = 0) -> Chat:
-    """A conversation whose order makes sense and that has a turn to learn."""
-    before = ""
-    for number, message in enumerate(messages, start=1):
-        role = message["role"]
-        if role not in _MAY_FOLLOW[before]:
-            after = f"after {before}" if before else "first"
-            raise BadRowError(f"has {role} {after} in message {number}, which is no order of roles for a conversation")
-        before = role
-    if not any(message["role"] == "assistant" for message in messages[first:]):
-        raise BadRowError("has no assistant message to learn")
-    return Chat(messages, tools, first)
-
-
-_MAY_FOLLOW = {
-    "": {"system", "developer", "user"},
-    "system": {"user"},
-    "developer": {"user"},
-    "user": {"assistant"},
-    "assistant": {"user", "tool"},
-    "tool": {"tool", "assistant", "user"},
-}
-
-# -- sharegpt --------------------------------------------------------------------------------------------
-
-_SPEAKERS = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "function_call": "function_call",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool": "tool",
-}
-_SPEAKER_TAGS = {
-    "system_tag": "system",
-    "user_tag": "user",
-    "assistant_tag": "assistant",
-    "function_tag": "function_call",
-    "observation_tag": "tool",
-}
+    return _chat(_conversation(row, OPENAI), row.tools())
 
 
 def _sharegpt(row: _Row) -> Sample:
-    return _chat(_sharegpt_messages(row), row.tools())
+    return _chat(_conversation(row, SHAREGPT), row.tools())
 
 
-def _sharegpt_messages(row: _Row) -> list[Message]:
-    tags = row.layout.tags
-    messages = [_turn(turn, number, tags) for number, turn in enumerate(row.turns(), start=1)]
+def _conversation(row: _Row, wording: Wording) -> list[Message]:
+    messages = messages_of(row.turns(), wording.with_tags(row.layout.tags))
     if row.text_or_empty("system") and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": row.text("system")})
     return messages
 
 
-def _turn(turn: Any, number: int, tags: Mapping[str, str]) -> Message:
-    who_tag, what_tag = tags.get("role_tag", "from"), tags.get("content_tag", "value")
-    if not isinstance(turn, Mapping):
-        raise BadRowError(f"has {kind_of(turn)} as message {number}; expected an object with {who_tag} and {what_tag}")
-    speakers = _SPEAKERS | {tags[tag]: role for tag, role in _SPEAKER_TAGS.items() if tag in tags}
-    speaker = turn.get(who_tag)
-    if not isinstance(speaker, str) or speaker not in speakers:
-        expected = ", ".join(speakers)
-        raise BadRowError(f"has {who_tag} {speaker!r} in message {number}; expected one of {expected}")
-    if what_tag not in turn:
-        raise BadRowError(f"has no {what_tag} in message {number}")
-    role, content = speakers[speaker], _checked(turn[what_tag], f"{what_tag} of message {number}")
-    if role != "function_call":
-        return {"role": role, "content": content}
-    try:
-        calls = json.loads(content)
-    except (ValueError, RecursionError):
-        raise BadRowError(f"has a function call that is no JSON in message {number}") from None
-    calls = calls if isinstance(calls, list) else [calls]
-    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
-        raise BadRowError(f"has a function call without a name in message {number}")
-    return {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [{"type": "function", "function": _tool_call(call)} for call in calls],
-    }
+def _chat(messages: list[Message], tools: list[Any] | None, first: int = 0) -> Chat:
+    """A conversation that has a turn to learn. In which order its roles may come, the template says."""
+    unlearned = tuple(n for n, one in enumerate(messages) if one["role"] == "assistant" and one.get("weight") == 0)
+    messages = [{name: value for name, value in one.items() if name != "weight"} for one in messages]
+    chat = Chat(messages, tools, first, unlearned)
+    if not chat.answers:
+        raise BadRowError("has no assistant message to learn")
+    for place in chat.answers:
+        if says_nothing(messages[place]):
+            raise BadRowError(f"has an empty answer in message {place + 1}, from which there is nothing to learn")
+    return chat
 
 
 # -- alpaca ----------------------------------------------------------------------------------------------
@@ -372,8 +271,8 @@ def _alpaca_prompt(row: _Row) -> list[Message]:
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
         raise BadRowError(f"has no list of [question, answer] in field {row.layout.name('history')!r}")
     for question, answer in history:
-        messages.append({"role": "user", "content": _checked(question, "its history")})
-        messages.append({"role": "assistant", "content": _checked(answer, "its history")})
+        messages.append({"role": "user", "content": checked_text(question, "its history")})
+        messages.append({"role": "assistant", "content": checked_text(answer, "its history")})
     wanted = "\n".join(part for part in (row.text("instruction"), row.text_or_empty("input")) if part)
     if not wanted.strip():
         raise BadRowError(f"has an empty field {row.layout.name('instruction')!r}")
@@ -391,7 +290,7 @@ def _preference(row: _Row) -> Sample:
         )
     if chosen == rejected:
         raise BadRowError("has the same answer as chosen and as rejected")
-    if isinstance(chosen, str) and isinstance(row.fields.get(row.layout.name("prompt"), ""), str):
+    if isinstance(chosen, str) and (not row.has("prompt") or isinstance(row.value("prompt"), str)):
         plain = not row.has("instruction") and row.messages_or_none() is None
         return _plain_pair(row) if plain else _pair(_prompt(row), [chosen], [rejected], row)
     one, other = (answer if isinstance(answer, list) else [answer] for answer in (chosen, rejected))
@@ -403,20 +302,25 @@ def _prompt(row: _Row) -> list[Message]:
     if row.has("instruction"):
         return _alpaca_prompt(row)
     if row.messages_or_none() is not None:
-        turns = row.turns()
-        if row.layout.tags or (isinstance(turns[0], Mapping) and "from" in turns[0]):
-            return _sharegpt_messages(row)
-        if isinstance(row.value("chosen"), list) and len(row.value("chosen")) > 1:
-            return []  # beside whole conversations `messages` repeats one of them
-        return _messages(turns)
-    prompt = row.fields.get(row.layout.name("prompt"))
-    if prompt is None:
+        wording = _wording(row.turns()[0], row)
+        whole = isinstance(row.value("chosen"), list) and len(row.value("chosen")) > 1
+        # beside whole conversations `messages` repeats one of them
+        return [] if whole and wording is OPENAI else _conversation(row, wording)
+    if not row.has("prompt"):
         return []
+    prompt = row.value("prompt")
     if isinstance(prompt, str):
         # beside whole conversations a text only repeats what they begin with
         whole = isinstance(row.value("chosen"), list) and len(row.value("chosen")) > 1
         return [] if whole else [{"role": "user", "content": row.text("prompt")}]
-    return _messages(_turns(prompt, row.layout.name("prompt")))
+    return messages_of(_turns(prompt, row.layout.name("prompt")), OPENAI)
+
+
+def _wording(turn: Any, row: _Row) -> Wording:
+    """Of preference rows either may be meant: OpenAI's, or ShareGPT's where nothing says that it is not."""
+    if isinstance(turn, Mapping) and row.layout.tags.get("role_tag", "from") in turn and "role" not in turn:
+        return SHAREGPT
+    return OPENAI
 
 
 def _pair(prompt: list[Message], chosen: list[Any], rejected: list[Any], row: _Row) -> Pair:
@@ -440,11 +344,9 @@ def _answer(turns: list[Any], name: str, row: _Row) -> list[Message]:
     messages = []
     for number, turn in enumerate(_turns(turns, row.layout.name(name)), start=1):
         if isinstance(turn, str):
-            messages.append({"role": "assistant", "content": _checked(turn, f"field {row.layout.name(name)!r}")})
-        elif isinstance(turn, Mapping) and "role" not in turn:
-            messages.append(_turn(turn, number, row.layout.tags))
+            messages.append({"role": "assistant", "content": checked_text(turn, f"field {row.layout.name(name)!r}")})
         else:
-            messages.append(_message(turn, number))
+            messages.append(message_of(turn, number, _wording(turn, row).with_tags(row.layout.tags)))
     return messages
 
 

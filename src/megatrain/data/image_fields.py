@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatrain.data.bad_rows import BadRowError
+from megatrain.data.data_files import suffix_of
 from megatrain.data.formats import Chat, Layout
 from megatrain.data.row_files import Row, jsonl_rows
 from megatrain.data.sources import JSONL_SUFFIXES
@@ -74,10 +75,10 @@ def has_images(source: "Source", *, marks: bool = False) -> bool:
     fields anywhere is not parsed for it, nor is a table read whose columns are texts. Raises ConfigError."""
     rows, layout = source.rows, source.layout
     if rows is None:  # plain text; lines of JSON may name images beside it
-        lines = [path for path in source.files if path.suffix.lower() in JSONL_SUFFIXES]
+        lines = [path for path in source.files if suffix_of(path) in JSONL_SUFFIXES]
         several = (jsonl_rows(path, source.key) for path in lines if _may_name(path, layout, source.key, marks=False))
         return any(_first_with_image(one, layout, marks=False) for one in several)
-    if rows.columns is None and rows.files and all(path.suffix.lower() in _JSON for path in rows.files):
+    if rows.columns is None and rows.files and all(suffix_of(path) in _JSON for path in rows.files):
         if not any(_may_name(path, layout, source.key, marks=marks) for path in rows.files):
             return False
     if rows.columns is not None:
@@ -101,6 +102,8 @@ def _may_name(path: Path, layout: Layout, key: str, *, marks: bool) -> bool:
     """Whether the bytes of a file of JSON have what a row with an image cannot do without."""
     names = [json.dumps(name, ensure_ascii=ascii) for name in image_fields(layout) for ascii in (True, False)]
     wanted = {*names, *(json.dumps(kind) for kind in _PART_TYPES), *((MARK, r"\u003cimage\u003e") if marks else ())}
+    if suffix_of(path) != path.suffix.lower():  # compressed
+        return True
     try:
         with path.open("rb") as file:
             if path.stat().st_size == 0:  # there are no maps of nothing
@@ -187,7 +190,9 @@ def in_parts(chat: Chat, images: int) -> Chat:
     marks = sum(str(message["content"]).count(MARK) for message in chat.messages)
     messages = [dict(message) for message in chat.messages]
     if images and not marks:
-        first = next(message for message in messages if message["role"] == "user")
+        first = next((message for message in messages if message["role"] == "user"), None)
+        if first is None:
+            raise BadRowError("has images and no message of a user to put them in")
         first["content"], marks = MARK * images + first["content"], images
     if marks and not images:
         raise BadRowError(f"has {marks} places for images and no images; columns: {{images: NAME}} says where they are")
@@ -197,7 +202,7 @@ def in_parts(chat: Chat, images: int) -> Chat:
         if message["role"] == "assistant" and MARK in message["content"]:
             raise BadRowError(f"has an image in message {number}, which the assistant says")
         message["content"] = list(_parts(message["content"]))
-    return Chat(messages, chat.tools, chat.first)
+    return replace(chat, messages=messages)
 
 
 def _parts(text: str) -> Iterator[dict[str, str]]:

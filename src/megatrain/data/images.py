@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatrain.data.bad_rows import BadRowError
-from megatrain.data.chat_template import ChatTemplate, Span
+from megatrain.data.chat_template import ChatTemplate
 from megatrain.data.encode import target_tokens
 from megatrain.data.examples import NO_TARGET
 from megatrain.data.formats import Chat, sample_of
 from megatrain.data.image_fields import folder_of, in_parts, with_marks
 from megatrain.data.image_files import ImageReference, content_sha256, open_image, reference_to
+from megatrain.data.jinja_chat import Span
 from megatrain.data.row_files import Row
 from megatrain.data.row_source import Source
 from megatrain.data.rows import Place, rows_at

@@ -1,7 +1,8 @@
 """All sources of data.train or of data.eval, and how many of the examples of each an epoch has.
 
 A source of weight 1 has each of its examples once in an epoch, of weight 2 twice, of weight 0.5 half of them, drawn
-from the seed: n examples come to round(weight * n) in all. The mixture is one set of examples; batches shuffle it.
+from the seed: n examples come to round(weight * n) in all. Of a source with num_samples, these are its examples, drawn
+from the seed. The mixture is one set of examples; batches shuffle it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 from megatrain.data.bad_rows import BadRows, say_skipped
 from megatrain.data.examples import Examples, PreferenceExamples
 from megatrain.data.row_source import Source, open_source
-from megatrain.data.sources import Corpus, Split
+from megatrain.data.sources import Split
+from megatrain.data.splits import Part
 from megatrain.data.tokenising import Tokenised
 from megatrain.errors import ConfigError
 
@@ -31,10 +33,14 @@ class Mixture:
         form: str = "auto",
         text_field: str = "text",
         bad_rows: str = "fail",
+        method: str = "auto",
     ) -> None:
         self.key, self.bad_rows = key, bad_rows
-        self.sources = [open_source(spec, key=key, split=split, form=form, text_field=text_field) for spec in specs]
+        self.sources = [
+            open_source(spec, key=key, split=split, form=form, text_field=text_field, method=method) for spec in specs
+        ]
         self.described = ", ".join(source.described for source in self.sources)
+        self.parts: list[Part] = [part for source in self.sources for part in source.parts]
         self.files: list[Path] = [path for source in self.sources for path in source.files]
         self._said: set[str] = set()
         _check_kinds(self.sources, key)
@@ -47,7 +53,12 @@ class Mixture:
     @property
     def detected(self) -> list[str]:
         """What was found out about formats, a line for each source."""
-        return [f"{self.key}: {one.described} is in format {one.layout.format}" for one in self.sources if one.detected]
+        return [
+            f"{self.key}: {one.described} is in format {one.layout.format}"
+            + (f" (it could be {' or '.join(one.others)}, too, which format says)" if one.others else "")
+            for one in self.sources
+            if one.detected
+        ]
 
     def documents(self) -> Iterator[str]:
         """Of texts: every document that is not empty, in order, those of a source as often as it weighs."""
@@ -58,11 +69,6 @@ class Mixture:
             if source.described not in self._said:
                 self._said.add(source.described)
                 say_skipped(self.key, source.described, bad.count, bad.first)
-
-    @property
-    def corpus(self) -> Corpus | None:
-        """The only source's plain text."""
-        return self.sources[0].corpus if len(self.sources) == 1 else None
 
 
 def _kind(source: Source) -> str:
@@ -85,10 +91,18 @@ def _check_kinds(sources: Sequence[Source], key: str) -> None:
 
 def copies_of(count: int, source: Source, seed: int, number: int) -> NDArray[np.int64]:
     """Which of a source's `count` examples an epoch has, in order; `number`: the source's place in the mixture."""
-    wanted = source.samples if source.samples is not None else round(source.weight * count)
-    whole, rest = divmod(wanted, count) if count else (0, 0)
-    part = np.sort(np.random.Generator(np.random.PCG64([seed, number])).permutation(count)[:rest])
-    return np.concatenate([np.tile(np.arange(count, dtype=np.int64), whole), part])
+    every = np.arange(count, dtype=np.int64)
+    if source.samples is None:
+        return _repeated(every, round(source.weight * count), [seed, number])
+    drawn = _repeated(every, source.samples, [seed, number])
+    return _repeated(drawn, round(source.weight * len(drawn)), [seed, number, 1])
+
+
+def _repeated(rows: NDArray[np.int64], wanted: int, seed: list[int]) -> NDArray[np.int64]:
+    """`wanted` of the rows: all as often as they go into it, the rest drawn."""
+    whole, rest = divmod(wanted, len(rows)) if len(rows) else (0, 0)
+    part = np.sort(np.random.Generator(np.random.PCG64(seed)).permutation(len(rows))[:rest])
+    return np.concatenate([np.tile(rows, whole), rows[part]])
 
 
 def mixed(sources: Sequence[Tokenised], seed: int) -> Examples | PreferenceExamples:
@@ -125,7 +139,9 @@ def say_counts(one: Tokenised, mixed_count: int, key: str) -> list[str]:
     counts, source = one.counts, one.source
     lines = [f"{source.described}: {counts.examples:,} examples of {counts.rows:,} rows"]
     if mixed_count != counts.examples:
-        how = f"{source.samples:,} samples" if source.samples is not None else f"weight {source.weight:g}"
+        how = f"weight {source.weight:g}"
+        if source.samples is not None:
+            how = f"num_samples {source.samples:,}" + (f", {how}" if source.weight != 1 else "")
         lines[0] += f", {mixed_count:,} in an epoch ({how})"
     if counts.truncated:
         lines.append(f"{source.described}: {counts.truncated:,} examples are cut at data.seq_len")

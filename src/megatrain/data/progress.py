@@ -8,10 +8,11 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class RowProgress:
-    """Counts rows, out of `total` where that is known. Nothing is said of what is done within ten seconds."""
+    """Counts rows, or what else `unit` says, out of `total` where that is known. Nothing is said of what is done within
+    ten seconds."""
 
-    def __init__(self, words: str, total: int | None, stream: TextIO | None = None) -> None:
-        self.words, self.total = words, total
+    def __init__(self, words: str, total: int | None, stream: TextIO | None = None, *, unit: str = "rows") -> None:
+        self.words, self.total, self.unit = words, total, unit
         self._stream = stream or sys.stderr
         self._rows = 0
         self._last = time.monotonic()
@@ -35,7 +36,7 @@ class RowProgress:
         elif time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
             self._last = time.monotonic()
             of = f" of {self.total:,}" if self.total else ""
-            print(f"{self.words}: {self._rows:,}{of} rows", file=self._stream, flush=True)
+            print(f"{self.words}: {self._rows:,}{of} {self.unit}", file=self._stream, flush=True)
 
 
 def _bar(stream: TextIO) -> Any:

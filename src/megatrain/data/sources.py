@@ -3,17 +3,22 @@
 A corpus is a fixed, sorted list of files; reading it twice gives the same documents in the same order.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-from megatrain.data.bad_rows import BadRows, kind_of, names_of
+from megatrain.data.bad_rows import BadRowError, BadRows, kind_of, names_of
+from megatrain.data.data_files import open_data, reading, refuse_other_compression, suffix_of
+from megatrain.data.row_files import jsonl_lines
+from megatrain.data.splits import WHOLE, Part
 from megatrain.errors import ConfigError
 
 STDLIB = "stdlib"
@@ -35,6 +40,10 @@ Split = Literal["train", "eval"]
 _log = logging.getLogger(__name__)
 
 
+class _BadLineError(ConfigError):
+    """A line that holds no text."""
+
+
 class Corpus:
     """The documents of one `data.train` or `data.eval` setting.
 
@@ -45,77 +54,76 @@ class Corpus:
 
     def __init__(self, sources: Sequence[str], *, split: Split, key: str, text_field: str = "text") -> None:
         self.key = key
-        self.described = ", ".join(sources)
         self.text_field = text_field
         self.files: list[Path] = []
         for source in sources:
             self.files += _files_of(source, split, key)
-        self._warned = False
 
-    def documents(self, bad: BadRows | None = None) -> Iterator[str]:
-        """Every non-empty document in order: one per text file, one per JSONL line. Lines that hold none are an error,
-        or what `bad` makes of them."""
-        skipped: list[Path] = []
-        for path in self.files:
-            if path.suffix.lower() in JSONL_SUFFIXES:
-                yield from self._jsonl_documents(path, bad)
-                continue
-            text = self._read_text(path)
-            if text is None:
-                skipped.append(path)
-            elif text.strip():
-                yield text
-        if skipped and not self._warned:
-            self._warned = True
-            _log.warning("%s: skipped %d files that are not UTF-8 text, e.g. %s", self.key, len(skipped), skipped[0])
+    def count(self) -> int:
+        """Of all documents, those that are empty or cannot be read among them."""
+        lines = (jsonl_lines(path, self.key) for path in self.files if _is_jsonl(path))
+        return sum(not _is_jsonl(path) for path in self.files) + sum(1 for _ in chain.from_iterable(lines))
 
-    def _read_text(self, path: Path) -> str | None:
-        """The file's text, or None where it is not UTF-8 (or holds NUL bytes, which no text does)."""
-        with self._naming(path):
-            data = path.read_bytes()
-        if b"\0" in data:
-            return None
-        try:
-            return data.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            return None
-
-    def _jsonl_documents(self, path: Path, bad: BadRows | None) -> Iterator[str]:
-        with self._naming(path), path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
+    def documents(self, bad: BadRows, parts: Sequence[Part] = ()) -> Iterator[str]:
+        """Every non-empty document in order, of all or of some parts: one per text file, one per JSONL line. Those that
+        cannot be read are an error, or what `bad` makes of them."""
+        for part in parts or (Part(WHOLE, tuple(self.files)),):
+            for path, read in self._in(part):
                 try:
-                    text = self._text_of(line, f"{path} line {number}")
-                except ConfigError as error:
-                    if bad is None or not bad.skip:
+                    text = read()
+                except _BadLineError as error:
+                    if not bad.skip:
                         raise
                     bad.found(str(error).split(": ", 1)[1], "")
-                    continue
-                if text.strip():
-                    yield text
+                except BadRowError as error:
+                    bad.found(str(path), str(error), always_named=True)
+                else:
+                    if text.strip():
+                        yield text
 
-    @contextlib.contextmanager
-    def _naming(self, path: Path) -> Iterator[None]:
+    def _in(self, part: Part) -> Iterator[tuple[Path, Callable[[], str]]]:
+        """Each document's file, and what reads it, of a part."""
+        number = 0
+        for path in self.files:
+            if not _is_jsonl(path):
+                if part.has(number):
+                    yield path, partial(self._read_text, path)
+                number += 1
+                continue
+            for line_number, line in jsonl_lines(path, self.key):
+                if part.has(number):
+                    yield path, partial(self._text_of, line, f"{path} line {line_number}")
+                number += 1
+                if number == part.stop:
+                    return
+
+    def _read_text(self, path: Path) -> str:
+        """The file's text. Raises BadRowError where it is not UTF-8 (or holds NUL bytes, which no text does)."""
+        with reading(path, self.key), open_data(path) as stream:
+            data = stream.read()
         try:
-            yield
-        except OSError as error:
-            raise ConfigError(f"{self.key}: cannot read {str(path)!r}: {error.strerror}") from None
+            if b"\0" not in data:
+                return data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise BadRowError(f"is not UTF-8 text (at byte {error.start})") from None
+        raise BadRowError("has a NUL byte, which no text has")
 
     def _text_of(self, line: bytes, where: str) -> str:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):  # bad JSON, bad UTF-8 and a thousand brackets alike
-            raise ConfigError(f"{self.key}: {where} is not JSON; a .jsonl file has one JSON object per line") from None
+            raise _BadLineError(
+                f"{self.key}: {where} is not JSON; a .jsonl file has one JSON object per line"
+            ) from None
         if not isinstance(record, dict):
-            raise ConfigError(f"{self.key}: {where} is a {type(record).__name__}; expected a JSON object")
+            raise _BadLineError(f"{self.key}: {where} is a {type(record).__name__}; expected a JSON object")
         text = record.get(self.text_field)
         if self.text_field in record and not isinstance(text, str):
-            raise ConfigError(
+            raise _BadLineError(
                 f"data.text_field: {where} has {kind_of(text)} in field {self.text_field!r}; expected a string"
             )
         if not isinstance(text, str):
-            raise ConfigError(
+            raise _BadLineError(
                 f"data.text_field: {where} has no text in field {self.text_field!r}; its fields are: "
                 f"{names_of(list(record))}"
             )
@@ -123,7 +131,7 @@ class Corpus:
             text.encode()
         except UnicodeEncodeError as error:  # JSON can write half of a character, "\ud800"; UTF-8 cannot
             half = f"\\u{ord(text[error.start]):04x}"
-            raise ConfigError(
+            raise _BadLineError(
                 f"{self.key}: {where} has {half} by itself in field {self.text_field!r}, which is half of a surrogate "
                 "pair and no character; write both halves or remove it"
             ) from None
@@ -156,13 +164,19 @@ def _files_of(source: str, split: Split, key: str) -> list[Path]:
         return files
     path = Path(os.path.expanduser(source))
     if os.path.isfile(path):  # unlike `path.is_file`, no error for a name that is too long
+        refuse_other_compression(path, key)
         return [path]
     if not os.path.isdir(path):
         what = "is neither a file nor a folder" if os.path.exists(path) else "does not exist"
         raise ConfigError(f"{key}: {source!r} {what}; give a text file, a .jsonl file, a folder or stdlib")
-    files = sorted(found for found in path.rglob("*") if _is_text(found.relative_to(path)) and _is_file(found, key))
+    shown = [found for found in path.rglob("*") if not _is_hidden(found.relative_to(path))]
+    files = sorted(found for found in shown if _is_text(found) and _is_file(found, key))
     if not files:
         raise ConfigError(f"{key}: folder {source!r} has no text files (such as .txt, .md, .py or .jsonl)")
+    others = Counter(one.suffix.lower() or one.name for one in shown if not _is_text(one) and os.path.isfile(one))
+    if others:
+        told = names_of([f"{count:,} {suffix}" for suffix, count in others.items()])
+        _log.warning("%s: of folder %r files are left out that are no texts by their names: %s", key, source, told)
     return files
 
 
@@ -175,6 +189,13 @@ def _is_file(path: Path, key: str) -> bool:
         raise ConfigError(f"{key}: cannot read {str(path)!r}: {error.strerror}") from None
 
 
-def _is_text(relative: Path) -> bool:
-    hidden = any(part.startswith(".") for part in relative.parts)
-    return not hidden and relative.suffix.lower() in TEXT_SUFFIXES | JSONL_SUFFIXES
+def _is_hidden(relative: Path) -> bool:
+    return any(part.startswith(".") for part in relative.parts)
+
+
+def _is_text(path: Path) -> bool:
+    return suffix_of(path) in TEXT_SUFFIXES | JSONL_SUFFIXES
+
+
+def _is_jsonl(path: Path) -> bool:
+    return suffix_of(path) in JSONL_SUFFIXES

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from megatrain.data.folder_claim import claim_folder, release_folder
 from megatrain.errors import ConfigError
 from megatrain.files import make_folders, remove_tree, rename
 from megatrain.private_files import make_private_folder, private
 
 _FACTS = "facts.json"
+_UNFINISHED = ".unfinished-"
 _HEADER_BYTES = 128  # numpy pads the header of an array with one dimension to this
 _HASHED_BYTES = 1 << 24  # at a time
 
@@ -78,6 +80,15 @@ class TokenCache:
     def __init__(self, folder: Path | None, key: str = "data.cache") -> None:
         self.folder, self.key = folder, key
 
+    def get(self, name: str, fill: Callable[["Entry"], dict[str, Any]]) -> tuple[Arrays, dict[str, Any]]:
+        """An entry's arrays and facts; if it is not there, `fill` makes its arrays and returns the facts."""
+        found = self.read(name)
+        if found is not None:
+            return found
+        with self.writing(name) as entry:
+            facts = fill(entry)
+            return entry.finish(facts), facts
+
     def read(self, name: str) -> tuple[Arrays, dict[str, Any]] | None:
         """An entry's arrays and facts, if it is there and as it was written."""
         if self.folder is None:
@@ -101,7 +112,7 @@ class TokenCache:
         try:
             make_folders(self.folder.parent)
             make_private_folder(self.folder)
-            unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=self.folder))
+            unfinished, claim = _begun(self.folder)
         except OSError as error:
             raise self._error(error) from None
         try:
@@ -110,9 +121,25 @@ class TokenCache:
             raise self._error(error) from None
         finally:
             remove_tree(unfinished)
+            release_folder(claim)
 
     def _error(self, error: OSError) -> ConfigError:
         return ConfigError(f"{self.key}: cannot write in {str(self.folder)!r}: {error.strerror or error}")
+
+
+def _begun(folder: Path) -> tuple[Path, int | None]:
+    """A folder for an entry that is being written, and the claim on it, without which it would be anybody's. Those that
+    nobody writes any more are removed: what wrote them was killed."""
+    cache = claim_folder(folder, wait=True)  # between making a folder and claiming it nobody may come
+    try:
+        for left in folder.glob(f"{_UNFINISHED}*"):
+            if cache is not None and (claim := claim_folder(left)) is not None:
+                remove_tree(left)
+                release_folder(claim)
+        unfinished = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder))
+        return unfinished, claim_folder(unfinished)
+    finally:
+        release_folder(cache)
 
 
 class Entry:

@@ -3,15 +3,10 @@
 Blocks come back in the order in which they were sent, so the result is the same for any number of workers.
 """
 
-import os
-import signal
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import islice
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -24,18 +19,18 @@ from megatrain.data.progress import RowProgress
 from megatrain.data.row_files import Row
 from megatrain.data.row_source import Source
 from megatrain.data.token_files import Arrays, Entry, TokenCache, hash_of
-from megatrain.errors import ConfigError, MegaTrainError
+from megatrain.data.workers import encoded, processes_for
+from megatrain.errors import ConfigError
 
 _CODE = 2  # raise it where the same rows become other tokens than before: what is cached is made anew
 _ROWS_PER_BLOCK = 128
-_SMALL_BYTES = 4 << 20  # starting processes takes longer than encoding this much
-_MOST_WORKERS = 16
 
 
 @dataclass
 class Counts:
     """What became of a source's rows: `examples` were kept, of them `truncated` are cut at seq_len; `left_out` had no
-    target within it; `skipped` were bad, the first of them in `first_bad`; `unended` end with no special token."""
+    target within it; `skipped` were bad, the first of them in `first_bad`. `unended` answers end with no special token.
+    """
 
     rows: int = 0
     examples: int = 0
@@ -79,29 +74,19 @@ def tokenise(
     enough = enough if source.streaming else None
     facts_of_it = [*_facts(source, settings, bad_rows), None if enough is None else asdict(enough)]
     name = hash_of(source.files, facts=facts_of_it, key=source.key)
-    found = cache.read(name)
-    if found is not None:
-        arrays, facts = found
-        counts = Counts(**facts)
-        return Tokenised(source, _examples(arrays, counts), counts)
-    counts = Counts()
-    with cache.writing(name) as entry:
+
+    def fill(entry: Entry) -> dict[str, Any]:
+        counts = Counts()
         _fill(entry, source, settings, BadRows(source.key, skip=bad_rows == "skip"), workers, counts, enough)
-        arrays = entry.finish(asdict(counts))
+        return asdict(counts)
+
+    arrays, facts = cache.get(name, fill)
+    counts = Counts(**facts)
     return Tokenised(source, _examples(arrays, counts), counts)
 
 
-def is_small(source: Source) -> bool:
-    """Whether all that it reads is little; of a table that is not here nobody knows."""
-    if not source.files:
-        return False
-    return sum(path.stat().st_size for path in source.files) <= _SMALL_BYTES
-
-
 def _facts(source: Source, settings: EncoderSettings, bad_rows: str) -> list[Any]:
-    assert source.rows is not None
-    kinds = [path.suffix.lower() for path in source.files]
-    return [_CODE, asdict(settings), bad_rows, kinds, source.rows.identity, source.described if not kinds else ""]
+    return [_CODE, asdict(settings), bad_rows, source.identity]
 
 
 def _fill(
@@ -115,8 +100,9 @@ def _fill(
 ) -> None:
     columns = [_Columns(entry, "", settings), *([_Columns(entry, "rejected_", settings)] if _pairs(settings) else [])]
     assert source.rows is not None
-    with RowProgress(f"tokenising {source.described}", source.rows.count) as progress:
-        for rows, block in _encoded(_blocks(rows_of_text(source)), settings, _processes(source, workers)):
+    blocks = _blocks(rows_of_text(source))
+    with RowProgress(f"tokenising {source.described}", source.count) as progress:
+        for rows, block in encoded(blocks, _fields, partial(Encoder, settings), processes_for(source, workers)):
             _check(rows, block, bad, source)
             for column, one in zip(columns, (block, block.rejected), strict=False):
                 assert one is not None
@@ -187,55 +173,5 @@ def _blocks(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield block
 
 
-# -- processes -------------------------------------------------------------------------------------------
-
-_encoder: Encoder | None = None  # of a worker process
-
-
-def _processes(source: Source, workers: int | None) -> int:
-    if workers is not None:
-        return workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 1 if is_small(source) else max(1, min(_MOST_WORKERS, cores - 1))
-
-
-def _encoded(blocks: Iterator[list[Row]], settings: EncoderSettings, workers: int) -> Iterator[tuple[list[Row], Block]]:
-    """Each block with what it became, in order; at most a few are on their way at a time."""
-    if workers <= 1:
-        encoder = Encoder(settings)
-        yield from ((block, encoder.encode(_fields(block))) for block in blocks)
-        return
-    with ProcessPoolExecutor(workers, get_context("spawn"), _begin, (settings,)) as pool:
-        under_way: deque[tuple[list[Row], Future[Block]]] = deque()
-        try:
-            for block in blocks:
-                under_way.append((block, pool.submit(_encode, _fields(block))))
-                if len(under_way) > 2 * workers:
-                    rows, future = under_way.popleft()
-                    yield rows, future.result()
-            while under_way:
-                rows, future = under_way.popleft()
-                yield rows, future.result()
-        except BrokenProcessPool:
-            raise MegaTrainError(
-                "a process that tokenises ended by itself; data.workers: 1 does without them"
-            ) from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
 def _fields(block: Sequence[Row]) -> list[Any]:
     return [None if row.wrong is not None else dict(row.fields) for row in block]
-
-
-def _begin(settings: EncoderSettings) -> None:
-    """A worker's first call. Ctrl-C is for the process that it works for; threads of its own would be too many."""
-    global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _encoder = Encoder(settings)
-
-
-def _encode(rows: list[Any]) -> Block:
-    assert _encoder is not None
-    return _encoder.encode(rows)

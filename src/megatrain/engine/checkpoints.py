@@ -44,17 +44,7 @@ def begin_save(
     store, first = engine.store, engine.updates.first
     buffers = {name: buffer for name, buffer in engine.model.named_buffers() if not buffer.is_meta}
     copies = {name: buffer.detach().to("cpu", copy=True) for name, buffer in buffers.items()}
-    told = Description(
-        step=engine.step_count,
-        seed=engine.seed,
-        precision=engine.precision,
-        moments=store.moments,
-        model_dtype=engine.model_dtype,
-        steps={entry.slot.name: entry.steps for entry in store.slots.values()},
-        param_groups=list(_described_groups(engine)),
-        random=description.random_numbers(),
-        run=dict(run),
-    )
+    told = describe(engine, run)
     told.to_bytes()  # what could not be read back is not begun
     return Save(
         folder,
@@ -71,6 +61,21 @@ def begin_save(
         seal=seal or _write_manifest,
         unit_names=unit_names(engine) if hash_units else None,
         replaces=replaces,
+    )
+
+
+def describe(engine: "Engine", run: Mapping[str, Any]) -> Description:
+    """What of the training state is no tensor."""
+    return Description(
+        step=engine.step_count,
+        seed=engine.seed,
+        precision=engine.precision,
+        moments=engine.store.moments,
+        model_dtype=engine.model_dtype,
+        steps={entry.slot.name: entry.steps for entry in engine.store.slots.values()},
+        param_groups=list(_described_groups(engine)),
+        random=description.random_numbers(),
+        run=dict(run),
     )
 
 

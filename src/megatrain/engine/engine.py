@@ -610,6 +610,8 @@ class Engine:
         """Give the optimizer other param groups: `params` (of this model, each that is trained in one of them), lr,
         betas, eps and weight_decay. Moments and step counts stay. Raises ConfigError where a parameter is missing."""
         self.flush()
+        self.store.check_addresses()
+        self.structure.check()  # or what came later would be said to be missing from the groups, or too much there
         entries = {id(e.slot.parameter): e for e in self.store.slots.values() if e.place.trainable}
         given = [id(parameter) for group in groups for parameter in group["params"]]
         if sorted(given) != sorted(entries):

@@ -19,7 +19,7 @@ from megatrain.engine.gradient_stream import GradientStream
 from megatrain.engine.resident_gradients import ResidentGradients
 from megatrain.engine.shown_gradients import HeldGradient
 from megatrain.memory.plan import ARRIVING_UNITS
-from megatrain.memory.store import HostStore, SlotState, bits
+from megatrain.memory.store import HostStore, SlotState, bits, refuse_changed_freezing
 from megatrain.model.partition import Partition, Unit
 from megatrain.optim import device_kernels
 from megatrain.optim.gradient_kernels import accumulate, copy_with_square_sum, round_to_bf16, square_sum
@@ -91,6 +91,7 @@ class GradientBook:
 
     def add(self, slot: int, gradient: Tensor) -> None:
         """One contribution; the first is kept as it is, from the second on they add up in fp32."""
+        refuse_changed_freezing(self._store.slots[slot])  # in a caller's own loop nothing else has looked before
         if self._shows:
             self._show(slot)
         held = self._sums.get(slot)

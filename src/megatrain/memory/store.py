@@ -499,17 +499,22 @@ class HostStore:
                     f"parameter {slot.name} was replaced or moved after the engine took the model over; write into it"
                     " in place (load_state_dict without assign=True), or make a new Engine"
                 )
-            if slot.parameter.requires_grad != entry.place.trainable:
-                now = "trainable" if slot.parameter.requires_grad else "frozen"
-                raise IntegrityError(
-                    f"parameter {slot.name} was made {now} after the engine took over; make a new Engine"
-                )
+            refuse_changed_freezing(entry)
             hooks = (slot.parameter._backward_hooks, slot.parameter._post_accumulate_grad_hooks)
             if any(len(found or ()) > entry.own_hooks for found in hooks):
                 raise IntegrityError(
                     f"parameter {slot.name} has a gradient hook (register_hook, register_post_accumulate_grad_hook),"
                     " which the engine would not call with its gradient; remove it"
                 )
+
+
+def refuse_changed_freezing(entry: SlotState) -> None:
+    """Raise IntegrityError where a parameter is not trainable or frozen as it was: state is there for the former."""
+    if entry.slot.parameter.requires_grad != entry.place.trainable:
+        now = "trainable" if entry.slot.parameter.requires_grad else "frozen"
+        raise IntegrityError(
+            f"parameter {entry.slot.name} was made {now} after the engine took over; make a new Engine"
+        )
 
 
 def gradient_buffers(slabs: list[Slab]) -> Iterator[Tensor]:

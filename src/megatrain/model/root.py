@@ -183,7 +183,8 @@ def report_device(model: nn.Module, device: torch.device) -> Callable[[], None]:
 def guard(model: nn.Module, device: torch.device) -> list[StandIn]:
     """Refuse what would detach parameters from the host store, and make recomputation's rival a no-op.
 
-    `.to(compute device)` does nothing (trainers call it); other moves, casts and copies raise in every submodule.
+    `.to(compute device)` does nothing (trainers call it); other moves, casts and copies raise in every submodule, and
+    so does another size of the vocabulary.
     """
     guards = []
     for module in model.modules():
@@ -193,6 +194,8 @@ def guard(model: nn.Module, device: torch.device) -> list[StandIn]:
                 StandIn(module, "to", _To(module, device)),
                 StandIn(module, "__reduce_ex__", _NoCopy(module)),  # what copy.deepcopy, pickle and torch.save ask
             ]
+        if hasattr(module, "resize_token_embeddings"):
+            guards.append(StandIn(module, "resize_token_embeddings", _OneSize(module)))
     for name in ("gradient_checkpointing_enable", "activation_checkpointing_enable"):
         if hasattr(model, name):
             guards.append(StandIn(model, name, _no_checkpointing))
@@ -225,6 +228,29 @@ class _NoCopy:
         raise UnsupportedModelError(
             f"{self._name}: the engine runs this model; it cannot be copied or pickled. Write it with"
             " engine.save_pretrained(folder), copy its engine.model.state_dict(), or engine.close() first"
+        )
+
+
+class _OneSize:
+    """In place of transformers' `resize_token_embeddings`, which trainers call for the size that there is, too."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module: Any = module
+        self._resize: Any = self._module.resize_token_embeddings
+
+    def __call__(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        tokens = self._module.get_input_embeddings().weight.shape[0]
+        wanted = tokens if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            wanted += -wanted % pad_to_multiple_of
+        if wanted == tokens:
+            return self._resize(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+        raise UnsupportedModelError(
+            f"{type(self._module).__name__}: its {tokens} token embeddings cannot become {wanted} while an engine runs"
+            " it; resize the model before mt.Engine takes it over. A trainer's chat_template_path resizes it, too:"
+            " call trl.clone_chat_template(model, tokenizer, path) before mt.Engine, and leave chat_template_path out"
         )
 
 

@@ -19,9 +19,9 @@ from megatrain.data.batches import StepBatches
 from megatrain.data.examples import HeldOutData, PreferenceExamples
 from megatrain.data.images import ImageRows
 from megatrain.data.mixture import Mixture
-from megatrain.data.packing import tokenize
 from megatrain.data.pairs import PairRows, Reference
 from megatrain.data.rows import Rows
+from megatrain.data.splits import shared_file
 from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS, load_tokenizer, train_bpe
 from megatrain.errors import ConfigError, IntegrityError
 from megatrain.optim.int8_moments import BLOCK
@@ -31,7 +31,7 @@ from megatrain.train.model_settings import ModelSettings, Vocabulary
 from megatrain.train.packing import rows_of
 from megatrain.train.param_groups import make_optimizer
 from megatrain.train.processor import with_processor_files
-from megatrain.train.row_data import enough_of, give_chat_template, prepare_rows
+from megatrain.train.row_data import give_chat_template, prepare_rows, prepare_texts
 from megatrain.train.run_folder import RunFolder, model_folder
 from megatrain.trust.encryption import read_key
 
@@ -76,13 +76,14 @@ def find_corpora(config: Config) -> Corpora:
     """Find the sources of data.train and data.eval. Raises ConfigError where one does not exist."""
     data = config.data
     common: dict[str, Any] = {"form": data.format, "text_field": data.text_field, "bad_rows": data.bad_rows}
+    common["method"] = config.train.method
     train = Mixture(data.train or (), split="train", key="data.train", **common)
     if data.eval is None:
         return Corpora(train, None)
     held_out = Mixture(data.eval, split="eval", key="data.eval", **common)
-    shared = sorted(set(train.files) & set(held_out.files))
+    shared = shared_file(train.parts, held_out.parts)
     if shared:
-        _log.warning("data.eval: %s is in data.train too; what is measured on it is not held out", shared[0])
+        _log.warning("data.eval: %s is in data.train too; what is measured on it is not held out", shared)
     return Corpora(train, held_out)
 
 
@@ -152,7 +153,7 @@ def _with_held_out(config: Config, data: Data, mixture: Mixture, tokenizer: Any)
         images = prepare_images(config, mixture, tokenizer)
         return replace(data, held_out=images.rows, said=(*data.said, *images.said))
     if mixture.kind == "text":
-        stream = tokenize(mixture.documents(), tokenizer)
+        stream = prepare_texts(config, mixture, tokenizer)
         if stream.utf8_bytes == 0:
             raise _no_text(mixture)
         return replace(data, held_out=stream)
@@ -164,8 +165,7 @@ def _with_held_out(config: Config, data: Data, mixture: Mixture, tokenizer: Any)
 
 
 def _text_data(config: Config, texts: Mixture, tokenizer: Any, model_config: Any) -> Data:
-    enough = enough_of(config) if all(source.streaming for source in texts.sources) else None
-    stream = tokenize(texts.documents(), tokenizer, enough=None if enough is None else enough.tokens + 1)
+    stream = prepare_texts(config, texts, tokenizer)
     if stream.utf8_bytes == 0:
         raise _no_text(texts)
     rows = rows_of(config, stream, model_config, tokenizer.eos_token_id)

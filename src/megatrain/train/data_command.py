@@ -10,15 +10,15 @@ from typing import Any, TextIO
 import numpy as np
 
 from megatrain.config import Config, override, parse_config
+from megatrain.data import best_fit
 from megatrain.data.examples import Examples, PreferenceExamples
 from megatrain.data.mixture import Mixture
-from megatrain.data.packing import tokenize
 from megatrain.data.rows import documents_as_examples
 from megatrain.data.statistics import Statistics, pieces_of, statistics_of
 from megatrain.errors import ConfigError
 from megatrain.train.build import find_corpora, given_tokenizer, trained_tokenizer
 from megatrain.train.image_data import names_images, prepare_images
-from megatrain.train.row_data import prepare_rows
+from megatrain.train.row_data import prepare_rows, prepare_texts
 from megatrain.yaml_file import read_yaml
 
 _LONGEST_SHOWN = 6000  # characters of an example
@@ -59,15 +59,20 @@ def _look(config: Config, mixture: Mixture, tokenizer: Any, count: int) -> dict[
     examples: Examples | PreferenceExamples
     sources: list[dict[str, Any]] = []
     said: Sequence[str] = []
+    packed = None
     if names_images(config, mixture):
         found = prepare_images(config, mixture, tokenizer, keep_tokens=True)
         assert found.examples is not None
         examples, said = found.examples, found.said
     elif mixture.kind == "text":
-        examples = _of_text(mixture, tokenizer, seq_len, joined=_joined(config, mixture))
+        examples = _of_text(config, mixture, tokenizer)
+        packed = _packed(config, mixture, examples)
+        if packed is not None and (cuts := _cuts_of(examples, tokenizer.eos_token_id)):
+            said = [f"{mixture.described}: documents longer than data.seq_len are cut {cuts:,} times"]
     else:
         rows = prepare_rows(config, mixture, tokenizer)
         examples, said = rows.examples, rows.said
+        packed = _packed(config, mixture, examples)
         sources = [
             {
                 "source": one.source.described,
@@ -83,6 +88,7 @@ def _look(config: Config, mixture: Mixture, tokenizer: Any, count: int) -> dict[
         "said": said,
         "sources": sources,
         "mixture": _numbers(examples, seq_len, len(tokenizer)),
+        "packed": packed,
         "examples": [_shown(examples, number, tokenizer) for number in range(min(count, len(examples)))],
     }
 
@@ -92,18 +98,39 @@ def _joined(config: Config, mixture: Mixture) -> bool:
     return mixture.key == "data.eval" or config.data.packing in ("auto", "joined")
 
 
-def _of_text(mixture: Mixture, tokenizer: Any, seq_len: int, *, joined: bool) -> Examples:
-    """Texts as the sequences that they are trained in, or as documents; every token of them a target."""
-    stream = tokenize(mixture.documents(), tokenizer)
-    if not joined:
-        return documents_as_examples(stream, tokenizer.eos_token_id, seq_len)
-    count = len(stream.sequences(seq_len))
-    if count == 0:
-        raise ConfigError(
-            f"{mixture.key}: {len(stream.tokens)} tokens are less than one sequence of data.seq_len = {seq_len}"
-        )
-    tokens = stream.tokens[: count * seq_len]
-    return Examples(tokens, np.ones(len(tokens), bool), np.arange(count + 1) * seq_len, stream.utf8_bytes)
+def _of_text(config: Config, mixture: Mixture, tokenizer: Any) -> Examples:
+    """Texts as the sequences that they are trained in, or as documents. All of it is a target but what nothing stands
+    before: the first token of each, or of a text to measure on, whose windows overlap, the first of all."""
+    stream = prepare_texts(config, mixture, tokenizer)
+    seq_len = config.data.seq_len
+    if not _joined(config, mixture):
+        found = documents_as_examples(stream, tokenizer.eos_token_id, seq_len)
+    else:
+        count = len(stream.sequences(seq_len))
+        if count == 0:
+            raise ConfigError(
+                f"{mixture.key}: {len(stream.tokens)} tokens are less than one sequence of data.seq_len = {seq_len}"
+            )
+        tokens = stream.tokens[: count * seq_len]
+        found = Examples(tokens, np.ones(len(tokens), bool), np.arange(count + 1) * seq_len, stream.utf8_bytes)
+    firsts = found.offsets[:-1]
+    found.targets[firsts if mixture.key == "data.train" else firsts[:1]] = False
+    return found
+
+
+def _packed(config: Config, mixture: Mixture, examples: Examples | PreferenceExamples) -> dict[str, Any] | None:
+    """The rows of an epoch that several examples share; None where data.packing is something else."""
+    shared = config.data.packing == "best_fit" or (config.data.packing == "auto" and mixture.kind == "chat")
+    if mixture.key != "data.train" or not shared or not isinstance(examples, Examples) or len(examples) == 0:
+        return None
+    seq_len = config.data.seq_len
+    rows = len(best_fit.pack(np.minimum(examples.lengths, seq_len), seq_len))
+    return {"packing": "best_fit", "rows": rows, "fill": len(examples.tokens) / (rows * seq_len)}
+
+
+def _cuts_of(examples: Examples, end: int) -> int:
+    """How often documents were cut into pieces: these do not end with the end-of-text token."""
+    return int((examples.tokens[examples.offsets[1:] - 1] != end).sum())
 
 
 def _numbers(examples: Examples | PreferenceExamples, seq_len: int, vocabulary: int) -> dict[str, Any]:
@@ -144,7 +171,10 @@ def _print(name: str, told: dict[str, Any], out: TextIO) -> None:
         for kind, numbers in _parts(source["statistics"]):
             console.print(f"{source['source']}{kind}: {_words(numbers)}")
     for kind, numbers in _parts(told["mixture"]):
-        console.print(f"{name}{kind}: {_words(numbers)}\n")
+        console.print(f"{name}{kind}: {_words(numbers)}")
+    if (packed := told["packed"]) is not None:
+        console.print(f"{name}: {packed['packing']} packs them into {packed['rows']:,} rows, {packed['fill']:.1%} full")
+    console.print()
 
 
 def _parts(told: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

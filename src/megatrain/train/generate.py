@@ -2,10 +2,15 @@
 
 import logging
 import reprlib
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatrain.data.bad_rows import BadRowError
+from megatrain.data.chat_template import ChatTemplate
+from megatrain.data.formats import Chat
 from megatrain.data.tokenizer import load_tokenizer
 from megatrain.errors import ConfigError
 from megatrain.sizes import format_bytes
@@ -15,7 +20,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _WEIGHTS_SHARE = 0.8  # of a GPU's free memory; the rest is for keys, values and activations
+_ADVICE = "the prompt goes in as it is; the model has a chat template: --chat asks it as a user's turn"
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What the model takes for a prompt, and the tokens that end its answer besides those that its settings name."""
+
+    inputs: Mapping[str, "Tensor"]
+    ends: tuple[int, ...] = ()
 
 
 def generate(
@@ -23,32 +37,51 @@ def generate(
     prompts: list[str],
     *,
     images: Sequence[str] = (),
+    chat: bool = False,
     max_new_tokens: int = 200,
     seed: int = 0,
     temperature: float = 0.8,
 ) -> list[str]:
     """Each prompt with the text that the model in `folder` continues it with, drawn anew from `seed`.
 
-    With `images`, files, each prompt is what a user says about them through the model's chat template, `<image>` in it
-    the place of one (else they come first), and what is returned is the answer alone. `temperature` 0 always takes the
-    likeliest token. Raises ConfigError where there is no model, tokenizer or processor.
+    With `chat`, each prompt is what a user says, through the tokenizer's chat template, and what is returned is the
+    answer alone; so it is with `images`, files, of which `<image>` in the prompt is the place of one (else they come
+    first). `temperature` 0 always takes the likeliest token. Raises ConfigError where there is no model, tokenizer,
+    template or processor.
     """
     from megatrain.model.loading import load_config, load_pretrained
+    from megatrain.train.row_data import chat_template
 
     source = model_folder(folder)
     load_config(source)  # no model is a clearer error than no tokenizer, and cheap to find
     tokenizer = load_tokenizer(source, key="tokenizer")
-    questions = _questions(source, tokenizer, prompts, images) if images else None
+    template = chat_template(tokenizer)
+    asks = chat or bool(images)
+    if images:
+        questions = _about_images(source, tokenizer, template, prompts, images)
+    elif chat:
+        questions = [_said(prompt, template, tokenizer) for prompt in prompts]
+    else:
+        # in training a document follows the end of the one before
+        questions = [_Question(as_inputs(_ids(tokenizer, one) or [tokenizer.eos_token_id])) for one in prompts]
+        if template is not None:
+            print(_ADVICE, file=sys.stderr, flush=True)
     model = _placed(load_pretrained(source)).eval()
     positions = learned_positions(model)
     texts = []
-    for number, prompt in enumerate(prompts):
-        # in training a document follows the end of the one before
-        inputs = questions[number] if questions else as_inputs(_ids(tokenizer, prompt) or [tokenizer.eos_token_id])
+    for prompt, question in zip(prompts, questions, strict=True):
         if positions is not None:
-            check_length(inputs["input_ids"].shape[1], max_new_tokens, positions, key="max-new-tokens")
-        text = go_on(model, tokenizer, inputs, max_new_tokens=max_new_tokens, seed=seed, temperature=temperature)
-        texts.append(text if questions else prompt + text)
+            check_length(question.inputs["input_ids"].shape[1], max_new_tokens, positions, key="max-new-tokens")
+        text = go_on(
+            model,
+            tokenizer,
+            question.inputs,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            temperature=temperature,
+            ends=question.ends,
+        )
+        texts.append(text if asks else prompt + text)
     return texts
 
 
@@ -56,21 +89,39 @@ def _ids(tokenizer: Any, prompt: str) -> list[int]:
     return list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
 
-def _questions(source: str, tokenizer: Any, prompts: list[str], images: Sequence[str]) -> list[dict[str, "Tensor"]]:
-    """What the model takes for each prompt about all of `images`. Raises ConfigError."""
-    from megatrain.data.bad_rows import BadRowError
+def _said(prompt: str, template: ChatTemplate | None, tokenizer: Any) -> _Question:
+    """`prompt` as a user's turn, with the model's to come. Raises ConfigError."""
+    if template is None:
+        raise ConfigError("--chat: the model's tokenizer has no chat template; leave it out, to go on from the text")
+    try:
+        asked = template.asking(Chat([{"role": "user", "content": prompt}]))
+    except BadRowError as error:
+        raise ConfigError(f"--chat: the prompt {error}") from None
+    return _Question(as_inputs(_ids(tokenizer, asked)), _end_of_turn(template, tokenizer))
+
+
+def _end_of_turn(template: ChatTemplate | None, tokenizer: Any) -> tuple[int, ...]:
+    """A model that learnt to answer from a base model ends its turns with a token that its settings may not name."""
+    token = template.end_of_turn() if template is not None else None
+    return () if token is None else (tokenizer.convert_tokens_to_ids(token),)
+
+
+def _about_images(
+    source: str, tokenizer: Any, template: ChatTemplate | None, prompts: list[str], images: Sequence[str]
+) -> list[_Question]:
+    """What a user says about all of `images`, for each prompt. Raises ConfigError."""
     from megatrain.data.image_files import ImageReference, require_pillow
     from megatrain.data.images import ImageEncoder
     from megatrain.train.processor import load_processor, template_of
-    from megatrain.train.row_data import chat_template
 
     key = "--image"
     require_pillow(key)
     processor = load_processor(source, tokenizer, key=key)
-    encoder = ImageEncoder(processor, template_of(processor, chat_template(tokenizer), chosen=False), everything=False)
+    asked = template_of(processor, template, chosen=False)
+    encoder, ends = ImageEncoder(processor, asked, everything=False), _end_of_turn(asked, tokenizer)
     references = [ImageReference(f"image {name!r}", path=Path(name).expanduser()) for name in images]
     try:
-        return [encoder.question(prompt, references) for prompt in prompts]
+        return [_Question(encoder.question(prompt, references), ends) for prompt in prompts]
     except BadRowError as error:
         raise ConfigError(f"{key}: the prompt {error}") from None
 
@@ -91,13 +142,17 @@ def go_on(
     max_new_tokens: int,
     seed: int,
     temperature: float,
+    ends: Sequence[int] = (),
 ) -> str:
     """What `model`, in evaluation mode, writes after the one row of `inputs`, drawn from torch's generators, which
-    `seed` begins anew. Raises ConfigError where its generation settings name what is no token."""
+    `seed` begins anew. `ends`: tokens at which it is over, besides those of the model's settings. Raises ConfigError
+    where its generation settings name what is no token."""
     import torch
     from transformers import GenerationConfig
 
     settings = _generation_settings(model, tokenizer) | {"max_new_tokens": max_new_tokens}
+    if ends:
+        settings["eos_token_id"] = sorted({*settings.get("eos_token_id", ()), *ends})
     if temperature > 0:
         settings |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 0.95}
     # the model's own, too: transformers takes from it whatever is left open here

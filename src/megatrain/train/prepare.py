@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from megatrain.config import Config, to_yaml
 from megatrain.planner.plan import Plan
+from megatrain.report.numbers import several
 from megatrain.sizes import format_bytes
 from megatrain.train import build
 from megatrain.train.method import with_method
 from megatrain.train.model_settings import ModelSettings, Vocabulary, check_fit, read_model_settings
 from megatrain.train.resume import Resumed, check_data
 from megatrain.train.run_folder import RunFolder
+from megatrain.train.samples import Prompt, read_prompts
 from megatrain.train.trial import try_out
 from megatrain.trust.facts import run_facts
 
@@ -20,10 +22,13 @@ if TYPE_CHECKING:
     from megatrain.train.planning import RunPlanner
 
 
+_MUCH_ROUNDED = 0.05
+
+
 @dataclass(frozen=True)
 class Prepared:
     """`source`: the settings with the model that training begins with, which is a checkpoint's where it goes on.
-    `beside`: what is saved with the model. `facts`: of every manifest, and the ledger."""
+    `beside`: what is saved with the model. `prompts`: of samples. `facts`: of every manifest, and the ledger."""
 
     config: Config
     source: Config
@@ -32,6 +37,7 @@ class Prepared:
     tokenizer: Any
     beside: Any
     data: build.Data
+    prompts: list[Prompt]
     plan: Plan
     facts: dict[str, Any]
 
@@ -52,19 +58,37 @@ def prepare(config: Config, folder: RunFolder, resumed: Resumed | None, *, force
     data = build.build_data(config, corpora, tokenizer, settings.config)
     for line in (*data.said, _in_numbers(config, data, tokenizer), *([] if data.rows is None else [data.rows.kind])):
         _say(line)
+    if (rounded := _rounding(config, data)) is not None:
+        _say(f"warning: {rounded}")
+    prompts = read_prompts(config.eval, tokenizer, data.held_out, settings.config)
     plan = planner.plan()  # with the data in memory
     facts = run_facts(to_yaml(config), corpora.train.files, planner.device.name)
     if resumed is not None:
         check_data(resumed, facts, force=force)
     beside = build.saved_beside(source, tokenizer)
-    return Prepared(config, source, settings, optimizer, tokenizer, beside, data, plan, facts)
+    return Prepared(config, source, settings, optimizer, tokenizer, beside, data, prompts, plan, facts)
 
 
 def _in_numbers(config: Config, data: build.Data, tokenizer: Any) -> str:
     passes = data.steps * build.passes_per_step(config, data)
     return (
         f"{data.tokens:,} tokens of {format_bytes(data.train_bytes)} text, vocabulary of {len(tokenizer):,}; "
-        f"{data.steps:,} steps of {config.tokens_per_step:,} tokens, {passes:.3g} passes"
+        f"{several(data.steps, 'step')} of {config.tokens_per_step:,} tokens, {passes:.3g} passes"
+    )
+
+
+def _rounding(config: Config, data: build.Data) -> str | None:
+    """Where whole steps are much more, or less, than the passes that are wanted; None where they are about those."""
+    wanted = config.train.epochs
+    if wanted is None or config.planned_steps is not None:
+        return None
+    passes = data.steps * build.passes_per_step(config, data)
+    if abs(passes / wanted - 1) <= _MUCH_ROUNDED:
+        return None
+    return (
+        f"train.epochs: {wanted:g} comes to {wanted / build.passes_per_step(config, data):.2f} steps of "
+        f"{config.tokens_per_step:,} tokens; {several(data.steps, 'whole one')} will be taken, {passes:.2f} passes. "
+        "A lower train.tokens_per_step comes closer"
     )
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from megatrain.data.encode import EncoderSettings, encoder_settings
 from megatrain.data.examples import Examples, PreferenceExamples
 from megatrain.data.formats import Layout
 from megatrain.data.mixture import Mixture, copies_of, mixed, say_counts
+from megatrain.data.packing import TokenStream
 from megatrain.data.row_source import Source
+from megatrain.data.text_tokens import tokenise_texts
 from megatrain.data.token_files import TokenCache, cache_folder
-from megatrain.data.tokenising import Enough, Tokenised, is_small, tokenise
+from megatrain.data.tokenising import Enough, Tokenised, tokenise
+from megatrain.data.workers import is_small
 from megatrain.errors import ConfigError
 
 _TEMPLATE = "data.chat_template"
@@ -44,15 +48,34 @@ def prepare_rows(config: Config, mixture: Mixture, tokenizer: Any) -> RowData:
 
 def _tokenised(config: Config, source: Source, tokenizer: Any) -> Tokenised:
     data = config.data
-    kept = data.cache not in ("auto", "off") or (data.cache == "auto" and not is_small(source))
     return tokenise(
         source,
         settings_of(config, source.layout, tokenizer, source.described),
         bad_rows=data.bad_rows,
         workers=data.workers,
-        cache=TokenCache(cache_folder(data.cache) if kept else None),
+        cache=_cache_of(config, source),
         enough=enough_of(config) if source.key == "data.train" else None,
     )
+
+
+def prepare_texts(config: Config, mixture: Mixture, tokenizer: Any) -> TokenStream:
+    """The documents of all sources, as one stream. Raises ConfigError where they are wrong."""
+    streaming = mixture.key == "data.train" and all(source.streaming for source in mixture.sources)
+    enough = enough_of(config) if streaming else None
+    return tokenise_texts(
+        mixture.sources,
+        tokenizer,
+        bad_rows=config.data.bad_rows,
+        workers=config.data.workers,
+        cache_of=partial(_cache_of, config),
+        enough=None if enough is None else enough.tokens + 1,
+    )
+
+
+def _cache_of(config: Config, source: Source) -> TokenCache:
+    setting = config.data.cache
+    kept = setting not in ("auto", "off") or (setting == "auto" and not is_small(source))
+    return TokenCache(cache_folder(setting) if kept else None)
 
 
 def enough_of(config: Config) -> Enough | None:
@@ -108,13 +131,12 @@ def _template_text(setting: str) -> str:
 
 
 def chat_template(tokenizer: Any) -> ChatTemplate | None:
-    """The tokenizer's own; of several, that which is called default."""
-    text = tokenizer.chat_template
-    if isinstance(text, Mapping):
-        text = text.get("default")
+    """The tokenizer's own; of several, that which is called default, and tool_use where a row describes tools."""
+    own = tokenizer.chat_template
+    text, with_tools = (own.get("default"), own.get("tool_use")) if isinstance(own, Mapping) else (own, None)
     if not isinstance(text, str):
         return None
     names = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if isinstance(value, str)}
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     special |= set(tokenizer.all_special_tokens)
-    return ChatTemplate(text, names, tuple(sorted(special, key=lambda token: (-len(token), token))))
+    return ChatTemplate(text, names, tuple(sorted(special, key=lambda token: (-len(token), token))), with_tools)

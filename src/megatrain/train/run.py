@@ -43,7 +43,7 @@ from megatrain.train.progress import Progress, show_progress
 from megatrain.train.reference import Scored, score
 from megatrain.train.resume import Resumed, check_settings, cut_lines, find_checkpoint
 from megatrain.train.run_folder import RunFolder, model_folder
-from megatrain.train.samples import Sampler, read_prompts
+from megatrain.train.samples import Sampler
 from megatrain.train.watch import Watch, all_watchers
 from megatrain.trust.ledger import LedgerWriter
 from megatrain.trust.manifest import parent_of
@@ -213,10 +213,8 @@ def _score(made: Prepared, engine: "Engine", resumed: Resumed | None) -> dict[st
 def _held_out(
     made: Prepared, engine: "Engine", scored: Mapping[str, Scored], resumed: Resumed | None, stop: StopOnInterrupt
 ) -> HeldOut:
-    """What is measured and written between steps. Raises ConfigError for prompts that cannot be."""
-    config = made.config
-    prompts = read_prompts(config.eval.prompts, made.tokenizer, made.data.held_out)
-    seed = config.train.seed
+    """What is measured and written between steps."""
+    config, prompts, seed = made.config, made.prompts, made.config.train.seed
     return HeldOut(
         config.eval,
         engine,

@@ -4,7 +4,6 @@ checkpoint-N/                what a trainer writes, and a plain transformers fol
 checkpoint-N/megatrain/      the engine's own checkpoint, `model/` and `state/`, from which training goes on
 """
 
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -12,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from megatrain import files
+from megatrain.checkpoint.description import read_description
+from megatrain.engine.checkpoints import describe
 from megatrain.engine.engine import Engine
-from megatrain.errors import ConfigError
+from megatrain.trainers import scheduler_state
 
 EXACT = "megatrain"
 SCHEDULER = "lr_scheduler"
@@ -26,30 +27,33 @@ def exact_state(checkpoint: str | os.PathLike[str]) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def check_saving(engine: Engine, scheduler: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a state like this one could not be saved later."""
+    describe(engine, {SCHEDULER: scheduler_state.to_json(scheduler)}).to_bytes()
+
+
 def save_exact(
     engine: Engine, checkpoint: str | os.PathLike[str], tokenizer: Any, scheduler: Mapping[str, Any]
 ) -> None:
     """Write the whole training state into `checkpoint`, in place of one that is there. `scheduler`: the state of the
-    learning rate's. Raises ConfigError where that is not of what JSON holds."""
+    learning rate's. Raises ConfigError where that cannot be saved."""
     target = Path(checkpoint)
-    try:
-        json.dumps(scheduler)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"lr_scheduler: its state cannot be saved as JSON ({error}); use one whose state is numbers and text"
-        ) from None
+    state = scheduler_state.to_json(scheduler)
     if (target / EXACT).exists():
         files.remove_tree(target / EXACT)
-    engine.save(target / EXACT, tokenizer=tokenizer, run={SCHEDULER: dict(scheduler)})
+    engine.save(target / EXACT, tokenizer=tokenizer, run={SCHEDULER: state})
     _move_in(target / EXACT / "model", target, keep=True)
 
 
-def load_exact(engine: Engine, exact: Path) -> Mapping[str, Any]:
-    """Take on the training state in a folder that `exact_state` has found; returns that of the learning rate's
-    scheduler."""
-    run = engine.load(exact)
-    state: Mapping[str, Any] = run[SCHEDULER]
-    return state
+def load_exact(engine: Engine, exact: Path, scheduler: Any) -> None:
+    """Take on the training state in a folder that `exact_state` has found, and let `scheduler` (None: there is none)
+    do so too. Raises ConfigError, with nothing changed, where that is of another kind."""
+    if scheduler is not None:
+        run = read_description(exact).run
+        state = scheduler_state.from_json(run.get(SCHEDULER), scheduler.state_dict())
+    engine.load(exact)
+    if scheduler is not None:
+        scheduler.load_state_dict(state)
 
 
 def save_plain(engine: Engine, folder: str | os.PathLike[str], tokenizer: Any) -> None:

@@ -16,9 +16,10 @@ from megatrain.engine.registry import engine_of
 from megatrain.errors import ConfigError
 from megatrain.trainers import groups
 from megatrain.trainers.callbacks import finished_updates
-from megatrain.trainers.checkpoints import exact_state, load_exact, save_exact, save_plain
+from megatrain.trainers.checkpoints import check_saving, exact_state, load_exact, save_exact, save_plain
 from megatrain.trainers.checks import check_args, check_call, find_engine
 from megatrain.trainers.direct_head import follow_direct_head, reads_head
+from megatrain.trainers.references import references_on_host
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -53,9 +54,9 @@ class StreamedTrainerMixin(Trainer):
         check_call(given, self.engine)
         if given.get("args") is not None:
             check_args(given["args"], self.engine)
-            _load_references_on_host(given["args"], self.engine)
         self._frozen: list[Engine] = []  # run models beside the one that is trained
-        own(*args, **kwargs)
+        with references_on_host(type(self), given.get("args"), self.engine):
+            own(*args, **kwargs)
         check_args(self.args, self.engine)  # those that the trainer has made where none were given
         follow_direct_head(self.engine)
         if getattr(self.args, "sync_ref_model", False):
@@ -106,6 +107,12 @@ class StreamedTrainerMixin(Trainer):
             self.optimizer = self.engine.optimizer
         return self.engine.optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self.args.save_strategy != "no" and not self.args.save_only_model:
+            check_saving(self.engine, scheduler.state_dict())  # and not when the first step is long over
+        return scheduler
+
     # -- checkpoints ------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -136,7 +143,7 @@ class StreamedTrainerMixin(Trainer):
         if checkpoint is None or exact is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        self.lr_scheduler.load_state_dict(load_exact(self.engine, exact))
+        load_exact(self.engine, exact, self.lr_scheduler)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
@@ -144,10 +151,4 @@ class StreamedTrainerMixin(Trainer):
         if exact is None:
             super()._load_best_model()
         else:
-            load_exact(self.engine, exact)
-
-
-def _load_references_on_host(args: Any, engine: Engine) -> None:
-    """TRL loads reference models by itself, onto the GPU; from the host they are streamed."""
-    if streams(engine.device) and hasattr(args, "model_init_kwargs"):
-        args.model_init_kwargs = {"device_map": "cpu"} | (args.model_init_kwargs or {})
+            load_exact(self.engine, exact, None)
