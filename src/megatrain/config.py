@@ -100,7 +100,7 @@ class DataConfig:
             "a text file, a folder (searched for text files), stdlib (the sources of Python's own standard library), a "
             "file of rows (.jsonl, .json, .csv, .parquet, .arrow), a folder that `datasets` saved, a hub id, or a list "
             "of these; a mapping says more: {path, name, split, revision, format, weight, text_field, columns, "
-            "streaming, dataset_info}",
+            "streaming, dataset_info, images_folder}",
         ),
     )
     eval: tuple[str | dict[str, Any], ...] | None = field(
@@ -136,13 +136,17 @@ class DataConfig:
     )
     workers: int | None = field(
         default=None,
-        metadata=_about(or_null(whole(1)), "processes that tokenise rows; null: all cores but one, for little data 1"),
+        metadata=_about(
+            or_null(whole(1)),
+            "processes that tokenise rows and decode images; null: all cores but one, for little data 1",
+        ),
     )
     cache: str = field(
         default="auto",
         metadata=_about(
             either(choice("auto", "off"), PATH),
-            "folder in which tokenised rows are kept; auto: ~/.cache/megatrain, for all but little data; off: nowhere",
+            "folder in which tokenised rows (none with images) are kept; auto: ~/.cache/megatrain, for all but little "
+            "data; off: nowhere",
         ),
     )
     seq_len: int = field(default=1024, metadata=_about(SEQUENCE_LENGTH, "tokens per sequence"))

@@ -150,7 +150,8 @@ def _parse_columns(value: Any) -> dict[str, str]:
     if not isinstance(value, Mapping) or not value:
         raise ValueError
     for name, column in value.items():
-        if name not in SOURCE_FIELDS or not isinstance(column, str) or not column:
+        without = name == "images" and column is None
+        if name not in SOURCE_FIELDS or (not without and (not isinstance(column, str) or not column)):
             raise WrongPartError("", dict(value), f"names of columns by any of {', '.join(SOURCE_FIELDS)}")
     return dict(value)
 
@@ -287,7 +288,7 @@ _GROUP_KINDS = {
 }
 SOURCE_FIELDS = (
     *("text", "messages", "tools", "system", "instruction", "input", "output", "history"),
-    *("prompt", "completion", "chosen", "rejected"),
+    *("prompt", "completion", "chosen", "rejected", "images"),
 )
 _SOURCE_KINDS = {
     "path": PATH,
@@ -300,6 +301,7 @@ _SOURCE_KINDS = {
     "columns": Kind("a mapping such as {messages: chat}", _parse_columns),
     "streaming": BOOL,
     "dataset_info": PATH,
+    "images_folder": PATH,
 }
 _SOURCE = f"a mapping with path and any of {', '.join(_SOURCE_KINDS)[len('path, ') :]}"
 _GROUP = f"a mapping with match and any of {', '.join(_GROUP_KINDS)[len('match, ') :]}"

@@ -5,59 +5,33 @@ import json
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from image_runs import BLUE, RED, ROWS, TEXT, Row, built, config_of, learned, model_of
 from PIL import Image
-from tiny_vision import FAMILIES, save_tiny
+from tiny_vision import FAMILIES
 from transformers import GenerationMixin
 
 from megatrain import cli
-from megatrain.config import Config, parse_config, to_yaml
+from megatrain.config import Config, to_yaml
 from megatrain.data.batches import batch_sha256
 from megatrain.data.image_files import MOST_PIXELS, ImageReference, open_image
 from megatrain.data.images import ImageRows
 from megatrain.errors import ConfigError
 from megatrain.model.loading import load_pretrained
 from megatrain.train import build
-from megatrain.train.build import Data
 from megatrain.train.export import export
 from megatrain.train.run import run
 
-Row = dict[str, Any]
-RED: Row = {
-    "messages": [
-        {"role": "user", "content": "<image>what is in this picture?"},
-        {"role": "assistant", "content": "it is red."},
-        {"role": "user", "content": "and this one?<image>"},
-        {"role": "assistant", "content": "it is blue"},
-    ],
-    "images": ["red.png", "blue.jpg"],
-}
-TEXT: Row = {"messages": [{"role": "user", "content": "is it red?"}, {"role": "assistant", "content": "it is."}]}
-BLUE: Row = {
-    "messages": [
-        {"role": "user", "content": [{"type": "text", "text": "what is this"}, {"type": "image", "path": "blue.jpg"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "blue"}]},
-    ]
-}
-ROWS = [RED, TEXT, BLUE, TEXT, TEXT]
-
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def models() -> Callable[[str], Path]:
     """The folder of a family's tiny model."""
-    folder = tmp_path_factory.mktemp("models")
-
-    def of(family: str) -> Path:
-        if not (folder / family).exists():
-            save_tiny(family, folder / family)
-        return folder / family
-
-    return of
+    return model_of
 
 
 @pytest.fixture
@@ -68,31 +42,6 @@ def data(tmp_path: Path) -> Path:
     Image.new("RGB", (40, 20), (255, 0, 0)).save(folder / "red.png")
     Image.new("RGB", (16, 30), (0, 0, 255)).save(folder / "blue.jpg")
     return folder
-
-
-def config_of(model: Path, data: Path, rows: Sequence[Row] | Path, /, **sections: Any) -> Config:
-    path = rows if isinstance(rows, Path) else data / "rows.jsonl"
-    if not isinstance(rows, Path):
-        path.write_text("\n".join(json.dumps(row) for row in rows))
-    settings: dict[str, Any] = {
-        "model": {"path": str(model)},
-        "data": {"train": str(path), "seq_len": 256, "shuffle": False, "bad_rows": "fail", "cache": "off"},
-        "train": {"steps": 2, "tokens_per_step": 4 * 256},
-        "engine": {"device": "cpu", "precision": "fp32", "micro_batch": 2},
-        "output": str(data.parent / "run"),
-    }
-    for section, keys in sections.items():
-        settings[section] = settings[section] | keys
-    return parse_config(settings)
-
-
-def built(config: Config) -> tuple[Data, Any]:
-    tokenizer = build.given_tokenizer(config)
-    return build.build_data(config, build.find_corpora(config), tokenizer, None), tokenizer  # rows are not packed
-
-
-def learned(batch: dict[str, torch.Tensor], tokenizer: Any) -> list[str]:
-    return [tokenizer.decode(row[row != -100]) for row in batch["labels"]]
 
 
 # -- what a step is given -----------------------------------------------------------------------------------------
@@ -159,7 +108,9 @@ def test_images_are_never_learned(family: str, models: Any, data: Path) -> None:
     config = config_of(models(family), data, [BLUE], data={"train_on": "all"}, train={"tokens_per_step": 512})
     found, tokenizer = built(config)
     (batch,) = build.batches_of(config, found)(0)
-    assert learned(batch, tokenizer)[0].split() == ["<|user|>what", "is", "this<|assistant|>blue<|eos|>"]
+    (text,) = learned(batch, tokenizer)[:1]
+    around = "<start_of_vision><end_of_vision>" if family == "qwen2_5_vl" else ""  # an image stands between them
+    assert text.split() == ["<|user|>what", "is", f"this{around}<|assistant|>blue<|eos|>"]
     assert (batch["input_ids"] == tokenizer.image_token_id).any()
 
 
@@ -307,9 +258,6 @@ def test_where_no_row_is_left_it_is_said_why(models: Any, data: Path) -> None:
 
 
 def test_what_cannot_be_done_with_images_is_said(models: Any, data: Path, tmp_path: Path) -> None:
-    (data / "eval.jsonl").write_text(json.dumps(BLUE))
-    with pytest.raises(ConfigError, match=r"data.eval: rows with images cannot be measured"):
-        built(config_of(models("llava_next"), data, [BLUE], data={"eval": str(data / "eval.jsonl")}))
     config = config_of(models("llava_next"), data, [BLUE])
     tokenizer = build.given_tokenizer(config)
     blind = tmp_path / "blind"
@@ -391,8 +339,8 @@ def test_the_data_command_shows_what_the_processor_makes(
     images = int((batch["input_ids"][0] == config_image_token(config)).sum())
     assert f"<|user|>what is this<image> x {images} <|assistant|>⟦blue<|eos|>⟧" in shown
     (data / "eval.jsonl").write_text(json.dumps(BLUE))
-    assert cli.main(["data", str(data / "run.yaml"), "--data.eval", str(data / "eval.jsonl")]) == 2
-    assert "data.eval: rows with images cannot be measured on" in capsys.readouterr().err
+    assert cli.main(["data", str(data / "run.yaml"), "--data.eval", str(data / "eval.jsonl")]) == 0
+    assert "data.eval: 1 examples" in capsys.readouterr().out
 
 
 def config_image_token(config: Config) -> int:

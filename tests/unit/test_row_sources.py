@@ -455,7 +455,7 @@ def test_llama_factorys_dataset_info_is_read(tmp_path: Path) -> None:
             "columns": {"prompt": "instruction", "query": "input", "system": "system", "history": "history"},
         },
         "text": {"file_name": "text.json", "columns": {"prompt": "content"}},
-        "images": {"file_name": "text.json", "columns": {"images": "content"}},
+        "videos": {"file_name": "text.json", "columns": {"videos": "content"}},
         "script": {"script_url": "x"},
         "odd": {"file_name": "text.json", "formatting": "odd"},
     }
@@ -482,9 +482,9 @@ def test_llama_factorys_dataset_info_is_read(tmp_path: Path) -> None:
     for name, message in [
         (
             "none",
-            r"has no dataset 'none'; it has: all, alpaca, images, odd, openai, pairs, plain, script, share, text$",
+            r"has no dataset 'none'; it has: all, alpaca, odd, openai, pairs, plain, script, share, text, videos$",
         ),
-        ("images", r"columns.images is not supported; its rows are not text alone$"),
+        ("videos", r"columns.videos is not supported; rows are of text and images$"),
         ("script", r"names no file_name and no hf_hub_url"),
         ("odd", r"formatting 'odd' is not known; expected alpaca, sharegpt or openai$"),
     ]:

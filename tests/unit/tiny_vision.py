@@ -1,6 +1,7 @@
 """Tiny models that see, with processors made on the spot: a tokenizer trained here, images of a few pixels."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ _TOKENS = {
     "image_token": "<image>",
     "boi_token": "<start_of_image>",
     "eoi_token": "<end_of_image>",
+    "video_token": "<video>",
+    "vision_start_token": "<start_of_vision>",
+    "vision_end_token": "<end_of_vision>",
 }
 
 
@@ -104,10 +108,61 @@ def _idefics3(tokenizer: Any) -> tuple[Any, Any]:
     return processor, config
 
 
+def _qwen2_5_vl(tokenizer: Any) -> tuple[Any, Any]:
+    """As on the hub: parts of a processor, which takes videos, too."""
+    sizes = {"patch_size": 4, "merge_size": 2, "temporal_patch_size": 2}
+    image_processor = transformers.Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 8 * 8, "longest_edge": 32 * 32}, **sizes
+    )
+    tokenizer.chat_template = _TEMPLATE.replace("IMAGE", "<start_of_vision><image><end_of_vision>")
+    config = AutoConfig.for_model(
+        "qwen2_5_vl",
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "depth": 2,
+            "num_heads": 4,
+            "out_hidden_size": 32,
+            "patch_size": 4,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "window_size": 16,
+            "fullatt_block_indexes": [1],
+            "tokens_per_second": 2,
+        },
+        text_config={
+            "model_type": "qwen2_5_vl_text",
+            **TEXT,
+            "vocab_size": len(tokenizer),
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0},
+        },
+        image_token_id=tokenizer.image_token_id,
+        video_token_id=tokenizer.video_token_id,
+        vision_start_token_id=tokenizer.vision_start_token_id,
+        vision_end_token_id=tokenizer.vision_end_token_id,
+    )
+    return Parts(image_processor, tokenizer), config
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is saved of a processor that transformers makes only where there is torchvision."""
+
+    image_processor: Any
+    tokenizer: Any
+
+    def save_pretrained(self, folder: Path) -> None:
+        self.image_processor.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        name = folder / "preprocessor_config.json"
+        name.write_text(name.read_text().replace("Qwen2VLImageProcessorPil", "Qwen2VLImageProcessor"))
+
+
 FAMILIES: dict[str, Callable[[Any], tuple[Any, Any]]] = {
     "llava_next": _llava_next,
     "gemma3": _gemma3,
     "idefics3": _idefics3,
+    "qwen2_5_vl": _qwen2_5_vl,
 }
 
 

@@ -12,11 +12,11 @@ from megatrain.errors import ConfigError
 # its names of columns and ours; of a column that it does not name nothing is read, unless rows must have it
 _ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
 _ALPACA_NEEDS = ("instruction", "output")
-_SHARED = {"system": "system", "tools": "tools", "chosen": "chosen", "rejected": "rejected"}
+_SHARED = {"system": "system", "tools": "tools", "chosen": "chosen", "rejected": "rejected", "images": "images"}
 _TAGS = {
     *("role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag", "system_tag"),
 }
-_NOT_TEXT = {"images", "videos", "audios", "kto_tag"}
+_REFUSED = {"videos", "audios", "kto_tag"}
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ def _entry(entry: Mapping[str, Any], info: Path, where: str) -> Entry:
     if formatting not in ("alpaca", "sharegpt", "openai"):
         raise ConfigError(f"{where}: formatting {formatting!r} is not known; expected alpaca, sharegpt or openai")
     given, tags = _strings(entry, "columns", where), _strings(entry, "tags", where)
-    for name in sorted(_NOT_TEXT & set(given)):
-        raise ConfigError(f"{where}: columns.{name} is not supported; its rows are not text alone")
+    for name in sorted(_REFUSED & set(given)):
+        raise ConfigError(f"{where}: columns.{name} is not supported; rows are of text and images")
     columns = {ours: given[theirs] for theirs, ours in (_ALPACA | _SHARED).items() if theirs in given}
     if formatting == "alpaca":
         layout = "alpaca"
@@ -66,6 +66,8 @@ def _entry(entry: Mapping[str, Any], info: Path, where: str) -> Entry:
         columns.pop("output", None)
         columns = {"chosen": "chosen", "rejected": "rejected"} | columns
     spec: dict[str, Any] = {"path": _place(entry, info, where), "format": layout, "columns": columns}
+    if "images" in given and isinstance(entry.get("file_name"), str):
+        spec["images_folder"] = str(info.parent)  # its media_dir, where no other is given
     for theirs, ours in (("subset", "name"), ("split", "split")):
         if entry.get(theirs) is not None:
             spec[ours] = str(entry[theirs])

@@ -25,7 +25,7 @@ FORMATS = ("text", "messages", "alpaca", "sharegpt", "prompt-completion", "prefe
 # the fields that `columns` may rename
 FIELDS = (
     *("text", "messages", "tools", "system", "instruction", "input", "output", "history"),
-    *("prompt", "completion", "chosen", "rejected"),
+    *("prompt", "completion", "chosen", "rejected", "images"),
 )
 
 

@@ -6,11 +6,9 @@ row (tokens for each image, pixels) is worked out once to see whether it fits, a
 pixels of a whole data set are never held.
 """
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
-from pathlib import Path
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,21 +16,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatrain.data.bad_rows import BadRowError, BadRows
-from megatrain.data.chat_template import ChatTemplate, NotDerivableError
+from megatrain.data.bad_rows import BadRowError
+from megatrain.data.chat_template import ChatTemplate
 from megatrain.data.encode import target_tokens
-from megatrain.data.examples import NO_TARGET, Examples
-from megatrain.data.formats import Chat, Layout, sample_of
-from megatrain.data.image_files import ImageReference, open_image, reference_to
+from megatrain.data.examples import NO_TARGET
+from megatrain.data.formats import Chat, sample_of
+from megatrain.data.image_fields import folder_of, in_parts, with_marks
+from megatrain.data.image_files import ImageReference, content_sha256, open_image, reference_to
 from megatrain.data.jinja_chat import Span
+from megatrain.data.row_files import Row
 from megatrain.data.row_source import Source
 from megatrain.data.rows import Place, rows_at
 from megatrain.errors import ConfigError
-
-_MARK = "<image>"
-_FIELDS = ("images", "image")
-_PLACES = ("image", "path", "url", "bytes")
-_PEEKED = 16
 
 
 @dataclass(frozen=True)
@@ -46,32 +41,10 @@ class ImageExample:
     images: tuple[ImageReference, ...]
     tokens: int = 0
 
-
-@dataclass
-class ImageCounts:
-    """What became of rows: `long` have more tokens than fit, and none of an example with images is ever cut off."""
-
-    rows: int = 0
-    long: int = 0
-    skipped: int = 0
-    images: int = 0
-    tokens: int = 0
-
-
-def has_images(source: Source) -> bool:
-    """Whether one of the first rows names an image."""
-    if source.rows is None:
-        return False
-    return any(row.wrong is None and _names_images(row.fields) for row in islice(source.rows.read(), _PEEKED))
-
-
-def _names_images(fields: Mapping[str, Any]) -> bool:
-    turns = fields.get("messages") or fields.get("conversations") or ()
-    contents = [turn.get("content") for turn in turns if isinstance(turn, Mapping)] if isinstance(turns, list) else []
-    parts = [part for content in contents if isinstance(content, list) for part in content]
-    return any(fields.get(name) for name in _FIELDS) or any(
-        isinstance(part, Mapping) and part.get("type") == "image" for part in parts
-    )
+    @property
+    def learned_bytes(self) -> int:
+        """Of the text to learn, in UTF-8."""
+        return sum(len(self.text[start:end].encode()) for start, end in self.spans)
 
 
 class ImageEncoder:
@@ -80,61 +53,38 @@ class ImageEncoder:
     def __init__(self, processor: Any, template: ChatTemplate, *, everything: bool) -> None:
         self.processor, self.template, self.everything = processor, template, everything
 
-    def examples(self, source: Source, seq_len: int, bad: BadRows, counts: ImageCounts) -> Iterator[ImageExample]:
-        """Of each row that is good and fits into `seq_len`. All images are decoded once. Raises ConfigError."""
-        assert source.rows is not None
-        folder = source.files[0].parent if source.files else Path()
-        for row in source.rows.read():
-            counts.rows += 1
-            try:
-                if row.wrong is not None:
-                    raise BadRowError(row.wrong)
-                found = self.example(row.fields, source.layout, folder, row.where)
-                made, labels = self._processed([found])
-            except BadRowError as error:
-                bad.found(row.where, str(error))
-                continue
-            except NotDerivableError as error:
-                raise ConfigError(
-                    f"data.train_on: what the assistant says in {row.where} cannot be told from the chat template: "
-                    f"{error}; give data.train_on: all, or a data.chat_template with {{% generation %}} around it"
-                ) from None
-            tokens = made["input_ids"].shape[1]
-            if tokens > seq_len:
-                counts.long += 1
-                continue
-            if not bool((labels[:, 1:] != NO_TARGET).any()):
-                bad.found(row.where, "has nothing to learn")
-                continue
-            counts.images += len(found.images)
-            counts.tokens += tokens
-            yield ImageExample(found.where, found.text, found.spans, found.images, tokens)
-        counts.skipped = bad.count
-
-    def example(self, fields: Mapping[str, Any], layout: Layout, folder: Path, where: str) -> ImageExample:
-        """A row rendered, its images not yet decoded. Raises BadRowError."""
-        texts, given = _with_marks(fields)
-        chat = sample_of(texts, layout)
+    def example(self, row: Row, source: Source) -> ImageExample:
+        """A row rendered, its images not yet decoded. Raises BadRowError and NotDerivableError."""
+        if row.wrong is not None:
+            raise BadRowError(row.wrong)
+        texts, given = with_marks(row.fields, source.layout)
+        chat = sample_of(texts, source.layout)
         if not isinstance(chat, Chat):
-            raise BadRowError(f"has images, which format {layout.format} has no place for")
+            raise BadRowError("is no conversation, and images are for conversations; give lists of messages")
+        folder = folder_of(row, source)
         images = tuple(reference_to(value, folder) for value in given)
-        rendered = self.template.render(_in_parts(chat, len(images)), everything=self.everything)
-        return ImageExample(where, rendered.text, tuple(rendered.spans), images)
+        rendered = self.template.render(in_parts(chat, len(images)), everything=self.everything)
+        return ImageExample(row.where, rendered.text, tuple(rendered.spans), images)
+
+    def tokens_of(self, example: ImageExample) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """(tokens with those of the images, which of them are targets). All images are decoded. Raises BadRowError."""
+        made, labels = self._processed([example])
+        return made["input_ids"][0].numpy().astype(np.int32), (labels[0] != NO_TARGET).numpy()
 
     def question(self, text: str, images: Sequence[ImageReference]) -> dict[str, Tensor]:
         """What the model takes where a user says `text` about `images` and it is to answer. Raises BadRowError."""
-        asked = self.template.asking(_in_parts(Chat([{"role": "user", "content": text}]), len(images)))
+        asked = self.template.asking(in_parts(Chat([{"role": "user", "content": text}]), len(images)))
         made, _ = self._processed([ImageExample("the prompt", asked, (), tuple(images))])
         return _tensors(made)
 
-    def batch(self, examples: Sequence[ImageExample]) -> dict[str, Tensor]:
+    def batch(self, examples: Sequence[ImageExample], key: str) -> dict[str, Tensor]:
         """What the model takes: tokens filled up on the right, labels, and the images of all rows as its family wants
         them. Raises ConfigError where an image cannot be read any more."""
         try:
             made, labels = self._processed(examples)
         except BadRowError as error:
             places = ", ".join(example.where for example in examples)
-            raise ConfigError(f"data.train: one of {places} {error}; it could be read when the run began") from None
+            raise ConfigError(f"{key}: one of {places} {error}; it could be read when the run began") from None
         return _tensors(made) | {"labels": labels}
 
     def _processed(self, examples: Sequence[ImageExample]) -> tuple[dict[str, Any], Tensor]:
@@ -183,77 +133,30 @@ def _targets(offsets: NDArray[np.int64], spans: Sequence[Span], replaced: Sequen
 class ImageRows:
     """One example with its images to a row, decoded when the row is wanted; padded as the family's processor does."""
 
-    def __init__(self, encoder: ImageEncoder, examples: Sequence[ImageExample], *, shuffle: bool, seed: int) -> None:
+    def __init__(
+        self, encoder: ImageEncoder, examples: Sequence[ImageExample], *, shuffle: bool, seed: int, key: str
+    ) -> None:
         self.count, self.tokens = len(examples), sum(example.tokens for example in examples)
         self.kind = f"{self.count:,} examples with images, one to a row"
-        self.examples = examples
+        self.examples, self._key = examples, key
         self._encoder, self._shuffle, self._seed = encoder, shuffle, seed
 
     def batch(self, places: Sequence[Place]) -> dict[str, Tensor]:
         rows = rows_at(places, self.count, shuffle=self._shuffle, seed=self._seed)
-        return self._encoder.batch([self.examples[row] for row in rows])
+        return self._encoder.batch([self.examples[row] for row in rows], self._key)
 
-    def without_pixels(self) -> Examples:
-        """All examples with the tokens of their images, in their order; each is processed once more for it."""
-        made = [self._encoder.batch([example]) for example in self.examples]
-        tokens = np.concatenate([one["input_ids"][0].numpy() for one in made])
-        targets = np.concatenate([one["labels"][0].numpy() != NO_TARGET for one in made])
-        offsets = np.cumsum([0, *(one["input_ids"].shape[1] for one in made)])
-        return Examples(tokens, targets, offsets, sum(len(example.text.encode()) for example in self.examples))
+    def in_order(self, first: int, stop: int) -> dict[str, Tensor]:
+        """Examples `first` to `stop` together, as they were read."""
+        return self._encoder.batch(self.examples[first:stop], self._key)
 
+    @property
+    def learns_everything(self) -> bool:
+        return self._encoder.everything
 
-# -- where images belong ---------------------------------------------------------------------------------
-
-
-def _with_marks(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
-    """(the row with marks in its texts in place of images, its images in the order of the marks)."""
-    inline: list[Any] = []
-    texts = dict(fields)
-    for name in ("messages", "conversations"):
-        if isinstance(fields.get(name), list):
-            texts[name] = [_marked(turn, inline) for turn in fields[name]]
-    column: Any = next((fields[name] for name in _FIELDS if fields.get(name)), [])
-    given = list(column) if isinstance(column, (list, tuple)) else [column]
-    if given and any(image is not None for image in inline):
-        raise BadRowError("has images both in its messages and in a field of their own")
-    return texts, given or inline
-
-
-def _marked(turn: Any, inline: list[Any]) -> Any:
-    """A message whose parts are one text."""
-    if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), list):
-        return turn
-    parts = []
-    for part in turn["content"]:
-        if isinstance(part, Mapping) and part.get("type") == "image":
-            inline.append(next((part[name] for name in _PLACES if part.get(name) is not None), None))
-            part = {"type": "text", "text": _MARK}
-        parts.append(part)
-    return {**turn, "content": parts}
-
-
-def _in_parts(chat: Chat, images: int) -> Chat:
-    """The conversation with its contents as lists of parts, as processors' templates take them. Images that have no
-    mark come first in what the user says first."""
-    marks = sum(str(message["content"]).count(_MARK) for message in chat.messages)
-    messages = [dict(message) for message in chat.messages]
-    if images and not marks:
-        first = next((message for message in messages if message["role"] == "user"), None)
-        if first is None:
-            raise BadRowError("has images and no message of a user to put them in")
-        first["content"], marks = _MARK * images + first["content"], images
-    if marks != images:
-        raise BadRowError(f"has {images} images and {marks} places for them")
-    for number, message in enumerate(messages, start=1):
-        if message["role"] == "assistant" and _MARK in message["content"]:
-            raise BadRowError(f"has an image in message {number}, which the assistant says")
-        message["content"] = list(_parts(message["content"]))
-    return replace(chat, messages=messages)
-
-
-def _parts(text: str) -> Iterator[dict[str, str]]:
-    for piece in re.split(f"({_MARK})", text):
-        if piece == _MARK:
-            yield {"type": "image"}
-        elif piece.strip() or (piece and _MARK not in text):
-            yield {"type": "text", "text": piece}
+    def sha256(self, count: int) -> str:
+        """Of the first `count` examples, with the contents of their images."""
+        digest = hashlib.sha256()
+        for example in self.examples[:count]:
+            images = [content_sha256(image) for image in example.images]
+            digest.update(repr((example.text, example.spans, example.tokens, images)).encode())
+        return digest.hexdigest()

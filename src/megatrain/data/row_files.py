@@ -19,16 +19,17 @@ _LONGEST_CSV_FIELD = 1 << 30
 
 @dataclass(frozen=True)
 class Row:
-    """A row's place, such as 'a.csv line 3', and its fields, or what is wrong with it."""
+    """A row's place, such as 'a.csv line 3', and its fields, or what is wrong with it; its file, where it is known."""
 
     where: str
     fields: Mapping[str, Any]
     wrong: str | None = None
+    file: Path | None = None
 
 
 def jsonl_rows(path: Path, key: str) -> Iterator[Row]:
     """One object per line."""
-    return (_line(f"{path} line {number}", line) for number, line in jsonl_lines(path, key))
+    return (_line(path, number, line) for number, line in jsonl_lines(path, key))
 
 
 def jsonl_lines(path: Path, key: str) -> Iterator[tuple[int, bytes]]:
@@ -70,7 +71,7 @@ def json_rows(path: Path, key: str) -> Iterator[Row]:
         except (ValueError, RecursionError):
             wrong = "is not JSON; expected a list of objects, or an object in each line"
             break
-        yield _object(where, value)
+        yield _object(where, value, path)
         line += text.count("\n", start, place)
         separator = ","
     if wrong:
@@ -108,7 +109,7 @@ def csv_rows(path: Path, key: str) -> Iterator[Row]:
                 None if len(fields) == len(names) else f"has {len(fields)} columns; the first line names {len(names)}"
             )
             if fields:
-                yield Row(f"{path} line {line}", dict(zip(names, fields, strict=False)), wrong)
+                yield Row(f"{path} line {line}", dict(zip(names, fields, strict=False)), wrong, path)
 
 
 def _csv_lines(rows: Any, path: Path, key: str) -> Iterator[tuple[int, list[str]]]:
@@ -138,12 +139,15 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _line(where: str, text: bytes) -> Row:
+def _line(path: Path, number: int, text: bytes) -> Row:
+    where = f"{path} line {number}"
     try:
-        return _object(where, json.loads(text))
+        return _object(where, json.loads(text), path)
     except (ValueError, RecursionError):  # bad JSON, bad UTF-8 and a thousand brackets alike
         return Row(where, {}, "is not JSON; a .jsonl file has one JSON object per line")
 
 
-def _object(where: str, value: Any) -> Row:
-    return Row(where, value) if isinstance(value, dict) else Row(where, {}, f"is {kind_of(value)}; expected an object")
+def _object(where: str, value: Any, path: Path) -> Row:
+    if not isinstance(value, dict):
+        return Row(where, {}, f"is {kind_of(value)}; expected an object")
+    return Row(where, value, file=path)

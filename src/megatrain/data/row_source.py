@@ -13,6 +13,8 @@ from megatrain.data.bad_rows import BadRowError, BadRows, names_of
 from megatrain.data.data_files import matching, refuse_other_compression, suffix_of
 from megatrain.data.dataset_info import read_entry
 from megatrain.data.formats import FIELDS, FORMATS, Layout, Text, chosen_format, detect, sample_of
+from megatrain.data.image_fields import rows_of_text
+from megatrain.data.image_files import SUFFIXES as IMAGE_SUFFIXES
 from megatrain.data.row_files import Row, csv_rows, json_rows, jsonl_lines, jsonl_rows, table_rows
 from megatrain.data.sources import JSONL_SUFFIXES, STDLIB, Corpus, Split
 from megatrain.data.splits import WHOLE, Part, parts_of
@@ -31,13 +33,15 @@ _PEEKED = 16
 
 @dataclass(frozen=True)
 class Rows:
-    """Where rows are: in parts of local files; `identity` stands for the contents of what is not there."""
+    """Where rows are: in parts of local files; `identity` stands for the contents of what is not there; `features`:
+    what `datasets` says of the columns, None where it does not know."""
 
     parts: tuple[Part, ...]
     read: Callable[[], Iterator[Row]]
     columns: tuple[str, ...] | None = None  # where all rows have the same
     count: int | None = None
     identity: str = ""
+    features: Any = None
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -51,7 +55,8 @@ class Source:
     `parts`: of its local files, that it has rows of.
 
     `weight`: how many times an epoch has each example; `samples`: how many of its examples these are, None for all.
-    `detected`: the format was found by looking at the rows, which could be in `others`, too.
+    `detected`: the format was found by looking at the rows, which could be in `others`, too. `images_folder`: what
+    paths of images are relative to, and must not leave; None: the folder of the row's file.
     """
 
     described: str
@@ -64,6 +69,7 @@ class Source:
     streaming: bool = False
     detected: bool = False
     others: tuple[str, ...] = ()
+    images_folder: Path | None = None
     key: str = field(default="data.train")
 
     @property
@@ -89,7 +95,7 @@ class Source:
             yield from self.corpus.documents(bad, self.parts)
             return
         assert self.rows is not None
-        for row in self.rows.read():
+        for row in rows_of_text(self):
             try:
                 if row.wrong is not None:
                     raise BadRowError(row.wrong)
@@ -118,12 +124,15 @@ def open_source(
         columns = {**entry.spec["columns"], **columns}
         unread = tuple(part for part in FIELDS if part not in (*columns, "text"))
     columns.setdefault("text", given.get("text_field") or text_field)
+    if "images" in columns:
+        columns["images"] = columns["images"] or ""  # null: no field holds any
     form = given.get("format") or form
     common: dict[str, Any] = {
         "described": given["path"],
         "weight": given.get("weight", 1.0),
         "samples": samples,
         "streaming": given.get("streaming", False),
+        "images_folder": _images_folder(given, key),
         "key": key,
     }
     common["detected"] = form == "auto"
@@ -147,6 +156,15 @@ def open_source(
 
 def _others(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in ("path", "dataset_info") and value is not None}
+
+
+def _images_folder(given: Mapping[str, Any], key: str) -> Path | None:
+    if given.get("images_folder") is None:
+        return None
+    folder = Path(os.path.expanduser(given["images_folder"]))
+    if not os.path.isdir(folder):
+        raise ConfigError(f"{key}: images_folder {given['images_folder']!r} is no folder")
+    return folder
 
 
 def _rows(given: Mapping[str, Any], several: list[Path] | None, key: str, split: Split) -> Rows | None:
@@ -218,8 +236,9 @@ def _of_folder(given: Mapping[str, Any], path: Path, key: str, split: Split) -> 
                 f"{key}: folder {given['path']!r} has {names_of(list(suffixes))} files; give the files to read, by path"
             )
         return _of_table(given, [path], "", key, split)
-    # a folder with texts in it is a folder of texts
-    return _of_files(given, files, key) if files and suffixes <= set(_ROW_FILES) else None
+    # a folder with texts in it is a folder of texts; images are what rows beside them name
+    data = [one for one in files if suffix_of(one) not in IMAGE_SUFFIXES]
+    return _of_files(given, data, key) if data and {suffix_of(one) for one in data} <= set(_ROW_FILES) else None
 
 
 def _is_about(path: Path) -> bool:
@@ -259,8 +278,14 @@ def _of_tables(tables: Mapping[str, Any], wanted: str, where: str, described: Ca
         table = tables[part.split] if part.whole else tables[part.split].select(chosen)
         return table_rows(described(part.split), lambda: table, part.start + 1)
 
-    names = tuple(tables[parts[0].split].column_names)
-    return Rows(parts, lambda: chain.from_iterable(map(read, parts, ranges)), names, sum(map(len, ranges)))
+    first = tables[parts[0].split]
+    return Rows(
+        parts,
+        lambda: chain.from_iterable(map(read, parts, ranges)),
+        tuple(first.column_names),
+        sum(map(len, ranges)),
+        features=first.features,
+    )
 
 
 def _default_split(given: Mapping[str, Any], key: str, split: Split, known: list[str]) -> str:
@@ -294,7 +319,8 @@ def _of_table(given: Mapping[str, Any], paths: list[Path], kind: str, key: str, 
         table = load(wanted, lazily=True)
         described = _described(given, list(known), wanted)
         names = tuple(table.column_names) if table.column_names else None
-        return Rows((Part(wanted, tuple(known[wanted])),), lambda: table_rows(described, lambda: table), names)
+        part = Part(wanted, tuple(known[wanted]))
+        return Rows((part,), lambda: table_rows(described, lambda: table), names, features=table.features)
     tables: dict[str, Any] = {}
 
     def count(name: str) -> int:
@@ -331,7 +357,7 @@ def _of_hub(given: Mapping[str, Any], key: str, split: Split) -> Rows:
     names = tuple(table.column_names) if table.column_names else None
     count = None if streaming else len(table)
     identity = f"{described} {revision or ''} {getattr(table, '_fingerprint', '')}"
-    return Rows((), lambda: table_rows(described, lambda: table), names, count, identity)
+    return Rows((), lambda: table_rows(described, lambda: table), names, count, identity, table.features)
 
 
 def _loading(given: Mapping[str, Any], key: str, load: Callable[[], Any]) -> Any:
@@ -351,7 +377,7 @@ def _check_columns(rows: Rows, given: Mapping[str, Any], columns: Mapping[str, s
     if rows.columns is None:
         return
     for ours, theirs in columns.items():
-        chosen = ours in (given.get("columns") or {}) or (ours == "text" and given.get("text_field"))
+        chosen = theirs and (ours in (given.get("columns") or {}) or (ours == "text" and given.get("text_field")))
         if chosen and given.get("dataset_info") is None and theirs not in rows.columns:
             raise ConfigError(
                 f"{key}: {given['path']!r} has no column {theirs!r} (for {ours}); its columns are: "

@@ -14,6 +14,7 @@ import numpy as np
 from megatrain.data.bad_rows import BadRows
 from megatrain.data.encode import Block, Encoder, EncoderSettings
 from megatrain.data.examples import Examples, PreferenceExamples
+from megatrain.data.image_fields import rows_of_text
 from megatrain.data.progress import RowProgress
 from megatrain.data.row_files import Row
 from megatrain.data.row_source import Source
@@ -99,7 +100,7 @@ def _fill(
 ) -> None:
     columns = [_Columns(entry, "", settings), *([_Columns(entry, "rejected_", settings)] if _pairs(settings) else [])]
     assert source.rows is not None
-    blocks = _blocks(source.rows.read())
+    blocks = _blocks(rows_of_text(source))
     with RowProgress(f"tokenising {source.described}", source.count) as progress:
         for rows, block in encoded(blocks, _fields, partial(Encoder, settings), processes_for(source, workers)):
             _check(rows, block, bad, source)

@@ -17,6 +17,7 @@ from megatrain.checkpoint.folders import list_checkpoints
 from megatrain.config import Config, check_warmup
 from megatrain.data.batches import StepBatches
 from megatrain.data.examples import HeldOutData, PreferenceExamples, of_one_epoch
+from megatrain.data.images import ImageRows
 from megatrain.data.mixture import Mixture
 from megatrain.data.pairs import PairRows, Reference, epoch_of
 from megatrain.data.rows import Rows
@@ -25,7 +26,7 @@ from megatrain.data.tokenizer import BPE_SPECIAL_TOKENS, load_tokenizer, train_b
 from megatrain.errors import ConfigError, IntegrityError
 from megatrain.optim.int8_moments import BLOCK
 from megatrain.optim.schedules import learning_rate
-from megatrain.train.image_data import names_images, prepare_images, refuse_to_measure
+from megatrain.train.image_data import names_images, prepare_images
 from megatrain.train.model_settings import ModelSettings, Vocabulary
 from megatrain.train.packing import rows_of
 from megatrain.train.param_groups import make_optimizer
@@ -59,7 +60,7 @@ class Data:
     rows: Rows | None
     steps: int
     train_bytes: int
-    held_out: HeldOutData
+    held_out: HeldOutData | ImageRows
     pairs: PreferenceExamples | None = None
     said: tuple[str, ...] = ()
 
@@ -125,11 +126,11 @@ def trained_tokenizer(config: Config, corpora: Corpora) -> Any:
 def build_data(config: Config, corpora: Corpora, tokenizer: Any, model_config: Any) -> Data:
     """Tokenize texts and rows. Raises ConfigError where they hold nothing, or less than one sequence, or the model
     cannot be given them in such rows."""
-    if corpora.train.kind == "text":
-        data = _text_data(config, corpora.train, tokenizer, model_config)
-    elif names_images(corpora.train):
+    if names_images(config, corpora.train):
         images = prepare_images(config, corpora.train, tokenizer)
         data = Data(images.rows, total_steps(config, images.rows.count), images.utf8_bytes, None, None, images.said)
+    elif corpora.train.kind == "text":
+        data = _text_data(config, corpora.train, tokenizer, model_config)
     else:
         found = prepare_rows(config, corpora.train, tokenizer, every_epoch=True)
         utf8_bytes, said = sum(one.counts.utf8_bytes for one in found.sources), tuple(found.said)
@@ -148,12 +149,14 @@ def _with_held_out(config: Config, data: Data, mixture: Mixture, tokenizer: Any)
             f"data.eval: has rows of kind {mixture.kind}, which the loss of train.method dpo cannot be measured on; "
             "expected pairs of answers, as data.train has"
         )
+    if names_images(config, mixture):
+        images = prepare_images(config, mixture, tokenizer)
+        return replace(data, held_out=images.rows, said=(*data.said, *images.said))
     if mixture.kind == "text":
         stream = prepare_texts(config, mixture, tokenizer)
         if stream.utf8_bytes == 0:
             raise _no_text(mixture)
         return replace(data, held_out=stream)
-    refuse_to_measure(mixture)
     rows = prepare_rows(config, mixture, tokenizer)
     held_out = rows.examples
     if not isinstance(held_out, PreferenceExamples):

@@ -15,7 +15,7 @@ def tokens_per_epoch(config: Config, corpora: build.Corpora, settings: ModelSett
     """Sequences of `data.seq_len` tokens that one pass is, in tokens. None where nobody looked: at much data, at
     pictures, at what is downloaded bit by bit, or for want of a tokenizer. Raises ConfigError where it is no data."""
     sources, files = corpora.train.sources, corpora.train.files
-    if any(source.streaming for source in sources) or names_images(corpora.train):
+    if any(source.streaming for source in sources) or names_images(config, corpora.train):
         return None
     try:
         if not files or sum(path.stat().st_size for path in files) > _MOST_BYTES:

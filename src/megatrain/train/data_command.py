@@ -17,7 +17,7 @@ from megatrain.data.rows import documents_as_examples
 from megatrain.data.statistics import Statistics, pieces_of, statistics_of
 from megatrain.errors import ConfigError
 from megatrain.train.build import find_corpora, given_tokenizer, trained_tokenizer
-from megatrain.train.image_data import names_images, prepare_images, refuse_to_measure
+from megatrain.train.image_data import names_images, prepare_images
 from megatrain.train.row_data import prepare_rows, prepare_texts
 from megatrain.yaml_file import read_yaml
 
@@ -44,7 +44,6 @@ def data_command(
     tokenizer = given_tokenizer(config) or trained_tokenizer(config, corpora)
     found = {"train": _look(config, corpora.train, tokenizer, examples)}
     if corpora.eval is not None:
-        refuse_to_measure(corpora.eval)
         found["eval"] = _look(config, corpora.eval, tokenizer, examples)
     out = out or sys.stdout
     if as_json:
@@ -61,14 +60,15 @@ def _look(config: Config, mixture: Mixture, tokenizer: Any, count: int) -> dict[
     sources: list[dict[str, Any]] = []
     said: Sequence[str] = []
     packed = None
-    if mixture.kind == "text":
+    if names_images(config, mixture):
+        found = prepare_images(config, mixture, tokenizer, keep_tokens=True)
+        assert found.examples is not None
+        examples, said = found.examples, found.said
+    elif mixture.kind == "text":
         examples = _of_text(config, mixture, tokenizer)
         packed = _packed(config, mixture, examples)
         if packed is not None and (cuts := _cuts_of(examples, tokenizer.eos_token_id)):
             said = [f"{mixture.described}: documents longer than data.seq_len are cut {cuts:,} times"]
-    elif names_images(mixture):
-        found = prepare_images(config, mixture, tokenizer)
-        examples, said = found.rows.without_pixels(), found.said
     else:
         rows = prepare_rows(config, mixture, tokenizer)
         assert not isinstance(rows.examples, Drawn)  # but those of the first epoch

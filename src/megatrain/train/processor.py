@@ -14,19 +14,17 @@ _FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocess
 def load_processor(source: str, tokenizer: Any, *, key: str = "model.path") -> Any:
     """transformers' processor of a folder or hub id, with images prepared by Pillow, which gives the same pixels
     wherever it runs; `tokenizer`: the run's own, which it uses. Raises ConfigError."""
-    from transformers import AutoProcessor
-
     from megatrain.model.loading import check_config, one_line
 
-    if not _files_of(source):
+    if not has_processor(source):
         raise ConfigError(f"{key}: {source!r} has none of {', '.join(_FILES)}; images need a model that sees")
     try:
         check_config(source)
-        processor = AutoProcessor.from_pretrained(os.path.expanduser(source), backend="pil", trust_remote_code=False)
+        processor = _loaded(os.path.expanduser(source))
     except ConfigError:
         raise
     except Exception as error:  # OSError, ValueError, ImportError, by file and cause
-        needs = "; pip install torchvision" if "torchvision" in str(error).lower() else ""
+        needs = "; install the torchvision that fits this torch" if "torchvision" in str(error).lower() else ""
         raise ConfigError(f"{key}: no processor for images in {source!r}: {one_line(error)}{needs}") from None
     if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
         raise ConfigError(f"{key}: {source!r} has no processor for images; images need a model that sees")
@@ -35,6 +33,44 @@ def load_processor(source: str, tokenizer: Any, *, key: str = "model.path") -> A
             f"model.tokenizer: it has {len(tokenizer)} tokens and the processor's has {len(processor.tokenizer)}; rows "
             "with images need the model's own, leave it out"
         )
+    return processor
+
+
+def _loaded(source: str) -> Any:
+    """Of a family that takes videos, too, only what images need: transformers prepares videos with torchvision alone,
+    which has to fit torch exactly."""
+    from transformers import AutoConfig, AutoProcessor
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    options: dict[str, Any] = {"backend": "pil", "trust_remote_code": False}
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    family = PROCESSOR_MAPPING.get(type(config), None)
+    if family is not None and "video_processor" in family.get_attributes():
+        return _class_without_videos(family).from_pretrained(source, **options)
+    return AutoProcessor.from_pretrained(source, **options)
+
+
+class _WithoutVideos:
+    """Before a family's processor in a class: its other parts alone."""
+
+    family: Any
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return [name for name in cls.family.get_attributes() if name != "video_processor"]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (self.family, dict(self.__dict__))
+
+
+def _class_without_videos(family: Any) -> Any:
+    return type(family.__name__, (_WithoutVideos, family), {"family": family})
+
+
+def _restored(family: Any, state: dict[str, Any]) -> Any:
+    """In another process."""
+    processor = object.__new__(_class_without_videos(family))
+    processor.__dict__.update(state)
     return processor
 
 
@@ -64,6 +100,11 @@ class WithProcessorFiles:
         self.tokenizer.save_pretrained(folder)
         for name, content in self.files.items():
             (Path(folder) / name).write_bytes(content)
+
+
+def has_processor(source: str) -> bool:
+    """Whether a folder or hub id has a processor's files: its model sees, or hears."""
+    return bool(_files_of(source))
 
 
 def with_processor_files(tokenizer: Any, source: str) -> Any:

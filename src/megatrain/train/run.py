@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatrain.config import Config, to_yaml
 from megatrain.data.examples import PreferenceExamples
+from megatrain.data.images import ImageRows
 from megatrain.device.base import streams
 from megatrain.errors import ConfigError, IntegrityError, MegaTrainError
 from megatrain.memory.arena import share_one_heap
@@ -27,6 +28,7 @@ from megatrain.train.determinism import determinism
 from megatrain.train.entries import begin_ledger, end_ledger, record_step
 from megatrain.train.evaluate import EvalSet, Evaluation, eval_set
 from megatrain.train.held_out import HeldOut
+from megatrain.train.held_out_images import image_set
 from megatrain.train.held_out_pairs import first_pairs, pair_set
 from megatrain.train.interrupt import StopOnInterrupt
 from megatrain.train.journal import Journal
@@ -305,6 +307,8 @@ def _eval_sets(config: Config, data: build.Data, scored: Mapping[str, Scored]) -
         pairs = scored["data.eval"]
         return {"eval": pair_set(pairs.pairs, pairs.reference, loss, config.engine.micro_batch)}
     assert not isinstance(data.held_out, PreferenceExamples)
+    if isinstance(data.held_out, ImageRows):
+        return {"eval": image_set(data.held_out, config.engine.micro_batch, config.eval.max_tokens)}
     sizes = {"seq_len": config.data.seq_len, "micro_batch": config.engine.micro_batch}
     return {"eval": eval_set(data.held_out, **sizes, max_tokens=config.eval.max_tokens)}
 

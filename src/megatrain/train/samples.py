@@ -11,6 +11,7 @@ from megatrain.config import EvalConfig
 from megatrain.data.bad_rows import BadRowError
 from megatrain.data.examples import NO_TARGET, Examples, HeldOutData, PreferenceExamples, of_one_epoch
 from megatrain.data.formats import Chat
+from megatrain.data.images import ImageRows
 from megatrain.data.messages import OPENAI, messages_of
 from megatrain.data.packing import TokenStream
 from megatrain.errors import ConfigError
@@ -37,13 +38,22 @@ class Prompt:
     tokens: list[int]
 
 
-def read_prompts(settings: EvalConfig, tokenizer: Any, held_out: HeldOutData, model_config: Any) -> list[Prompt]:
+def read_prompts(
+    settings: EvalConfig, tokenizer: Any, held_out: HeldOutData | ImageRows, model_config: Any
+) -> list[Prompt]:
     """What eval.prompts says: a number of beginnings of texts, as long as the model has room for, or texts and chats.
     Raises ConfigError, also where the model has fewer positions than eval.max_new_tokens and a prompt take."""
     wanted = settings.prompts
     found = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     positions = found if isinstance(found, int) else sys.maxsize
     if isinstance(wanted, int):
+        if isinstance(held_out, ImageRows):
+            if wanted:
+                raise ConfigError(
+                    f"eval.prompts: {wanted} is wrong for a data.eval whose rows have images; expected prompts of text "
+                    "or chats"
+                )
+            return []
         if wanted:
             check_length(1, settings.max_new_tokens, positions, key="eval.max_new_tokens")
         most = positions - settings.max_new_tokens + 1

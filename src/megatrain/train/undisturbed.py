@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from megatrain.model.side_effects import RandomState
 
+# transformers' note that it has put its hooks on the modules: they stay, and without it they would be put there again
+_STAYS = frozenset({"_output_capturing_hooks_installed"})
 _HELD_BY_TORCH = frozenset({"_parameters", "_modules", "_buffers"})
 
 
@@ -41,7 +43,7 @@ class _Attributes:
     def restore(self) -> None:
         for module, found in self._found:
             now = _plain(module)
-            for name in now.keys() - found.keys():
+            for name in now.keys() - found.keys() - _STAYS:
                 del module.__dict__[name]
             module.__dict__.update({name: value for name, value in found.items() if now.get(name, now) is not value})
 
