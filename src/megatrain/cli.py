@@ -423,13 +423,10 @@ def _own_command() -> str:
 
 
 def _trained(result: "RunResult") -> str:
-    from megatrain.checkpoint.folders import list_checkpoints
-    from megatrain.train.run_folder import CHECKPOINTS
-
     done, total = result.loop.steps, result.total_steps
     if done == total or not result.loop.interrupted:
         return f"trained {done:,} steps"
-    goes_on = "; the same command with --resume auto goes on" if list_checkpoints(result.folder / CHECKPOINTS) else ""
+    goes_on = "; the same command with --resume auto goes on" if result.goes_on else ""
     return f"trained {done:,} of {total:,} steps{goes_on}"
 
 

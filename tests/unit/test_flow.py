@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("errors", "sizes", "threads", "files", "schedule", "model", "optim", "memory", "device", "checkpoint"),
         *("trust", "losses"),
     },
-    "trainers": {"errors", "files", "device", "engine"},
+    "trainers": {"errors", "files", "device", "engine", "checkpoint"},
     "planner": {
         *("errors", "sizes", "yaml_file", "config_kinds", "schedule"),
         *("model", "optim", "memory", "device", "engine"),

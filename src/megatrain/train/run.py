@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from megatrain.checkpoint.folders import list_checkpoints
 from megatrain.config import Config, to_yaml
 from megatrain.data.examples import PreferenceExamples
 from megatrain.data.images import ImageRows
@@ -42,7 +43,7 @@ from megatrain.train.profile import ProfiledEngine
 from megatrain.train.progress import Progress, show_progress
 from megatrain.train.reference import Scored, score
 from megatrain.train.resume import Resumed, check_settings, cut_lines, find_checkpoint
-from megatrain.train.run_folder import RunFolder, model_folder
+from megatrain.train.run_folder import CHECKPOINTS, RunFolder, model_folder
 from megatrain.train.samples import Sampler
 from megatrain.train.watch import Watch, all_watchers
 from megatrain.trust.ledger import LedgerWriter
@@ -71,6 +72,11 @@ class RunResult:
     interrupted: bool
     lost: str | None = None
     best: tuple[Path, float] | None = None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is a checkpoint to go on from."""
+        return bool(list_checkpoints(self.folder / CHECKPOINTS))
 
 
 def run(
