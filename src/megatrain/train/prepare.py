@@ -47,10 +47,10 @@ def prepare(config: Config, folder: RunFolder, resumed: Resumed | None, *, force
     data are read: ConfigError, CapacityError."""
     corpora = build.find_corpora(config)
     config = with_method(config, corpora.train.kind)
-    for line in (*corpora.train.detected, *(corpora.eval.detected if corpora.eval else ())):
-        _say(line)
     source = config if resumed is None else build.from_model(config, resumed.model)
     settings, optimizer, planner, tokenizer = _prepare_model(source, folder)
+    for line in (*corpora.train.detected, *(corpora.eval.detected if corpora.eval else ())):
+        _say(line)
     _say(f"reading {corpora.train.described} ({len(corpora.train.files)} files)")
     if tokenizer is None:
         tokenizer = build.trained_tokenizer(config, corpora)
