@@ -26,8 +26,8 @@ from megatrain.trust.manifest import write_manifest
 from megatrain.yaml_file import read_yaml
 
 # one folder for all examples of a test: each writes its file anew
-often = settings(max_examples=100, deadline=10_000, suppress_health_check=list(HealthCheck))
-seldom = settings(often, max_examples=30)
+often = settings(max_examples=60, deadline=10_000, suppress_health_check=list(HealthCheck))
+seldom = settings(often, max_examples=20)
 
 SECTIONS = ["model", "data", "optimizer", "schedule", "train", "engine", "checkpoint", "eval", "output"]
 KEYS = [
@@ -385,7 +385,7 @@ def places_in(value: Any) -> list[tuple[Any, Any]]:
     return [place for key in keys for place in [(value, key), *places_in(value[key])]]
 
 
-@settings(often, max_examples=300)
+@settings(often, max_examples=150)
 @given(st.data())
 def test_descriptions_of_training(folder: Path, data: st.DataObject) -> None:
     """A whole one in which one to three places hold something else, or nothing, or more: as it is, or one line."""

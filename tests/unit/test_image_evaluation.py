@@ -173,6 +173,7 @@ def read(config: Config) -> tuple[Any, ...]:
     return places, found.examples.tokens.tolist(), found.examples.targets.tolist(), found.said
 
 
+@pytest.mark.long  # starts a process that imports all
 def test_another_process_makes_the_same(
     data: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

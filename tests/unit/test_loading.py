@@ -288,7 +288,7 @@ print(loaded, peak_resident_bytes() - before, sum(c.nbytes for c in copies))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.long), "mixtral"])
 def test_peak_of_loading_and_taking_over(folder: Path, tmp_path: Path, name: str) -> None:
     config = tiny_config(name)
     config.update({"hidden_size": 256, "intermediate_size": 2048, "vocab_size": 40_000})

@@ -221,6 +221,7 @@ def test_a_process_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert contest.run_apart(TASK, 60.0) == "failed: exit code 1"
 
 
+@pytest.mark.long  # half a minute, of a benchmark
 def test_two_systems_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "results.csv"
     options = ["--tiny", "--rounds", "1", "--steps", "2", "--threads", "1", "--results", str(path)]
