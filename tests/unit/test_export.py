@@ -74,6 +74,7 @@ def test_what_servers_read(exported: Path) -> None:
     assert [generation[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [0, 1, 2]  # pad: the tokenizer's
     assert read(exported / "tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert (exported / "chat_template.jinja").read_text() == TEMPLATE
+    assert read(exported / "tokenizer_config.json")["split_special_tokens"] is False  # a chat's are whole, as learned
     assert (exported / "tokenizer.json").exists()
 
 

@@ -14,13 +14,18 @@ from transformers import AutoModelForCausalLM
 
 import megatrain as mt
 from megatrain.config import EvalConfig
+from megatrain.data.encode import Encoder, encoder_settings
 from megatrain.data.examples import Examples
+from megatrain.data.formats import Layout
 from megatrain.data.packing import TokenStream
+from megatrain.data.tokenizer import train_bpe
 from megatrain.device.lagged import LaggedDevice
 from megatrain.train.evaluate import EvalSet, Evaluation, eval_set
+from megatrain.train.generate import _said
 from megatrain.train.held_out import HeldOut, Measured, Standing
 from megatrain.train.interrupt import StopOnInterrupt
 from megatrain.train.journal import lines_of
+from megatrain.train.row_data import chat_template
 from megatrain.train.samples import Prompt, Sample, Sampler, read_prompts
 from megatrain.train.undisturbed import undisturbed
 
@@ -36,7 +41,7 @@ class Words:
     added_tokens_decoder: dict[int, Any] = {}  # noqa: RUF012
     all_special_tokens = ()
 
-    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+    def __call__(self, text: str, add_special_tokens: bool, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": [int(word) for word in text.split()]}
 
     def decode(self, tokens: Any, skip_special_tokens: bool = False) -> str:
@@ -343,6 +348,26 @@ def test_prompts_are_texts_and_chats() -> None:
         read([chat])
     with pytest.raises(mt.ConfigError, match=r"^eval.prompts\[0\]: has role 'x' in message 1; expected one of system"):
         read([[{"role": "x", "content": "5"}]])
+
+
+def test_chats_to_sample_from_have_the_tokens_of_training() -> None:
+    """Also where the tokenizer takes special tokens in a text apart, as those do that a run has trained."""
+    tokenizer = train_bpe(["hello world, how are you? fine, thanks " * 9], 300)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}:\n{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant:\n{% endif %}"
+    )
+    assert tokenizer.split_special_tokens
+    question, answer = {"role": "user", "content": "how are you?"}, {"role": "assistant", "content": "fine"}
+    template = chat_template(tokenizer)
+    settings = encoder_settings(tokenizer, Layout("messages"), template=template, seq_len=99, everything=False)
+    learned = Encoder(settings).encode([{"messages": [question, answer]}])
+    prompts = EvalConfig(prompts=([question],), max_new_tokens=3)
+    (prompt,) = read_prompts(prompts, tokenizer, None, dropout_model().config)
+    assert prompt.tokens == learned.tokens[: len(prompt.tokens)].tolist()
+    assert learned.targets.tolist().index(True) == len(prompt.tokens)
+    assert _said("how are you?", template, tokenizer).inputs["input_ids"][0].tolist() == prompt.tokens
 
 
 def test_samples_are_the_same_each_time_and_other_ones_from_another_seed() -> None:

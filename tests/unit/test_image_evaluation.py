@@ -101,7 +101,7 @@ def learned_places(ids: Sequence[int], tokenizer: Any) -> list[int]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_loss_is_transformers_own(family: str, data: Path) -> None:
-    """Of micro-batches of two rows; bits per byte are of what is learned."""
+    """Of micro-batches of two rows; bits per byte are of what is said, however its end is spelled."""
     rows, engine = held_out_rows(held_out_config(family, data)), engine_of(family)
     with undisturbed(engine.model, torch.device("cpu")):
         found = evaluate(engine, image_set(rows, 2, None))
@@ -109,7 +109,7 @@ def test_the_loss_is_transformers_own(family: str, data: Path) -> None:
     assert found is not None and found.target_tokens == targets
     assert found.loss == pytest.approx(loss, rel=1e-6)
     assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
-    assert found.utf8_bytes == len("it is red.<|eos|>it is blue<|eos|>it is.<|eos|>blue<|eos|>")
+    assert found.utf8_bytes == len("it is red.it is blueit is.blue")
 
 
 def test_so_many_tokens_are_whole_examples(data: Path) -> None:

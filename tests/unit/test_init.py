@@ -56,6 +56,8 @@ def test_what_is_written_trains(folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert config.tokens_per_step % (config.engine.micro_batch * 64) == 0
     text = out.read_text()
     assert "host memory: " in text and "tokens/s" in text and "held out" in text
+    steps = int(0.5 * 656 * 64) // config.tokens_per_step  # 656 sequences of 64 tokens
+    assert config.eval.every == -(-steps // 10) and config.schedule.warmup_steps == round(0.03 * steps)
     run = [str(out), "--train.tokens_per_step", "128", "--output", str(tmp_path / "run")]
     assert cli.main(["train", *run]) == 0
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
@@ -99,6 +101,16 @@ def test_pairs_of_answers_have_settings_of_their_own(folder: Path, tmp_path: Pat
     assert written["train"]["tokens_per_step"] == 128  # both rows of one pair
     less = ["--train.epochs", "0.1", "--data.seq_len", "64"]
     assert cli.main(["train", str(out), *less, "--output", str(tmp_path / "run")]) == 0
+
+
+def test_rows_with_images_are_counted(folder: Path, tmp_path: Path) -> None:
+    """Without a look at any picture: there is none."""
+    row = {"messages": [{"role": "user", "content": "<image> what?"}, {"role": "assistant", "content": "red"}]}
+    data = rows(tmp_path, "images.jsonl", row | {"images": ["nowhere.png"]}, 120)
+    out = tmp_path / "mine.yaml"
+    assert init_on(data, folder, out, "--epochs", "2") == 0
+    written = yaml.safe_load(out.read_text())
+    assert written["train"]["tokens_per_step"] == 4 * 64 and "# 60 steps, as" in out.read_text()
 
 
 def test_steps_that_are_not_the_passes_that_are_wanted_are_said(

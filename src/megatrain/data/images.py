@@ -7,7 +7,8 @@ pixels of a whole data set are never held.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatrain.data.bad_rows import BadRowError
-from megatrain.data.chat_template import ChatTemplate
+from megatrain.data.chat_template import ChatTemplate, without
 from megatrain.data.encode import target_tokens
 from megatrain.data.examples import NO_TARGET
 from megatrain.data.formats import Chat, sample_of
@@ -33,18 +34,19 @@ from megatrain.errors import ConfigError
 @dataclass(frozen=True)
 class ImageExample:
     """A conversation as the template writes it, an image's token once for each of `images`; `spans`: the characters to
-    learn. `tokens` counts those of images, too."""
+    learn; `words`: of those what is no special token. `tokens` counts those of images, too."""
 
     where: str
     text: str
     spans: tuple[Span, ...]
+    words: tuple[Span, ...]
     images: tuple[ImageReference, ...]
     tokens: int = 0
 
     @property
     def learned_bytes(self) -> int:
-        """Of the text to learn, in UTF-8."""
-        return sum(len(self.text[start:end].encode()) for start, end in self.spans)
+        """Of the text to learn, in UTF-8; how special tokens are spelled does not count."""
+        return sum(len(self.text[start:end].encode()) for start, end in self.words)
 
 
 class ImageEncoder:
@@ -64,7 +66,12 @@ class ImageEncoder:
         folder = folder_of(row, source)
         images = tuple(reference_to(value, folder) for value in given)
         rendered = self.template.render(in_parts(chat, len(images)), everything=self.everything)
-        return ImageExample(row.where, rendered.text, tuple(rendered.spans), images)
+        words = without(rendered.spans, list(self._special_tokens(rendered.text)))
+        return ImageExample(row.where, rendered.text, tuple(rendered.spans), tuple(words), images)
+
+    def _special_tokens(self, text: str) -> Iterator[Span]:
+        special = self.template.special  # the longest first
+        return (found.span() for found in re.finditer("|".join(map(re.escape, special)), text)) if special else iter(())
 
     def tokens_of(self, example: ImageExample) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """(tokens with those of the images, which of them are targets). All images are decoded. Raises BadRowError."""
@@ -74,7 +81,7 @@ class ImageEncoder:
     def question(self, text: str, images: Sequence[ImageReference]) -> dict[str, Tensor]:
         """What the model takes where a user says `text` about `images` and it is to answer. Raises BadRowError."""
         asked = self.template.asking(in_parts(Chat([{"role": "user", "content": text}]), len(images)))
-        made, _ = self._processed([ImageExample("the prompt", asked, (), tuple(images))])
+        made, _ = self._processed([ImageExample("the prompt", asked, (), (), tuple(images))])
         return _tensors(made)
 
     def batch(self, examples: Sequence[ImageExample], key: str) -> dict[str, Tensor]:

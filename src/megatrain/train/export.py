@@ -42,6 +42,9 @@ def export(run: str, out: str, *, dtype: str = "bf16") -> None:
     load_config(source)
     check_writable(target, "OUT")
     tokenizer = _tokenizer(source)
+    if tokenizer is not None and tokenizer.chat_template and tokenizer.split_special_tokens:
+        tokenizer.split_special_tokens = False
+        _log.warning("tokenizer: split_special_tokens is off in %r: a chat's special tokens are whole, as learned", out)
     model = load_pretrained(source)
     if tokenizer is not None and model.can_generate():
         _take_special_tokens(model.generation_config, tokenizer)

@@ -89,6 +89,12 @@ def _ids(tokenizer: Any, prompt: str) -> list[int]:
     return list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
 
+def template_tokens(tokenizer: Any, text: str) -> list[int]:
+    """Of what a chat template has written, whose special tokens are special, whatever the tokenizer does with those in
+    a text: as in training."""
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"])
+
+
 def _said(prompt: str, template: ChatTemplate | None, tokenizer: Any) -> _Question:
     """`prompt` as a user's turn, with the model's to come. Raises ConfigError."""
     if template is None:
@@ -97,7 +103,7 @@ def _said(prompt: str, template: ChatTemplate | None, tokenizer: Any) -> _Questi
         asked = template.asking(Chat([{"role": "user", "content": prompt}]))
     except BadRowError as error:
         raise ConfigError(f"--chat: the prompt {error}") from None
-    return _Question(as_inputs(_ids(tokenizer, asked)), _end_of_turn(template, tokenizer))
+    return _Question(as_inputs(template_tokens(tokenizer, asked)), _end_of_turn(template, tokenizer))
 
 
 def _end_of_turn(template: ChatTemplate | None, tokenizer: Any) -> tuple[int, ...]:

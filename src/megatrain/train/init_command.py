@@ -274,6 +274,9 @@ def _sections(wish: Wish, found: _Found) -> Mapping[str, Mapping[str, tuple[Any,
             "keep": (2, ""),
         },
     }
+    if wish.evaluation:
+        often = 500 if steps is None else -(-steps // 10)
+        sections["eval"] = {"every": (often, "steps between measurements of data.eval; the best checkpoint stays")}
     for section in settings:
         for name, value in settings[section].items():
             sections[section].setdefault(name, (value, ""))

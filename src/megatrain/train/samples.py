@@ -15,7 +15,7 @@ from megatrain.data.images import ImageRows
 from megatrain.data.messages import OPENAI, messages_of
 from megatrain.data.packing import TokenStream
 from megatrain.errors import ConfigError
-from megatrain.train.generate import as_inputs, check_length, go_on
+from megatrain.train.generate import as_inputs, check_length, go_on, template_tokens
 from megatrain.train.interrupt import StopOnInterrupt
 from megatrain.train.row_data import chat_template
 
@@ -78,7 +78,7 @@ def _prompt(prompt: Any, key: str, tokenizer: Any) -> Prompt:
         text = template.asking(Chat(messages_of(prompt, OPENAI)))
     except BadRowError as error:
         raise ConfigError(f"{key}: {error}") from None
-    return Prompt(text, list(tokenizer(text, add_special_tokens=False)["input_ids"]))
+    return Prompt(text, template_tokens(tokenizer, text))
 
 
 def _beginnings(count: int, tokenizer: Any, held_out: TokenStream, most: int) -> list[Prompt]:
