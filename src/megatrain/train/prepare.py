@@ -70,9 +70,10 @@ def prepare(config: Config, folder: RunFolder, resumed: Resumed | None, *, force
 
 
 def _in_numbers(config: Config, data: build.Data, tokenizer: Any) -> str:
-    passes = data.steps * build.passes_per_step(config, data)
+    passes, size = data.steps * build.passes_per_step(config, data), format_bytes(data.train_bytes)
+    text = f" of {size} text" if config.train.method == "pretrain" else f", {size} of text to learn"
     return (
-        f"{data.tokens:,} tokens of {format_bytes(data.train_bytes)} text, vocabulary of {len(tokenizer):,}; "
+        f"{data.tokens:,} tokens{text}, vocabulary of {len(tokenizer):,}; "
         f"{several(data.steps, 'step')} of {config.tokens_per_step:,} tokens, {passes:.3g} passes"
     )
 
