@@ -50,7 +50,8 @@ FORGETFUL = (
 )
 # an end only after the last turn, and no token between turns
 ONLY_END = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-ONLY_END += "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+_CLOSE = "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+ONLY_END += _CLOSE
 
 # reads contents as lists of parts, as templates of models that see do
 PARTS = (
@@ -164,6 +165,18 @@ def test_what_cannot_be_told_is_not_guessed(template: str, reason: str) -> None:
 
 def test_the_end_of_an_only_answer_may_be_the_end_of_all() -> None:
     assert learned(tokenizer(ONLY_END), CHAT[:2]) == ["assistant: wörld 𝄞\n<|eos|>"]  # it writes no name to ask
+
+
+def test_an_end_after_every_conversation_is_no_part_of_earlier_turns() -> None:
+    made = tokenizer(CHATML + _CLOSE)
+    last = "fine, thanks <|im_end|>\n<|eos|>"
+    assert learned(made, CHAT) == ["wörld 𝄞<|im_end|>", last]
+    assert learned(made, [*CHAT, CHAT[0]]) == ["wörld 𝄞<|im_end|>", "fine, thanks <|im_end|>"]
+    assert learned(made, [CHAT[1], *CHAT]) == ["wörld 𝄞<|im_end|>", "wörld 𝄞<|im_end|>", last]
+    template = chat_template(made)
+    assert template is not None and template.end_of_turn() == "<|im_end|>"
+    # where later turns change how earlier ones are written
+    assert learned(tokenizer(THINKING + _CLOSE), CHAT)[0] == "wörld 𝄞<|im_end|>"
 
 
 def test_a_conversation_that_a_template_refuses_is_a_bad_row() -> None:

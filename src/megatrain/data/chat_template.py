@@ -180,9 +180,11 @@ class ChatTemplate:
             text, _ = self._written(chat.messages[:count], chat)
         except BadRowError:
             return None
-        if not whole.startswith(text):  # some templates end every conversation with end-of-text
-            text = text.removesuffix(self.names.get("eos_token", ""))
-        return len(text) if whole.startswith(text) else None
+        return next((len(one) for one in (text, self._unclosed(text)) if whole.startswith(one)), None)
+
+    def _unclosed(self, text: str) -> str:
+        """Without the end-of-text by which some templates end every conversation: it is no part of an earlier turn."""
+        return text.removesuffix(self.names.get("eos_token", ""))
 
     def _derived(self, chat: Chat, whole: str, turns: Sequence[int]) -> list[Span]:
         spans: list[Span] = []
@@ -232,9 +234,15 @@ class ChatTemplate:
             upto, _ = self._written(chat.messages[: place + 1], chat)
         except BadRowError:  # it wants what comes later
             upto = ""
+        closed = not whole.startswith(upto)
+        if closed:
+            upto = self._unclosed(upto)
         if whole.startswith(upto) and len(upto) > start:
             spoken = upto.rstrip()
-            return len(spoken) if len(spoken) > start and spoken.endswith(self.special) else len(upto)
+            if len(spoken) > start and spoken.endswith(self.special):
+                return len(spoken)
+            if not closed:  # else what ends the answer comes after the last alone
+                return len(upto)
         return self._end_of_rewritten(chat.messages[place], place, whole, start)
 
     def _end_of_rewritten(self, message: Message, place: int, whole: str, start: int) -> int:
@@ -293,6 +301,9 @@ def _manner_of(text: str, names: tuple[tuple[str, str], ...], special: tuple[str
     if not whole.startswith(asked):
         return None
     lead, _, after = whole[len(asked) :].partition(_MARK)
+    if not asked.startswith(question):  # some templates end every conversation with end-of-text
+        eos = dict(names).get("eos_token", "")
+        question, after = question.removesuffix(eos), after.removesuffix(eos) or after
     end = next((token for token in special if after.rstrip() == token), None)
     asks = asked[len(question) :] if asked.startswith(question) else ""
     return _Manner(asks, lead, end)
