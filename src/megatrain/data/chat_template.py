@@ -26,6 +26,17 @@ class NotDerivableError(ValueError):
     """The assistant's turns cannot be told apart from what else the template writes."""
 
 
+def not_derivable(where: str, error: object, *, everything: bool, pairs: bool = False) -> str:
+    """What to say of NotDerivableError. Of pairs only answers are learned; with `everything` it is answers of weight 0
+    that have to be told."""
+    others = "data.train_on: all, or " if not everything else "no answer there weight: 0, or "
+    return (
+        f"data.train_on: what the assistant says in {where} cannot be told from the chat template: {error}; give "
+        f"{'' if pairs else others}a data.chat_template with {{% generation %}} around what is learned (TRL comes with "
+        "such templates of well-known models, trl/chat_templates/*_training.jinja)"
+    )
+
+
 class TemplateSyntaxError(ValueError):
     """The template is no Jinja."""
 
