@@ -305,6 +305,23 @@ def test_calls_of_tools_are_learned() -> None:
     assert learned(tokenizer(calling), CALLS) == ["look_up<|im_end|>", "wörld 𝄞<|im_end|>"]
 
 
+def test_arguments_are_objects_but_where_a_template_joins_texts() -> None:
+    given = '{"city" :"Zürich"}'  # written in no common way, as the user has it
+    called = {"name": "look_up", "arguments": given}
+    messages = [CALLS[0], {**CALLS[1], "tool_calls": [{"type": "function", "function": called}]}, *CALLS[2:]]
+    for written, expected in (
+        ("f.name + ' ' + f.arguments", given),
+        ("f.name + ' ' + f.arguments | tojson", '{"city": "Zürich"}'),
+        ("f.name + ' ' + f.arguments.city", "Zürich"),
+    ):
+        calling = CHATML.replace("m.content", f"(({written}) if m.tool_calls else m.content)")
+        calling = calling.replace(
+            "{{ '<|im_start|>'", "{% set f = (m.tool_calls or [{}])[0].function %}{{ '<|im_start|>'", 1
+        )
+        made = tokenizer(calling)
+        assert stretches_of(made, encoded(made, messages))[0] == f"look_up {expected}<|im_end|>"
+
+
 def test_conversations_with_tools_go_through_the_template_for_them() -> None:
     made = tokenizer("")
     made.chat_template = {"default": CHATML, "tool_use": "{{ tools | length }}" + CHATML}
