@@ -50,7 +50,8 @@ FORGETFUL = (
 )
 # an end only after the last turn, and no token between turns
 ONLY_END = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-ONLY_END += "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+_CLOSE = "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+ONLY_END += _CLOSE
 
 # reads contents as lists of parts, as templates of models that see do
 PARTS = (
@@ -166,6 +167,18 @@ def test_the_end_of_an_only_answer_may_be_the_end_of_all() -> None:
     assert learned(tokenizer(ONLY_END), CHAT[:2]) == ["assistant: wörld 𝄞\n<|eos|>"]  # it writes no name to ask
 
 
+def test_an_end_after_every_conversation_is_no_part_of_earlier_turns() -> None:
+    made = tokenizer(CHATML + _CLOSE)
+    last = "fine, thanks <|im_end|>\n<|eos|>"
+    assert learned(made, CHAT) == ["wörld 𝄞<|im_end|>", last]
+    assert learned(made, [*CHAT, CHAT[0]]) == ["wörld 𝄞<|im_end|>", "fine, thanks <|im_end|>"]
+    assert learned(made, [CHAT[1], *CHAT]) == ["wörld 𝄞<|im_end|>", "wörld 𝄞<|im_end|>", last]
+    template = chat_template(made)
+    assert template is not None and template.end_of_turn() == "<|im_end|>"
+    # where later turns change how earlier ones are written
+    assert learned(tokenizer(THINKING + _CLOSE), CHAT)[0] == "wörld 𝄞<|im_end|>"
+
+
 def test_a_conversation_that_a_template_refuses_is_a_bad_row() -> None:
     block = encoded(tokenizer(MISTRAL), [{"role": "system", "content": "s"}, *CHAT])
     assert block.bad == [(0, "is refused by the chat template: Only user and assistant roles are supported!")]
@@ -255,9 +268,58 @@ def test_an_answer_that_is_not_written_is_no_example(
     assert found.startswith(reason)
 
 
+# writes no answer but the last, and marks all
+LAST_ONLY = GENERATION.replace("{{ m.content + '<|im_end|>' }}{% end", "{{ m.content if loop.last }}<|im_end|>{% end")
+# writes the tools that there are, as models with tools are told of them
+_TOOLS_FIRST = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"
+_YES = [{"role": "user", "content": "yes or no?"}, {"role": "assistant", "content": "yes"}]
+
+
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize(
+    ("template", "messages", "reason"),
+    [
+        (GENERATION, CALLS, "has a call of 'look_up' in message 2, which the chat template does not write"),
+        (LAST_ONLY, [*_YES, *CHAT[:2]], "has an answer in message 2 that the chat template does not write as it is"),
+    ],
+)
+def test_words_that_stand_elsewhere_are_no_answer(
+    template: str, messages: list[dict[str, Any]], reason: str, everything: bool
+) -> None:
+    """Not in the list of tools, nor in the question."""
+    chat = Chat(messages, [{"type": "function", "function": {"name": "look_up"}}])
+    with pytest.raises(BadRowError, match=f"^{reason}$"):
+        ChatTemplate(_TOOLS_FIRST + template).render(chat, everything=everything)
+
+
+def test_answers_that_the_template_does_not_mark_are_not_learned() -> None:
+    marks_last = GENERATION.replace("m.role == 'assistant'", "m.role == 'assistant' and loop.last")
+    assert learned(tokenizer(marks_last), [*_YES, *CHAT[:2]]) == ["wörld 𝄞<|im_end|>"]
+    unlearned = [_YES[0], {**_YES[1], "weight": 0}, *CHAT[:2]]
+    block = encoded(tokenizer(marks_last), unlearned, everything=True)
+    assert block.bad == [(0, "has weight 0 in message 2, which the chat template does not mark")]
+
+
 def test_calls_of_tools_are_learned() -> None:
     calling = CHATML.replace("m.content", "(m.tool_calls[0].function.name if m.tool_calls else m.content)")
     assert learned(tokenizer(calling), CALLS) == ["look_up<|im_end|>", "wörld 𝄞<|im_end|>"]
+
+
+def test_arguments_are_objects_but_where_a_template_joins_texts() -> None:
+    given = '{"city" :"Zürich"}'  # written in no common way, as the user has it
+    called = {"name": "look_up", "arguments": given}
+    messages = [CALLS[0], {**CALLS[1], "tool_calls": [{"type": "function", "function": called}]}, *CALLS[2:]]
+    for written, expected in (
+        ("f.name + ' ' + f.arguments", given),
+        ("f.name + ' ' + f.arguments | tojson", '{"city": "Zürich"}'),
+        ("f.name + ' ' + f.arguments.city", "Zürich"),
+    ):
+        calling = CHATML.replace("m.content", f"(({written}) if m.tool_calls else m.content)")
+        calling = calling.replace(
+            "{{ '<|im_start|>'", "{% set f = (m.tool_calls or [{}])[0].function %}{{ '<|im_start|>'", 1
+        )
+        made = tokenizer(calling)
+        assert stretches_of(made, encoded(made, messages))[0] == f"look_up {expected}<|im_end|>"
 
 
 def test_conversations_with_tools_go_through_the_template_for_them() -> None:
@@ -321,6 +383,38 @@ def test_an_answer_of_weight_0_is_no_target(template: str, number: int) -> None:
     kept, dropped = stretches_of(made, every)[1 - number], stretches_of(made, every)[number]
     assert stretches_of(made, block) == [kept]
     assert made.decode(everything.tokens[~everything.targets][1:]) == dropped  # the first token is never a target
+
+
+# where a tool has answered, writes what follows as the assistant's, in every conversation that goes so far
+AFTER_TOOL = (
+    "{% set t = namespace(open=false) %}{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
+    "{{ '[/RESULT]' if t.open }}{{ m.tool_calls[0].function.name if m.tool_calls else m.content }}<|im_end|>"
+    "{% endgeneration %}{% set t.open = false %}{% else %}{{ '<|im_start|>' + m.content }}"
+    "{% set t.open = m.role == 'tool' %}{% endif %}{% endfor %}{{ '[/RESULT]' if t.open }}"
+)
+# the line end between answers is marked with the one before
+MARKED_LINES = GENERATION.replace(
+    "'<|im_end|>' }}{% endgeneration %}{{ '\n' }}", "'<|im_end|>' }}{{ '\n' if not loop.last }}{% endgeneration %}"
+)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize(
+    ("template", "messages", "stretches"),
+    [
+        (AFTER_TOOL, CALLS, ["look_up<|im_end|>", "[/RESULT]wörld 𝄞<|im_end|>"]),
+        (MARKED_LINES, CHAT, ["wörld 𝄞<|im_end|>\n", "fine, thanks <|im_end|>"]),
+    ],
+    ids=["after a tool", "line ends"],
+)
+def test_marks_belong_to_the_answer_that_they_hold(
+    template: str, messages: list[dict[str, Any]], stretches: list[str], number: int
+) -> None:
+    made, place = tokenizer(template), 1 + 2 * number
+    weighted = [{**one, "weight": int(at == place)} for at, one in enumerate(messages)]
+    assert stretches_of(made, encoded(made, weighted)) == [stretches[number]]
+    everything = encoded(made, weighted, everything=True)
+    assert made.decode(everything.tokens[~everything.targets][1:]) == stretches[1 - number]
 
 
 @pytest.mark.parametrize("source", [CHATML, LLAMA3, MISTRAL, THINKING])

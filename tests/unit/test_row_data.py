@@ -406,13 +406,21 @@ def test_conversations_need_a_template(chat_folder: Path, tmp_path: Path) -> Non
 def test_a_template_that_hides_whose_words_are_whose_is_named(chat_folder: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [chat(0)])
     hiding = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>bot\n' }}")
-    with pytest.raises(ConfigError) as caught:
-        rows_of(chat_folder, path, chat_template=hiding)
-    assert str(caught.value) == (
-        f"data.train_on: what the assistant says in {path} line 1 cannot be told from the chat template: before "
-        "message 2 it asks for an answer in other words than it keeps; give data.train_on: all, or a "
-        "data.chat_template with {% generation %} around what is learned"
-    )
+    unlearned = chat(0)
+    unlearned["messages"].extend([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}])
+    weighted = write(tmp_path / "b.jsonl", [unlearned])
+    for rows, train_on, number, advice in (
+        (path, "assistant", 2, "data.train_on: all, or "),
+        (weighted, "all", 4, "no answer there weight: 0, or "),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            rows_of(chat_folder, rows, chat_template=hiding, train_on=train_on)
+        assert str(caught.value) == (
+            f"data.train_on: what the assistant says in {rows} line 1 cannot be told from the chat template: before "
+            f"message {number} it asks for an answer in other words than it keeps; give {advice}a data.chat_template "
+            "with {% generation %} around what is learned (TRL comes with such templates of well-known models, "
+            "trl/chat_templates/*_training.jinja)"
+        )
     assert len(rows_of(chat_folder, path, chat_template=hiding, train_on="all").examples) == 1
 
 

@@ -7,11 +7,10 @@ that does not stand in what the template wrote for it.
 """
 
 import re
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 
 from megatrain.data.bad_rows import BadRowError
 from megatrain.data.formats import Chat
@@ -25,6 +24,17 @@ _MARK = "Qx7mark9xQ"  # what nobody says
 
 class NotDerivableError(ValueError):
     """The assistant's turns cannot be told apart from what else the template writes."""
+
+
+def not_derivable(where: str, error: object, *, everything: bool, pairs: bool = False) -> str:
+    """What to say of NotDerivableError. Of pairs only answers are learned; with `everything` it is answers of weight 0
+    that have to be told."""
+    others = "data.train_on: all, or " if not everything else "no answer there weight: 0, or "
+    return (
+        f"data.train_on: what the assistant says in {where} cannot be told from the chat template: {error}; give "
+        f"{'' if pairs else others}a data.chat_template with {{% generation %}} around what is learned (TRL comes with "
+        "such templates of well-known models, trl/chat_templates/*_training.jinja)"
+    )
 
 
 class TemplateSyntaxError(ValueError):
@@ -96,10 +106,8 @@ class ChatTemplate:
 
     def _render(self, chat: Chat, *, everything: bool) -> Rendered:
         whole, marked = self._written(chat.messages, chat, mask=self.has_generation_mask)
-        if everything or self.has_generation_mask:  # where a mask is, the template says which turns are learned
-            for place in chat.answers:
-                check_said(chat.messages[place], place, whole)
         if everything:
+            self._check_said(chat, whole)
             excepted = self._spans(chat, whole, marked, chat.unlearned) if chat.unlearned else []
             return Rendered(whole, without([(0, len(whole))], excepted))
         spans = self._spans(chat, whole, marked, chat.answers)
@@ -123,20 +131,71 @@ class ChatTemplate:
         return [(start, end + len(eos) if eos and whole.startswith(eos, end) else end) for start, end in spans]
 
     def _masked(self, chat: Chat, whole: str, marked: Sequence[Span], turns: Sequence[int]) -> list[Span]:
-        """The template's own spans, without those of turns that are no targets."""
-        begins: list[int] = []  # of turns that are targets where those before are none, and the other way round
-        wanted: list[bool] = []
-        for place, message in enumerate(chat.messages):
-            if message["role"] != "assistant" or (wanted and wanted[-1] == (place in turns)):
+        """The template's own spans in `turns`. A turn without any is one that the template does not want learned."""
+        found: list[Span] = []
+        left = [span for span in marked if span[0] < span[1]]
+        for stretch in self._stretches(chat, whole):
+            # a mark may hold a line end that comes with the next turn, and where others stand behind the answer, too,
+            # the next answer's may begin before that turn does
+            own = [one for one in left if (one[0] < stretch.end if stretch.exact else one[1] <= stretch.end)]
+            left = left[len(own) :]
+            wanted = [place for place in stretch.places if place in turns]
+            if not wanted:
                 continue
-            before = self._written(chat.messages[:place], chat)[0] if wanted else ""
-            if not whole.startswith(before):  # some templates end every conversation with end-of-text
-                before = before.removesuffix(self.names.get("eos_token", ""))
-            if not whole.startswith(before):
-                raise NotDerivableError(f"message {place + 1} changes how those before it are written")
-            begins.append(len(before))
-            wanted.append(place in turns)
-        return [span for span in marked if span[0] < span[1] and wanted[bisect_right(begins, span[0]) - 1]]
+            if len(wanted) < len(stretch.places):
+                raise NotDerivableError(f"message {stretch.places[0] + 2} changes how those before it are written")
+            text = "".join(whole[start:end] for start, end in own) or whole[slice(*self._reach(chat, stretch, whole))]
+            for place in wanted:
+                said = any(texts_of(chat.messages[place])) or chat.messages[place].get("tool_calls")
+                if said and not own and place in chat.unlearned:  # with all else learned, these have to be cut out
+                    raise BadRowError(f"has weight 0 in message {place + 1}, which the chat template does not mark")
+                check_said(chat.messages[place], place, text)
+            found += own
+        return found
+
+    def _check_said(self, chat: Chat, whole: str) -> None:
+        """Raise BadRowError where an answer does not stand in what the template writes for it."""
+        for stretch in self._stretches(chat, whole):
+            start, end = self._reach(chat, stretch, whole)
+            for place in stretch.places:
+                if place in chat.answers:
+                    check_said(chat.messages[place], place, whole[start:end])
+
+    def _stretches(self, chat: Chat, whole: str) -> list["_Stretch"]:
+        """The conversation cut after its answers. Where that cannot be told, because later messages change how those
+        before are written, before the next answer, or after it."""
+        answers = [place for place, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        found: list[_Stretch] = []
+        places: list[int] = []
+        begin = 0
+        for place, following in zip_longest(answers, answers[1:]):
+            places.append(place)
+            after = len(whole) if following is None else self._length(chat, place + 1, whole)
+            end = self._length(chat, following, whole) if after is None else after
+            if end is not None and end >= begin:
+                found.append(_Stretch(places, begin, end, after is not None))
+                begin, places = end, []
+        return found
+
+    def _reach(self, chat: Chat, stretch: "_Stretch", whole: str) -> Span:
+        """What the template writes for the answers of a stretch, without what stands before them, if it can be told."""
+        begin = self._length(chat, stretch.places[0], whole)
+        return (begin if begin is not None and stretch.begin <= begin <= stretch.end else stretch.begin), stretch.end
+
+    def _length(self, chat: Chat, count: int, whole: str) -> int | None:
+        """How much of the conversation the template writes for the first `count` messages; None where those after them
+        change that."""
+        if count == 0:
+            return 0
+        try:
+            text, _ = self._written(chat.messages[:count], chat)
+        except BadRowError:
+            return None
+        return next((len(one) for one in (text, self._unclosed(text)) if whole.startswith(one)), None)
+
+    def _unclosed(self, text: str) -> str:
+        """Without the end-of-text by which some templates end every conversation: it is no part of an earlier turn."""
+        return text.removesuffix(self.names.get("eos_token", ""))
 
     def _derived(self, chat: Chat, whole: str, turns: Sequence[int]) -> list[Span]:
         spans: list[Span] = []
@@ -186,9 +245,15 @@ class ChatTemplate:
             upto, _ = self._written(chat.messages[: place + 1], chat)
         except BadRowError:  # it wants what comes later
             upto = ""
+        closed = not whole.startswith(upto)
+        if closed:
+            upto = self._unclosed(upto)
         if whole.startswith(upto) and len(upto) > start:
             spoken = upto.rstrip()
-            return len(spoken) if len(spoken) > start and spoken.endswith(self.special) else len(upto)
+            if len(spoken) > start and spoken.endswith(self.special):
+                return len(spoken)
+            if not closed:  # else what ends the answer comes after the last alone
+                return len(upto)
         return self._end_of_rewritten(chat.messages[place], place, whole, start)
 
     def _end_of_rewritten(self, message: Message, place: int, whole: str, start: int) -> int:
@@ -203,6 +268,17 @@ class ChatTemplate:
         if found < 0 or not whole[start:found].rstrip().endswith(content.rpartition("\n")[2]):
             raise NotDerivableError(f"later messages change how message {place + 1} is written")
         return found + len(token)
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """The characters from `begin` to `end`, which hold the answers `places`; `exact`: they end with the last of those,
+    else before the next."""
+
+    places: Sequence[int]
+    begin: int
+    end: int
+    exact: bool
 
 
 _QUESTION: Message = {"role": "user", "content": "a"}
@@ -236,6 +312,9 @@ def _manner_of(text: str, names: tuple[tuple[str, str], ...], special: tuple[str
     if not whole.startswith(asked):
         return None
     lead, _, after = whole[len(asked) :].partition(_MARK)
+    if not asked.startswith(question):  # some templates end every conversation with end-of-text
+        eos = dict(names).get("eos_token", "")
+        question, after = question.removesuffix(eos), after.removesuffix(eos) or after
     end = next((token for token in special if after.rstrip() == token), None)
     asks = asked[len(question) :] if asked.startswith(question) else ""
     return _Manner(asks, lead, end)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatrain.data.bad_rows import BadRowError, BadRows
-from megatrain.data.chat_template import NotDerivableError
+from megatrain.data.chat_template import NotDerivableError, not_derivable
 from megatrain.data.images import ImageEncoder, ImageExample
 from megatrain.data.progress import RowProgress
 from megatrain.data.row_source import Source
@@ -60,10 +60,7 @@ def read_examples(
             progress.update(1)
             counts.rows += 1
             if isinstance(example, NotDerivableError):
-                raise ConfigError(
-                    f"data.train_on: what the assistant says in {where} cannot be told from the chat template: "
-                    f"{example}; give data.train_on: all, or a data.chat_template with {{% generation %}} around it"
-                )
+                raise ConfigError(not_derivable(where, example, everything=encoder.everything))
             if isinstance(example, BadRowError) or made is None or isinstance(made, str):
                 bad.found(where, str(example) if isinstance(example, BadRowError) else str(made))
                 continue

@@ -2,6 +2,7 @@
 
 Templates of text models read a message's content as a string, those of models that see often as a list of parts, and
 one that loops over parts finds none in a string: it would write the conversation without its words, and say nothing.
+Arguments of calls are objects, but for templates that join texts and refuse them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from megatrain.data.bad_rows import BadRowError
-from megatrain.data.messages import Message
+from megatrain.data.messages import Arguments, Message, with_argument_texts
 
 Span = tuple[int, int]
 
@@ -45,8 +46,11 @@ def written(
 ) -> tuple[str, list[Span]]:
     """(the conversation as text, what `{% generation %}` marks in it with `mask`). `ask`: with the beginning of the
     next answer. Raises BadRowError with what the template says of the conversation."""
-    if _reads_parts(template, tuple(sorted(names.items()))):
+    given = tuple(sorted(names.items()))
+    if _reads_parts(template, given):
         messages = [_in_parts(message) for message in messages]
+    if any("tool_calls" in message for message in messages) and _joins_arguments(template, given):
+        messages = [with_argument_texts(message) for message in messages]
     return _rendered(template, names, messages, tools, ask=ask, mask=mask)
 
 
@@ -60,6 +64,19 @@ def _reads_parts(template: str, names: tuple[tuple[str, str], ...]) -> bool:
     """Whether it writes the words of a conversation only where contents are lists of parts."""
     plain = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), _SAID, strict=True)]
     return not _says_all(template, dict(names), plain) and _says_all(template, dict(names), list(map(_in_parts, plain)))
+
+
+@lru_cache(maxsize=16)
+def _joins_arguments(template: str, names: tuple[tuple[str, str], ...]) -> bool:
+    """Whether it refuses a call's arguments as an object, and writes them as OpenAI's text."""
+    function = {"name": _SAID[1], "arguments": Arguments({"a": _SAID[0]}, f'{{"a": "{_SAID[0]}"}}')}
+    calls = [{"id": "abcdefghi", "type": "function", "function": function}]
+    messages: list[Message] = [{"role": "user", "content": "a"}]
+    messages.append({"role": "assistant", "content": "", "tool_calls": calls})
+    if _reads_parts(template, names):
+        messages = [_in_parts(message) for message in messages]
+    texts = [with_argument_texts(message) for message in messages]
+    return not _says_all(template, dict(names), messages) and _says_all(template, dict(names), texts)
 
 
 def _says_all(template: str, names: Mapping[str, str], messages: Sequence[Message]) -> bool:

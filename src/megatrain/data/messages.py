@@ -138,18 +138,40 @@ def _tool_calls(calls: Any, number: int) -> list[Any]:
 
 
 def _tool_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """OpenAI writes arguments as JSON in a string; templates expect the object."""
+    """OpenAI writes arguments as JSON in a string; most templates expect the object."""
     if isinstance(call.get("function"), Mapping):
         return {**call, "function": _tool_call(call["function"])}
     arguments = call.get("arguments")
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            found = json.loads(arguments)
         except (ValueError, RecursionError):
             return dict(call)
-        if isinstance(arguments, dict):
-            return {**call, "arguments": arguments}
+        if isinstance(found, dict):
+            return {**call, "arguments": Arguments(found, arguments)}
     return dict(call)
+
+
+class Arguments(dict[str, Any]):
+    """A call's arguments, and the JSON `text` that they were given as, for templates that write that."""
+
+    def __init__(self, values: Mapping[str, Any], text: str) -> None:
+        super().__init__(values)
+        self.text = text
+
+
+def with_argument_texts(message: Message) -> Message:
+    """The message with the arguments of its calls as the texts that they were given as."""
+    if "tool_calls" not in message:
+        return message
+    return {**message, "tool_calls": [_with_text(call) for call in message["tool_calls"]]}
+
+
+def _with_text(call: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _with_text(call["function"])}
+    arguments = call.get("arguments")
+    return {**call, "arguments": arguments.text} if isinstance(arguments, Arguments) else dict(call)
 
 
 def _calls_in(content: str, number: int) -> list[dict[str, Any]]:

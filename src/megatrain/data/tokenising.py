@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatrain.data.bad_rows import BadRows
+from megatrain.data.chat_template import not_derivable
 from megatrain.data.encode import Block, Encoder, EncoderSettings
 from megatrain.data.examples import Examples, PreferenceExamples
 from megatrain.data.image_fields import rows_of_text
@@ -22,7 +23,7 @@ from megatrain.data.token_files import Arrays, Entry, TokenCache, hash_of
 from megatrain.data.workers import encoded, processes_for
 from megatrain.errors import ConfigError
 
-_CODE = 2  # raise it where the same rows become other tokens than before: what is cached is made anew
+_CODE = 3  # raise it where the same rows become other tokens than before: what is cached is made anew
 _ROWS_PER_BLOCK = 128
 
 
@@ -103,7 +104,7 @@ def _fill(
     blocks = _blocks(rows_of_text(source))
     with RowProgress(f"tokenising {source.described}", source.count) as progress:
         for rows, block in encoded(blocks, _fields, partial(Encoder, settings), processes_for(source, workers)):
-            _check(rows, block, bad, source)
+            _check(rows, block, bad, settings)
             for column, one in zip(columns, (block, block.rejected), strict=False):
                 assert one is not None
                 column.append(one)
@@ -153,14 +154,12 @@ def _examples(arrays: Arrays, counts: Counts) -> Examples | PreferenceExamples:
     return PreferenceExamples(chosen, of("rejected_", counts.rejected_utf8_bytes))
 
 
-def _check(rows: Sequence[Row], block: Block, bad: BadRows, source: Source) -> None:
+def _check(rows: Sequence[Row], block: Block, bad: BadRows, settings: EncoderSettings) -> None:
     """Say what is wrong with rows, in their order."""
     if block.fatal is not None:
         number, reason = block.fatal
-        raise ConfigError(
-            f"data.train_on: what the assistant says in {rows[number].where} cannot be told from the chat template: "
-            f"{reason}; give data.train_on: all, or a data.chat_template with {{% generation %}} around what is learned"
-        )
+        where, pairs = rows[number].where, _pairs(settings)
+        raise ConfigError(not_derivable(where, reason, everything=settings.everything, pairs=pairs))
     wrong = {number: row.wrong for number, row in enumerate(rows) if row.wrong is not None}
     reasons = dict(block.bad) | wrong
     for number in sorted(reasons):
