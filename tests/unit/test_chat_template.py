@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from tokenizers import pre_tokenizers, processors
 
+from megatrain.data import chat_template as chat_templates
 from megatrain.data.bad_rows import BadRowError
 from megatrain.data.chat_template import ChatTemplate, NotDerivableError, joined, without
 from megatrain.data.encode import Encoder, encoder_settings
 from megatrain.data.formats import Chat, Layout
+from megatrain.data.jinja_chat import written
 from megatrain.data.tokenizer import train_bpe
 from megatrain.train.row_data import chat_template
 
@@ -309,12 +311,12 @@ def test_arguments_are_objects_but_where_a_template_joins_texts() -> None:
     given = '{"city" :"Zürich"}'  # written in no common way, as the user has it
     called = {"name": "look_up", "arguments": given}
     messages = [CALLS[0], {**CALLS[1], "tool_calls": [{"type": "function", "function": called}]}, *CALLS[2:]]
-    for written, expected in (
+    for arguments, expected in (
         ("f.name + ' ' + f.arguments", given),
         ("f.name + ' ' + f.arguments | tojson", '{"city": "Zürich"}'),
         ("f.name + ' ' + f.arguments.city", "Zürich"),
     ):
-        calling = CHATML.replace("m.content", f"(({written}) if m.tool_calls else m.content)")
+        calling = CHATML.replace("m.content", f"(({arguments}) if m.tool_calls else m.content)")
         calling = calling.replace(
             "{{ '<|im_start|>'", "{% set f = (m.tool_calls or [{}])[0].function %}{{ '<|im_start|>'", 1
         )
@@ -334,6 +336,12 @@ def test_conversations_with_tools_go_through_the_template_for_them() -> None:
         assert template.asking(Chat(CHAT[:1], given)) == made.apply_chat_template(
             CHAT[:1], tools=given, tokenize=False, add_generation_prompt=True
         )
+
+
+def test_turns_that_are_marked_are_told_without_writing_each_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    template, calls = ChatTemplate(GENERATION), []
+    monkeypatch.setattr(chat_templates, "written", lambda *given, **how: calls.append(how) or written(*given, **how))
+    assert len(template.render(Chat(CHAT * 3)).spans) == 6 and len(calls) == 1
 
 
 # -- orders of roles, weights ----------------------------------------------------------------------------
@@ -411,6 +419,7 @@ def test_marks_belong_to_the_answer_that_they_hold(
     template: str, messages: list[dict[str, Any]], stretches: list[str], number: int
 ) -> None:
     made, place = tokenizer(template), 1 + 2 * number
+    assert stretches_of(made, encoded(made, messages)) == stretches
     weighted = [{**one, "weight": int(at == place)} for at, one in enumerate(messages)]
     assert stretches_of(made, encoded(made, weighted)) == [stretches[number]]
     everything = encoded(made, weighted, everything=True)
@@ -509,6 +518,11 @@ def test_weights_go_with_a_template_that_ends_every_conversation() -> None:
 def test_spans_have_holes() -> None:
     assert without([(0, 9), (12, 20)], [(0, 2), (5, 6), (9, 12), (18, 22)]) == [(2, 5), (6, 9), (12, 18)]
     assert without([(3, 5)], [(0, 9)]) == [] and without([(3, 5)], []) == [(3, 5)]
+
+
+def test_advice_names_no_setting_that_does_not_help() -> None:
+    for everything, pairs in ((False, True), (True, True), (True, False)):
+        assert "train_on: all" not in chat_templates.not_derivable("a", "b", everything=everything, pairs=pairs)
 
 
 def test_a_template_that_fails_in_its_own_way_is_named() -> None:

@@ -134,6 +134,8 @@ class ChatTemplate:
         """The template's own spans in `turns`. A turn without any is one that the template does not want learned."""
         found: list[Span] = []
         left = [span for span in marked if span[0] < span[1]]
+        if _each_holds_its_own(chat, turns, [whole[start:end] for start, end in joined(left)]):
+            return left  # which tells without writing the conversation up to each turn
         for stretch in self._stretches(chat, whole):
             # a mark may hold a line end that comes with the next turn, and where others stand behind the answer, too,
             # the next answer's may begin before that turn does
@@ -334,6 +336,19 @@ def _in_common_order(chat: Chat) -> bool:
     """Whether roles take turns, which every template has been made for."""
     roles = ["", *(message["role"] for message in chat.messages)]
     return all(role in _MAY_FOLLOW[before] for before, role in pairwise(roles))
+
+
+def _each_holds_its_own(chat: Chat, turns: Sequence[int], texts: Sequence[str]) -> bool:
+    """Whether all answers of a conversation are in `turns` and stand in as many texts, in order."""
+    answers = [place for place, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    if list(turns) != answers or len(texts) != len(answers):
+        return False
+    try:
+        for place, text in zip(answers, texts, strict=True):
+            check_said(chat.messages[place], place, text)
+    except BadRowError:
+        return False
+    return True
 
 
 def joined(spans: Sequence[Span]) -> list[Span]:
