@@ -42,9 +42,9 @@ def run(model: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> tup
 
 
 def greedy(model: Path, text: str) -> Any:
-    """(text, its tokens) of what transformers has the model go on with."""
+    """(text, its tokens) of what transformers has the model go on with, special tokens in `text` being whole."""
     tokenizer = load_tokenizer(str(model), key="tokenizer")
-    ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"]])
     made = AutoModelForCausalLM.from_pretrained(model).generate(ids, do_sample=False, max_new_tokens=6, pad_token_id=0)
     tokens = made[0, ids.shape[1] :].tolist()
     return tokenizer.decode(tokens, skip_special_tokens=True), tokens
@@ -77,7 +77,7 @@ def test_an_answer_ends_with_its_turn(
     assert seen == [(tokenizer.convert_tokens_to_ids("<|im_end|>"),), ()]
 
     tokens = greedy(model, ASKED)[1]
-    inputs = generation.as_inputs(tokenizer(ASKED, add_special_tokens=False)["input_ids"])
+    inputs = generation.as_inputs(generation.template_tokens(tokenizer, ASKED))
     settings = {"max_new_tokens": 6, "seed": 0, "temperature": 0.0}
     text = go_on(AutoModelForCausalLM.from_pretrained(model).eval(), tokenizer, inputs, **settings, ends=tokens[1:2])
     assert text == tokenizer.decode(tokens[: tokens.index(tokens[1]) + 1], skip_special_tokens=True)
