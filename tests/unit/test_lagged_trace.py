@@ -41,7 +41,8 @@ def test_metrics_and_trace_say_what_computation_waited_for(
 
         def late_copy(pairs: Any, after: Any, **options: Any) -> Any:
             if options["label"] != "inputs":
-                device.down.submit(lambda: slept.append(time.sleep(0.02)), (), "late")
+                # longer than is asked for below: it has begun before computation comes to wait for it
+                device.down.submit(lambda: slept.append(time.sleep(0.06)), (), "late")
             return own_copy(pairs, after, **options)
 
         monkeypatch.setattr(device.down, "copy", late_copy)
