@@ -55,7 +55,7 @@ def test_folder_is_read_in_sorted_order_without_hidden_and_empty_files(
         ("data.bin", b"\x00\x01"),
         ("b/one.JSON", b"[]"),
         ("two.json", b"[]"),
-        ("packed.txt.gz", gzip.compress(b"packed")),
+        ("packed.txt.gz", gzip.compress(b"packed", mtime=0)),
         (".git/x.py", b"hidden"),
     ]:
         (tmp_path / name).write_bytes(content)
