@@ -30,8 +30,8 @@ def step(tokens: int, hidden: int, setting: str, *window: int) -> dict[str, floa
 
 
 def test_a_long_step_takes_what_is_planned() -> None:
-    """A third of what it takes over whole sequences, and gives the same. What an earlier step has left free is not seen to
-    be taken, and how much that is depends on chance: the larger of two measurements."""
+    """A third of what it takes over whole sequences, and gives the same. What an earlier step has left free is not seen
+    to be taken, and how much that is depends on chance: the larger of two measurements."""
     parts = max((step(8_192, 256, "1024") for _ in range(2)), key=lambda found: found["measured_bytes"])
     whole = step(8_192, 256, "whole")
     assert parts["measured_bytes"] == pytest.approx(parts["predicted_bytes"], rel=0.05)
